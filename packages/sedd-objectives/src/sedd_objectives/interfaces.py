@@ -1,0 +1,78 @@
+"""What the losses and bounds need from a graph, a noise schedule and a score model: no more than this.
+
+Nothing inherits these Protocols; an object with the methods conforms. Shapes: `x, x0` are (...) int64 states and
+`sigma` is float with a shape that is a leading part of theirs, (B,) or (B, L) for x of shape (B, L): one noise level
+a sequence, or one a position.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Generator, Tensor
+
+__all__ = ["Row", "Graph", "LikelihoodGraph", "Noise", "ScoreModel"]
+
+
+class Row(Protocol):
+    """Vectors over N states: `value[..., k]` at the distinct states `index[..., k]`, `base` at all the others."""
+
+    @property
+    def base(self) -> Tensor:
+        """(...) float."""
+
+    @property
+    def index(self) -> Tensor:
+        """(..., K) int64, distinct along the last axis."""
+
+    @property
+    def value(self) -> Tensor:
+        """(..., K) float."""
+
+
+class Graph(Protocol):
+    """A forward process on one token, with generator Q: `Q[y, x]` is the rate of the jump x -> y."""
+
+    @property
+    def num_states(self) -> int:
+        """N."""
+
+    def sample(self, x0: Tensor, sigma: Tensor, /, *, generator: Generator | None = None) -> Tensor:
+        """x_t ~ exp(sigma Q)[., x0], (...) int64."""
+
+    def rates_into(self, x: Tensor, /) -> Row:
+        """Q[x, .]: the rates of the jumps that lead into x; the diagonal entry is the negative rate of leaving."""
+
+    def ratio(self, x: Tensor, x0: Tensor, sigma: Tensor, /) -> Row:
+        """p(y | x0) / p(x | x0) for every state y."""
+
+
+class LikelihoodGraph(Graph, Protocol):
+    """What the bound needs besides: the end terms at t = 1 and t = t_min."""
+
+    def prior_kl(self, x0: Tensor, sigma: Tensor, /) -> Tensor:
+        """KL(exp(sigma Q)[., x0] || prior), (...) nats."""
+
+    def transition_into(self, x: Tensor, sigma: Tensor, /) -> Row:
+        """exp(sigma Q)[x, .]: the probability of x given each state before."""
+
+    def propagate(self, v: Tensor, sigma: Tensor, /) -> Tensor:
+        """exp(sigma Q) v for dense vectors v (..., N), sigma (...) of either sign."""
+
+
+class Noise(Protocol):
+    """A noise schedule: total noise sigma(t) and its derivative, for t in [0, 1]."""
+
+    def __call__(self, t: Tensor, /) -> tuple[Tensor, Tensor]:
+        """(sigma, dsigma) at t, both of t's shape."""
+
+
+class ScoreModel(Protocol):
+    """Any callable (x, sigma) -> log_score: log p_t(y) / p_t(x), shape (B, L, N); the entry y = x carries no meaning.
+
+    A score model may also accept `where=`, a (B, L) bool mask with M true positions, and return only those rows,
+    (M, N), in row-major order. Losses use it when it is offered and index when it is not.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Any:
+        """Log-score at (B, L) int64 states and (B,) total noise."""
