@@ -1,0 +1,56 @@
+"""Rotary positions: queries and keys are turned by an angle proportional to their position (Su et al., 2021).
+
+The two halves (a, b) of a head's vector at position l become (a cos - b sin, b cos + a sin) with the angles
+l base^(-2i/d), i < d/2, so that the product of a query and a key depends on the distance between them only. That is
+also why documents packed into one row need no positions of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Rotary", "rotate"]
+
+
+class Rotary(nn.Module):
+    """The angles' cosines and sines; `inv_freq` (d/2,) is a buffer because the published files hold it."""
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        # A network cast to bfloat16 keeps these in float32: position 257 times a rounded frequency is another angle.
+        exact = self.inv_freq
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not exact.is_meta:
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (length, d/2) float32."""
+        angle = torch.outer(torch.arange(length, device=self.inv_freq.device, dtype=torch.float32), self.inv_freq)
+        return angle.cos(), angle.sin()
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the queries and keys of a packed projection; the values stay.
+
+    Args:
+        qkv: (B, L, 3, H, d).
+        cos: (L, d/2) float32, from `Rotary`.
+        sin: the same.
+
+    Returns:
+        (B, L, 3, H, d) in qkv's dtype; the arithmetic is float32.
+    """
+    qk, v = qkv[:, :, :2], qkv[:, :, 2:]
+    a, b = qk.chunk(2, dim=-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([turned.to(qkv.dtype), v], dim=2)

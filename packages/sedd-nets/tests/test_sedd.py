@@ -1,0 +1,262 @@
+import math
+
+import pytest
+import torch
+from sedd_nets import SEDD
+from torch import nn
+
+
+@pytest.mark.parametrize("name", ["sedd-tiny-absorb", "sedd-tiny-uniform"])
+def test_golden_log_score(golden, name):
+    folder, expected = golden(name)
+    net = SEDD.from_pretrained(folder)
+    with torch.no_grad():
+        log_score = net(expected["xt"], expected["sigma"])
+    assert log_score.dtype == torch.float32
+    torch.testing.assert_close(log_score, expected["log_score"], atol=1e-5, rtol=0)
+
+
+def test_entry_at_x_is_zero(make_sedd, batch):
+    x, sigma = batch
+    log_score = make_sedd()(x, sigma)
+    assert (log_score.gather(-1, x[..., None]) == 0).all()
+    assert (log_score == 0).sum() == x.numel()
+
+
+def test_fresh_network_guesses_uniformly(batch):
+    x, sigma = batch
+    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8)
+    log_score = net(x, sigma)
+    expected = -torch.log(torch.expm1(sigma.double()) * 10)[:, None, None].expand(3, 7, 11).clone()
+    expected.scatter_(-1, x[..., None], 0.0)
+    torch.testing.assert_close(log_score.double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sigma", [1e-6, 1e-3, 50.0, 200.0])
+def test_offset_holds_at_extreme_noise(sigma):
+    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8)
+    x = torch.tensor([[10]])
+    log_score = net(x, torch.tensor([sigma]))[0, 0, 0].item()
+    log_expm1 = math.log(math.expm1(sigma)) if sigma < 100 else sigma
+    assert log_score == pytest.approx(-log_expm1 - math.log(10), rel=1e-5)
+
+
+def test_initialisation_is_the_papers():
+    torch.manual_seed(0)
+    net = SEDD(1000, width=64, depth=2, heads=4, cond_dim=32)
+    for name, parameter in net.named_parameters():
+        if "adaLN_modulation" in name or name.startswith("output_layer.linear"):
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+    # kaiming_uniform(a = sqrt 5) is uniform on +- 1 / sqrt(fan_in)
+    for weight in (net.vocab_embed.embedding, net.blocks[0].attn_qkv.weight, net.blocks[1].mlp[0].weight):
+        assert weight.abs().max().item() == pytest.approx(1 / 8, rel=1e-3)
+        assert weight.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.03)
+
+
+def test_where_gives_the_rows(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd()
+    where = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    torch.testing.assert_close(net(x, sigma, where=where), net(x, sigma)[where], atol=1e-6, rtol=1e-6)
+    assert net(x, sigma, where=torch.zeros_like(where)).shape == (0, 11)
+
+
+def test_hidden_and_head_make_forward(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd()
+    hidden = net.hidden(x, sigma)
+    assert hidden.shape == (3, 7, 16)
+    flat = net.head(hidden.flatten(0, 1), x.flatten(), sigma.repeat_interleave(7))
+    torch.testing.assert_close(flat.view(3, 7, 11), net(x, sigma), atol=1e-6, rtol=1e-6)
+
+
+def test_sigma_per_position(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd()
+    same = sigma[:, None].expand(3, 7)
+    torch.testing.assert_close(net(x, same), net(x, sigma), atol=1e-6, rtol=1e-6)
+    differing = same.clone()
+    differing[:, 3:] *= 2
+    assert not torch.allclose(net.hidden(x, differing)[:, 3:], net.hidden(x, sigma)[:, 3:], atol=1e-3)
+
+
+def test_scalar_sigma_is_every_sequences(make_sedd, batch):
+    x, _ = batch
+    net = make_sedd()
+    torch.testing.assert_close(net(x, torch.tensor(0.7)), net(x, torch.full((3,), 0.7)), atol=1e-6, rtol=1e-6)
+
+
+def test_sequences_do_not_mix(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd()
+    torch.testing.assert_close(net(x[1:2], sigma[1:2]), net(x, sigma)[1:2], atol=1e-6, rtol=1e-6)
+
+
+def test_positions_matter(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd()
+    reversed_twice = net(x.flip(1), sigma).flip(1)
+    assert not torch.allclose(reversed_twice, net(x, sigma), atol=1e-3)
+
+
+def test_dropout_in_training_only(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd(dropout=0.5)
+    assert torch.equal(net.eval()(x, sigma), net(x, sigma))
+    net.train()
+    torch.manual_seed(0)
+    first = net(x, sigma)
+    assert not torch.equal(first, net(x, sigma))
+    torch.manual_seed(0)
+    assert torch.equal(first, net(x, sigma))
+
+
+def test_checkpointed_activations_change_nothing(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd(dropout=0.5).train()
+    gradients = []
+    for net.checkpoint_activations in (False, True):
+        torch.manual_seed(0)
+        net.zero_grad()
+        net(x, sigma).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in net.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_every_parameter_gets_its_gradient(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd().double()
+    weight = torch.randn(3, 7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sigma = sigma.double()
+    (net(x, sigma) * weight).sum().backward()
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in net.named_parameters():
+        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        with torch.no_grad():
+            parameter.add_(direction, alpha=1e-5)
+            above = (net(x, sigma) * weight).sum()
+            parameter.sub_(direction, alpha=2e-5)
+            below = (net(x, sigma) * weight).sum()
+            parameter.add_(direction, alpha=1e-5)
+        slope = ((above - below) / 2e-5).item()
+        assert (parameter.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-6), name
+
+
+def test_float32_islands_under_autocast(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd()
+    seen = {}
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda _module, _given, out, name=name: seen.setdefault(name, out))
+    exact = net(x, sigma)
+    islands = {name: seen[name] for name in ("sigma_map", "blocks.0.adaLN_modulation", "blocks.0.norm1")}
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_score = net(x, sigma)
+    assert seen["blocks.0.attn_qkv"].dtype == torch.bfloat16
+    assert log_score.dtype == torch.float32
+    for name, value in islands.items():
+        assert torch.equal(seen[name], value), name
+    # The offset is exact: only the logits carry bfloat16's rounding, whatever sigma.
+    torch.testing.assert_close(log_score, exact, atol=0.2, rtol=0)
+    fresh = SEDD(11, width=16, depth=1, heads=2, cond_dim=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        offset = fresh(x, sigma)
+    assert torch.equal(offset, fresh(x, sigma))
+
+
+def test_network_cast_to_bfloat16_takes_float32_sigma(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd()
+    exact = net(x, sigma)
+    net.bfloat16()
+    assert net.rotary_emb.inv_freq.dtype == torch.float32
+    assert net.hidden(x, sigma).dtype == torch.bfloat16
+    log_score = net(x, sigma)
+    assert log_score.dtype == torch.float32
+    torch.testing.assert_close(log_score, exact, atol=0.3, rtol=0)
+
+
+def test_weights_are_used_by_their_owners_alone(make_sedd, batch):
+    """What ZeRO stage 3 needs: outside its module's forward a parameter is an empty tensor."""
+    x, sigma = batch
+    net = make_sedd()
+    expected = net(x, sigma)
+    full = {}
+    for module in net.modules():
+        own = [parameter for _, parameter in module.named_parameters(recurse=False)]
+        for parameter in own:
+            full[parameter] = parameter.data
+            parameter.data = torch.empty(0)
+
+        def gather(_module, _given, own=own):
+            for parameter in own:
+                parameter.data = full[parameter]
+
+        def release(_module, _given, _out, own=own):
+            for parameter in own:
+                parameter.data = torch.empty(0)
+
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+    assert torch.equal(net(x, sigma), expected)
+    assert torch.equal(net.head(net.hidden(x, sigma), x, sigma), expected)
+    assert all(parameter.numel() == 0 for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"heads": 3}, "width 16 over 3 heads"),
+        ({"width": 0}, "width"),
+        ({"depth": -1}, "depth"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"cond_dim": 0}, "cond_dim"),
+    ],
+)
+def test_impossible_sizes(make_sedd, options, named):
+    with pytest.raises(ValueError, match=named):
+        make_sedd(**options)
+
+
+def test_bad_input_is_named(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd()
+    with pytest.raises(IndexError, match=r"token 11 is outside 0\.\.10"):
+        net(x.clone().fill_(11), sigma)
+    with pytest.raises(IndexError, match="token -1"):
+        net(x.masked_fill(x == x[0, 0], -1), sigma)
+    with pytest.raises(ValueError, match="13 tokens; this network takes 1 to 12"):
+        net(torch.zeros(1, 13, dtype=torch.int64), sigma[:1])
+    with pytest.raises(ValueError, match=r"sigma has shape \(3, 1\)"):
+        net(x, sigma[:, None])
+    with pytest.raises(ValueError, match=r"sigma has shape \(2,\)"):
+        net(x, sigma[:2])
+    with pytest.raises(TypeError, match="int64"):
+        net(x.float(), sigma)
+    with pytest.raises(TypeError, match="floating point"):
+        net(x, torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\(B, L\)"):
+        net(x[0], sigma[0])
+    with pytest.raises(ValueError, match="where must be a bool mask"):
+        net(x, sigma, where=x)
+
+
+def test_published_names():
+    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8)
+    assert isinstance(net, nn.Module)
+    assert set(net.state_dict()) == {
+        "vocab_embed.embedding",
+        *(f"sigma_map.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")),
+        "rotary_emb.inv_freq",
+        "blocks.0.norm1.weight",
+        "blocks.0.attn_qkv.weight",
+        "blocks.0.attn_out.weight",
+        "blocks.0.norm2.weight",
+        *(f"blocks.0.{part}.{kind}" for part in ("mlp.0", "mlp.2", "adaLN_modulation") for kind in ("weight", "bias")),
+        "output_layer.norm_final.weight",
+        *(f"output_layer.{part}.{kind}" for part in ("linear", "adaLN_modulation") for kind in ("weight", "bias")),
+    }
