@@ -1,0 +1,197 @@
+"""Rows, columns, ratios and products of the closed-form graphs against matrix exponentials in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sedd_graphs import Absorbing, Hybrid, Masked, Row, Uniform
+
+GRAPHS = [
+    Absorbing(5),
+    Absorbing(5, mask_id=2),
+    Absorbing(5, mask_id=0),
+    Absorbing(1),
+    Uniform(6),
+    Uniform(2),
+    Hybrid(5, uniform_rate=0.7, mask_rate=0.4),
+    Hybrid(5, uniform_rate=0.7, mask_rate=0.4, mask_id=0),
+    Hybrid(5, uniform_rate=0.7, mask_rate=0.4, mask_id=3),
+    Hybrid(2, uniform_rate=1.5, mask_rate=0.0),
+    Hybrid(4, uniform_rate=0.0, mask_rate=1.0),
+    Masked(Uniform(4), rate=0.5, mask_rate=2.0, mask_id=2),
+]
+SIGMAS = [0.0, 1e-6, 1e-3, 0.3, 2.0, 8.0]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=GRAPHS, ids=repr)
+def graph(request):
+    return request.param
+
+
+@pytest.fixture
+def generator_matrix(graph):
+    """Q, built here by hand and not by the graph."""
+    n, m = graph.num_states, graph.mask_id
+    if isinstance(graph, Uniform):
+        return torch.full((n, n), 1 / n) - torch.eye(n)
+    rate, mask_rate = (0.0, 1.0) if isinstance(graph, Absorbing) else (graph.rate, graph.mask_rate)
+    tokens = [y for y in range(n) if y != m]
+    q = torch.zeros(n, n)
+    if rate:
+        q[[[y] for y in tokens], tokens] = rate * (1 / len(tokens) - torch.eye(len(tokens)))
+    for x in tokens:
+        q[m, x] += mask_rate
+        q[x, x] -= mask_rate
+    return q
+
+
+def every_state(graph):
+    return torch.arange(graph.num_states)
+
+
+def test_rates_are_the_rows_and_columns_of_the_generator(graph, generator_matrix):
+    torch.testing.assert_close(graph.rates_into(every_state(graph)).dense(), generator_matrix, rtol=0, atol=1e-14)
+    torch.testing.assert_close(graph.rates_out_of(every_state(graph)).dense(), generator_matrix.T, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_transitions_are_the_rows_and_columns_of_the_exponential(graph, generator_matrix, sigma):
+    exact = torch.matrix_exp(sigma * generator_matrix)
+    x, level = every_state(graph), torch.tensor(sigma)
+    torch.testing.assert_close(graph.transition_from(x, level).dense(), exact.T, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(graph.transition_into(x, level).dense(), exact, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("sigma", SIGMAS[1:])
+def test_ratios_are_those_of_the_exponential(graph, generator_matrix, sigma):
+    exact = torch.matrix_exp(sigma * generator_matrix)
+    x, x0 = torch.cartesian_prod(every_state(graph), every_state(graph)).T
+    reached = exact[x, x0] > 0
+    x, x0 = x[reached], x0[reached]
+    row = graph.ratio(x, x0, torch.tensor(sigma)).dense()
+    torch.testing.assert_close(row, exact[:, x0].T / exact[x, x0, None], rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("sigma", [-3.0, -1e-3, 0.0, 1e-3, 3.0])
+def test_propagate_multiplies_by_the_exponential_of_either_sign(graph, generator_matrix, sigma):
+    v = torch.randn(3, 4, graph.num_states, generator=torch.Generator().manual_seed(0))
+    level = torch.full((3,), sigma)
+    expected = v @ torch.matrix_exp(sigma * generator_matrix).T
+    torch.testing.assert_close(graph.propagate(v, level), expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("sigma", [1e-3, 0.3, 2.0, float("inf")])
+def test_prior_is_the_image_of_uniform_tokens(graph, generator_matrix, sigma):
+    tokens = torch.ones(graph.num_states)
+    if graph.mask_id is not None:
+        tokens[graph.mask_id] = 0
+    expected = torch.matrix_exp(min(sigma, 200.0) * generator_matrix) @ (tokens / tokens.sum())
+    torch.testing.assert_close(graph.prior(torch.tensor(sigma)).dense(), expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("sigma", [1e-3, 0.3, 2.0, 20.0])
+def test_prior_kl_is_the_divergence_from_the_prior(graph, sigma):
+    x0, level = every_state(graph), torch.tensor(sigma)
+    p, q = graph.transition_from(x0, level).dense(), graph.prior(level).dense()
+    expected = torch.where(p > 0, torch.xlogy(p, p / q), 0).sum(-1)
+    torch.testing.assert_close(graph.prior_kl(x0, level), expected, rtol=1e-8, atol=1e-14)
+    assert (graph.prior_kl(x0, level) >= 0).all()
+
+
+def test_posterior_is_bayes_rule(graph, generator_matrix):
+    s, t = torch.tensor(0.4), torch.tensor(1.1)
+    x, x0 = torch.cartesian_prod(every_state(graph), every_state(graph)).T
+    early, late = torch.matrix_exp(s * generator_matrix), torch.matrix_exp((t - s) * generator_matrix)
+    joint = late[x] * early[:, x0].T  # (pairs, x_s)
+    possible = joint.sum(-1) > 0
+    expected = joint[possible] / joint[possible].sum(-1, keepdim=True)
+    row = graph.posterior(x[possible], x0[possible], s, t)
+    torch.testing.assert_close(row.dense(), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_noise_level_a_sequence_and_a_position_agree(graph):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(graph.num_states, (3, 5), generator=generator)
+    sigma = torch.rand(3, generator=generator)
+    a, b = graph.transition_from(x, sigma), graph.transition_from(x, sigma[:, None].expand(3, 5))
+    torch.testing.assert_close(a.dense(), b.dense())
+    assert a.shape == (3, 5)
+    assert a.value.shape == a.index.shape
+    torch.testing.assert_close(a.sum(), torch.ones(3, 5))
+
+
+def test_samples_follow_the_transition(graph):
+    """Each frequency within 6 standard deviations: a false alarm once in 5e8 frequencies."""
+    count, level = 100_000, torch.tensor(0.5)
+    for x0 in range(graph.num_states):
+        start = torch.full((count,), x0)
+        drawn = graph.sample(start, level, generator=torch.Generator().manual_seed(x0)).bincount(
+            minlength=graph.num_states
+        )
+        p = graph.transition_from(torch.tensor(x0), level).dense()
+        assert ((drawn - count * p).abs() <= 6 * (count * p * (1 - p)).sqrt() + 1e-9 * count).all()
+
+
+def test_the_hybrid_has_uniform_and_absorbing_at_its_ends():
+    x, level = torch.arange(6), torch.tensor(0.8)
+    absorbing, end = Absorbing(5, mask_id=1), Hybrid(5, uniform_rate=0, mask_rate=1, mask_id=1)
+    torch.testing.assert_close(end.transition_from(x, level).dense(), absorbing.transition_from(x, level).dense())
+    uniform, end = Uniform(5), Hybrid(5, uniform_rate=1, mask_rate=0)
+    torch.testing.assert_close(
+        end.transition_from(x[:5], level).dense()[:, :5], uniform.transition_from(x[:5], level).dense()
+    )
+
+
+def test_sample_prior_is_the_limit():
+    assert (Absorbing(4, mask_id=1).sample_prior((2, 3)) == 1).all()
+    assert (Hybrid(4, uniform_rate=1, mask_rate=0.1).sample_prior((2, 3)) == 4).all()
+    drawn = Uniform(3).sample_prior((200, 300), generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (200, 300)
+    assert (drawn.flatten().bincount() - 20_000).abs().max() < 6 * 120  # six standard deviations
+
+
+class TestRow:
+    def test_of_keeps_the_last_of_coinciding_states(self):
+        base = torch.zeros(4)
+        a, b, c = torch.tensor([0, 1, 1, 3]), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 1, 1, 3])
+        row = Row.of(base, (a, base + 1), (b, base + 2), (c, base + 3), num_states=5)
+        expected = torch.tensor([[2, 3, 0, 0, 0], [0, 3, 0, 0, 0], [0, 3, 2, 0, 0], [0, 0, 0, 3, 0]]).double()
+        torch.testing.assert_close(row.dense(), expected)
+        assert (row.index.sort().values.diff() > 0).all()
+
+    @pytest.mark.parametrize("num_states", [1, 2, 3, 4, 7, 20])
+    @pytest.mark.parametrize("count", [1, 2, 3, 6])
+    def test_distinct_agrees_with_assignment_in_turn(self, num_states, count):
+        generator = torch.Generator().manual_seed(count)
+        base = torch.rand(200, generator=generator)
+        index = torch.randint(num_states, (200, count), generator=generator)
+        value = torch.rand(200, count, generator=generator)
+        row = Row.distinct(base, index, value, num_states)
+        expected = base[:, None].repeat(1, num_states)
+        for k in range(count):
+            expected[torch.arange(200), index[:, k]] = value[:, k]
+        torch.testing.assert_close(row.dense(), expected)
+        torch.testing.assert_close(row.sum(), expected.sum(-1))
+        state = index[:, 0]
+        torch.testing.assert_close(row.at(state), expected[torch.arange(200), state])
+        assert (row.index.sort().values.diff() > 0).all()
+        assert int(row.index.min()) >= 0
+        assert int(row.index.max()) < num_states
+
+    def test_quantiles_cover_every_state_in_proportion(self):
+        row = Row(torch.tensor([0.1, 0.0]), torch.tensor([[3, 0], [2, 1]]), torch.tensor([[0.5, 0.2], [0.0, 4.0]]), 5)
+        u = (torch.arange(1000) + 0.5) / 1000
+        counts = torch.stack([r.bincount(minlength=5) for r in row.quantile(u.expand(2, -1))])
+        assert counts.tolist() == [[200, 100, 100, 500, 100], [0, 1000, 0, 0, 0]]
+
+    def test_rare_states_are_drawn(self):
+        row = Row(torch.tensor(1e-12), torch.tensor([4]), torch.tensor([1.0]), 10)
+        u = torch.tensor([1 - 8.5e-12, 1 - 5e-13, 1 - 1e-16])
+        assert row.quantile(u).tolist() == [0, 9, 9]
