@@ -1,4 +1,4 @@
-"""The project's commands. `nox -l` lists them, `nox` runs every check, `nox -s tests` the tests, `nox -s train` the main job."""
+"""The commands: `nox` runs every check, `nox -s tests` the tests, `nox -s train` the main job; `nox -l` lists them."""
 
 from __future__ import annotations
 

