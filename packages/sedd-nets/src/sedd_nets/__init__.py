@@ -6,10 +6,29 @@ log p_t(y) / p_t(x) for every state y at every position, (B, L, N).
 
 from importlib.metadata import version
 
-from sedd_nets.attention import Attention, sdpa
+from sedd_nets.attention import Attention, FlashAttention, FlexAttention, sdpa
+from sedd_nets.conditioning import LabelCondition, PromptCondition
+from sedd_nets.documents import Documents
+from sedd_nets.families import from_pretrained
+from sedd_nets.mdlm import MDLM
 from sedd_nets.pretrained import read_config
+from sedd_nets.radd import RADD
 from sedd_nets.sedd import SEDD
 
-__all__ = ["SEDD", "Attention", "sdpa", "read_config", "__version__"]
+__all__ = [
+    "SEDD",
+    "RADD",
+    "MDLM",
+    "from_pretrained",
+    "read_config",
+    "Attention",
+    "sdpa",
+    "FlexAttention",
+    "FlashAttention",
+    "Documents",
+    "LabelCondition",
+    "PromptCondition",
+    "__version__",
+]
 
 __version__ = version("sedd-nets")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sedd_nets.attention import Attention
 from sedd_nets.checks import at_least_float32, check_tokens
+from sedd_nets.documents import Documents
 from sedd_nets.rotary import rotate
 
 L = TypeVar("L", bound=nn.Linear)
@@ -113,7 +114,15 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.adaLN_modulation = None if cond_dim is None else zero(Float32Linear(cond_dim, 6 * width))
 
-    def forward(self, h: Tensor, c: Tensor | None, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        c: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """One step of the residual stream h (B, L, D), given the conditioning c (B, 1 or L, cond_dim) if any."""
         shift1: Tensor | None
         shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
@@ -122,7 +131,7 @@ class Block(nn.Module):
         dropout = self.dropout if self.training else 0.0
 
         qkv = self.attn_qkv(self.norm1(h, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
-        attended = attention(rotate(qkv, cos, sin)).flatten(-2)
+        attended = attention(rotate(qkv, cos, sin), documents).flatten(-2)
         h = add_gated(h, self.attn_out(attended), gate1, dropout)
         return add_gated(h, self.mlp(self.norm2(h, shift2, scale2)), gate2, dropout)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "check_states", "check_tokens", "over_last_axis"]
+__all__ = ["at_least_float32", "check_sizes", "check_states", "check_tokens", "log_expm1", "over_last_axis"]
 
 
 def at_least_float32(a: Tensor) -> Tensor:
@@ -17,21 +17,33 @@ def at_least_float32(a: Tensor) -> Tensor:
     return a if a.dtype in (torch.float32, torch.float64) else a.float()
 
 
-def check_states(x: Tensor, length: int) -> None:
-    """Raise unless x is a (B, L) int64 tensor of sequences that the network was built for, 1 <= L <= length.
+def log_expm1(sigma: Tensor) -> Tensor:
+    """log(e^sigma - 1), without overflow for large and without cancellation for small sigma."""
+    return sigma + torch.log(-torch.expm1(-sigma))
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError for a size that is no positive integer, by its name."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive integer; got {size!r}")
+
+
+def check_states(x: Tensor, longest: int, length: int) -> None:
+    """Raise unless x is a (B, L) int64 tensor whose longest text has 1 to `length` tokens.
 
     Raises:
         TypeError: x is not int64.
-        ValueError: x has another number of axes, or L is out of bounds.
+        ValueError: x has another number of axes, or the text is too long for the network.
     """
     if x.dtype != torch.int64:
         raise TypeError(f"x holds token ids and must be int64; got {x.dtype}. Use x.long()")
     if x.ndim != 2:
         raise ValueError(f"x must have shape (B, L); got {tuple(x.shape)}. A single sequence is x[None]")
-    if not 1 <= x.shape[1] <= length:
+    if not 1 <= longest <= length:
         raise ValueError(
-            f"sequences of {x.shape[1]} tokens; this network takes 1 to {length}. "
-            "Shorten them, or build the network with a larger `length`"
+            f"a sequence of {longest} tokens; this network takes 1 to {length}. "
+            "Shorten it, or build the network with a larger `length`"
         )
 
 

@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sedd_nets.checks import over_last_axis
+from sedd_nets.checks import log_expm1, over_last_axis
 from sedd_nets.pretrained import model_section_of
 from sedd_nets.transformer import Transformer
 
-__all__ = ["SEDD", "log_expm1"]
+__all__ = ["SEDD"]
 
 
 class SEDD(Transformer):
@@ -53,7 +52,7 @@ class SEDD(Transformer):
         self.scale_by_sigma = scale_by_sigma
 
     @classmethod
-    def from_model_section(cls, config: Mapping[str, Any], num_states: int) -> SEDD:
+    def from_config(cls, config: Mapping[str, Any], num_states: int) -> SEDD:
         """A fresh network of the sizes in a published config (nested, with a `model` section)."""
         model = model_section_of(config, "SEDD", ("hidden_size", "cond_dim", "length", "n_blocks", "n_heads"))
         graph = config.get("graph", {}).get("type")
@@ -98,8 +97,3 @@ class SEDD(Transformer):
             # In place: the tensor is fresh, the largest there is, and no one's backward needs its old value.
             log_score.sub_(log_expm1(sigma) + math.log(self.num_states - 1))
         return log_score.scatter_(-1, x.unsqueeze(-1), 0.0)
-
-
-def log_expm1(sigma: Tensor) -> Tensor:
-    """log(e^sigma - 1), without overflow for large and without cancellation for small sigma."""
-    return sigma + torch.log(-torch.expm1(-sigma))

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sedd_nets.attention import Attention, sdpa
 from sedd_nets.blocks import Block, OutputLayer, SigmaEmbedding, TokenEmbedding
-from sedd_nets.checks import check_states, over_last_axis
+from sedd_nets.checks import check_sizes, check_states, over_last_axis
+from sedd_nets.conditioning import LabelCondition, PromptCondition, condition_from_section
+from sedd_nets.documents import Documents
 from sedd_nets.pretrained import load_strictly, read_config, read_weights, write_checkpoint
 from sedd_nets.rotary import Rotary
 
@@ -29,9 +33,10 @@ class Transformer(nn.Module, ABC):
     """A score model `(x, sigma) -> log_score` with a transformer trunk.
 
     Attributes:
-        attention: the callable that attends, (B, L, 3, H, d) -> (B, L, H, d); assign another at any time.
+        attention: the callable that attends; assign another at any time (see `sedd_nets.attention`).
         checkpoint_activations: when True, a backward pass keeps only each block's input and computes the block again
             (`torch.utils.checkpoint`, non-reentrant); assign at any time, results are the same.
+        condition_embed: None, or what embeds a condition (see `sedd_nets.conditioning`); assign to condition on it.
         sections: what a checkpoint's config.json says besides `model`: `tokens`, `graph`, `noise`, ...; plain
             values that the network itself does not use, kept for whoever does and written back by `save_pretrained`.
     """
@@ -53,6 +58,7 @@ class Transformer(nn.Module, ABC):
         self.cond_dim, self.dropout, self.length = cond_dim, dropout, length
         self.attention: Attention = sdpa
         self.checkpoint_activations = False
+        self.condition_embed: LabelCondition | PromptCondition | None = None
         self.sections: dict[str, Any] = {}
 
         self.vocab_embed = TokenEmbedding(num_states, width)
@@ -63,7 +69,7 @@ class Transformer(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_model_section(cls, config: Mapping[str, Any], num_states: int) -> Self:
+    def from_config(cls, config: Mapping[str, Any], num_states: int) -> Self:
         """A fresh network of the sizes that a checkpoint's config gives. Raises ValueError for another family's."""
 
     @abstractmethod
@@ -74,62 +80,132 @@ class Transformer(nn.Module, ABC):
     def head(self, hidden: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Log-scores of the rows that `hidden` gives: hidden (..., D), x (...), sigma a leading part; (..., N)."""
 
-    def conditioning(self, x: Tensor, sigma: Tensor) -> Tensor | None:
+    def conditioning(self, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor | None:
         """What modulates the blocks: (B, 1 or L, cond_dim) float32, or None for a network without conditioning."""
         sigma = over_last_axis(sigma, x)
+        if condition is not None and (self.condition_embed is None or self.sigma_map is None):
+            raise ValueError(
+                "a condition was given to a network without conditions: assign net.condition_embed = "
+                "LabelCondition(classes, net.cond_dim) or PromptCondition(prompt_dim, net.cond_dim) and train it"
+                if self.sigma_map is not None
+                else f"{type(self).__name__} is not modulated and takes no condition"
+            )
         if self.sigma_map is None:
             return None
-        return F.silu(self.sigma_map(sigma))
+        c: Tensor = self.sigma_map(sigma)
+        if condition is not None and self.condition_embed is not None:
+            c = c + self.condition_embed(condition)
+        return F.silu(c)
 
-    def hidden(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def hidden(
+        self, x: Tensor, sigma: Tensor, *, condition: Tensor | None = None, documents: Documents | None = None
+    ) -> Tensor:
         """What enters the head.
 
         Args:
             x: (B, L) int64 states.
             sigma: (B,) or (B, L) total noise.
+            condition: class labels (B,) or prompt embeddings (B, P), for a network with a `condition_embed`.
+            documents: where attention stays within; None: each row is one text.
 
         Returns:
             (B, L, D), after the final norm.
 
         Raises:
-            ValueError: x is no (B, L) or too long, or sigma's shape is no leading part of x's.
+            ValueError: x is no (B, L) or too long, sigma's shape is no leading part of x's, documents are another
+                batch's, or a condition is given that the network does not take.
             IndexError: a state is out of range.
         """
-        check_states(x, self.length)
-        c = self.conditioning(x, sigma)
+        if documents is not None and documents.ids.shape != x.shape:
+            raise ValueError(f"documents describe a batch {tuple(documents.ids.shape)}; x is {tuple(x.shape)}")
+        check_states(x, x.shape[-1] if documents is None else documents.longest, self.length)
+        c = self.conditioning(x, sigma, condition)
         cos, sin = self.rotary_emb(x.shape[1])
         h = self.vocab_embed(x)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, cos, sin, self.attention, use_reentrant=False)
+                h = checkpoint(block, h, c, cos, sin, self.attention, documents, use_reentrant=False)
             else:
-                h = block(h, c, cos, sin, self.attention)
+                h = block(h, c, cos, sin, self.attention, documents)
         out: Tensor = self.output_layer(h, c)
         return out
 
-    def forward(self, x: Tensor, sigma: Tensor, where: Tensor | None = None) -> Tensor:
+    def rows(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        where: Tensor | None,
+        *,
+        condition: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `head`: `hidden`, x and sigma, at the true positions of `where` or at all."""
+        if where is None:
+            return self.hidden(x, sigma, condition=condition, documents=documents), x, sigma
+        if where.shape != x.shape or where.dtype != torch.bool:
+            raise ValueError(
+                f"where must be a bool mask of x's shape {tuple(x.shape)}; got {where.dtype} {tuple(where.shape)}"
+            )
+        hidden = self.hidden(x, sigma, condition=condition, documents=documents)
+        return hidden[where], x[where], over_last_axis(sigma, x)[..., 0].expand(x.shape)[where]
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        where: Tensor | None = None,
+        *,
+        condition: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """The log-score, log p_t(y) / p_t(x) for every state y of every position.
 
         Args:
             x: (B, L) int64 states.
             sigma: (B,) total noise a sequence, or (B, L) a position.
             where: (B, L) bool; the rows to compute. The head sees those only.
+            condition: class labels (B,) or prompt embeddings (B, P), for a network with a `condition_embed`.
+            documents: where attention stays within; None: each row is one text.
 
         Returns:
             (B, L, N), or (M, N) for the M true positions of `where` in row-major order; float32.
 
         Raises:
-            ValueError: x, sigma or where has another shape, or the sequence is too long.
+            ValueError: x, sigma, where or documents has another shape, the sequence is too long, or the network does
+                not take the condition.
             IndexError: a state is out of range.
         """
-        if where is None:
-            return self.head(self.hidden(x, sigma), x, sigma)
-        if where.shape != x.shape or where.dtype != torch.bool:
-            raise ValueError(
-                f"where must be a bool mask of x's shape {tuple(x.shape)}; got {where.dtype} {tuple(where.shape)}"
-            )
-        rows = over_last_axis(sigma, x).expand(*x.shape, 1)[..., 0][where]
-        return self.head(self.hidden(x, sigma)[where], x[where], rows)
+        return self.head(*self.rows(x, sigma, where, condition=condition, documents=documents))
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part: `embedding`, `conditioning` (of sigma and y), `blocks` (the rest of them), `head`."""
+        counts = dict.fromkeys(("embedding", "conditioning", "blocks", "head"), 0)
+        for name, parameter in self.named_parameters():
+            if "adaLN" in name or name.startswith(("sigma_map", "condition_embed")):
+                part = "conditioning"
+            elif name.startswith("blocks"):
+                part = "blocks"
+            else:
+                part = "embedding" if name.startswith("vocab_embed") else "head"
+            counts[part] += parameter.numel()
+        return counts
+
+    def flops(self, length: int, *, rows: int | None = None) -> int:
+        """Floating-point operations of the matrix products and attention of one forward on one sequence.
+
+        A multiplication and an addition count 2. Element-wise work is left out, as in the usual utilisation figures
+        (MFU). A backward pass costs twice as much again.
+
+        Args:
+            length: L.
+            rows: how many positions reach the head; all unless given.
+        """
+        block = 2 * length * 12 * self.width**2 + 4 * length**2 * self.width
+        head = 2 * (length if rows is None else rows) * self.width * self.num_states
+        modulation = 0
+        if self.cond_dim is not None:
+            modulation = 2 * self.cond_dim * (256 + self.cond_dim + (6 * self.depth + 2) * self.width)
+        return self.depth * block + head + modulation
 
     @classmethod
     def from_pretrained(cls, folder_or_name: str | os.PathLike[str], *, revision: str | None = None) -> Self:
@@ -144,13 +220,27 @@ class Transformer(nn.Module, ABC):
             ConnectionError: no such folder, and the hub cannot be reached.
             ValueError: the config is another family's, or the weights do not match it key by key and shape by shape.
         """
-        source = os.fspath(folder_or_name)
         config = read_config(folder_or_name, revision=revision)
-        stored = read_weights(folder_or_name, revision=revision)
-        net = cls.from_model_section(config, states_of(stored, cls, source))
-        load_strictly(net, {key.removeprefix(cls.key_prefix): value for key, value in stored.items()}, source=source)
-        net.sections = {name: copy.deepcopy(value) for name, value in config.items() if name != "model"}
-        return net.eval()
+        return cls.from_checkpoint(
+            config, read_weights(folder_or_name, revision=revision), source=os.fspath(folder_or_name)
+        )
+
+    @classmethod
+    def from_checkpoint(cls, config: Mapping[str, Any], stored: Mapping[str, Tensor], *, source: str) -> Self:
+        """The network of a checkpoint already read; `source` names it in errors (ValueError, as `from_pretrained`)."""
+        table = cls.key_prefix + "vocab_embed.embedding"
+        fresh = cls.from_config(config, len(stored[table]) if table in stored else 1)
+        if table not in stored:
+            raise ValueError(
+                f"{source} holds no {table}: these are not the weights of {cls.__name__}. It begins with "
+                + ", ".join(sorted(stored)[:3])
+            )
+        condition = config.get("model", {}).get("condition")
+        if condition is not None and fresh.cond_dim is not None:
+            fresh.condition_embed = condition_from_section(condition, fresh.cond_dim)
+        load_strictly(fresh, {key.removeprefix(cls.key_prefix): value for key, value in stored.items()}, source=source)
+        fresh.sections |= {name: copy.deepcopy(value) for name, value in config.items() if name != "model"}
+        return fresh.eval()
 
     def save_pretrained(
         self,
@@ -178,22 +268,38 @@ class Transformer(nn.Module, ABC):
         state = own if state_dict is None else state_dict
         if state.keys() != own.keys():
             raise ValueError(f"state_dict is not this network's; keys that differ: {sorted(state.keys() ^ own.keys())}")
-        config = {**self.sections, **(sections or {}), "model": self.model_section()}
+        model = self.model_section()
+        if self.condition_embed is not None:
+            model["condition"] = self.condition_embed.section()
+        config = {**self.sections, **(sections or {}), "model": model}
         write_checkpoint(folder, config, {self.key_prefix + key: value for key, value in state.items()})
 
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        sections: Mapping[str, Any] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Upload the network",
+    ) -> str:
+        """Upload what `save_pretrained` writes to the hub repository `name`, created if need be.
 
-def states_of(stored: Mapping[str, Tensor], cls: type[Transformer], source: str) -> int:
-    """The number of states in a checkpoint's own weights, the only place that all published families give it."""
-    key = cls.key_prefix + "vocab_embed.embedding"
-    if key not in stored:
-        raise ValueError(
-            f"{source} holds no {key}: these are not the weights of {cls.__name__}. First keys: {sorted(stored)[:3]}"
-        )
-    return stored[key].shape[0]
+        Args:
+            name: "owner/repository".
+            sections: as for `save_pretrained`.
+            private: whether a new repository is private; None leaves it to the owner's default.
+            token: a token with write access; the one of `hf auth login` unless given.
+            message: of the commit.
 
+        Returns:
+            The commit's address.
 
-def check_sizes(**sizes: int) -> None:
-    """Raise ValueError for a size that is no positive integer, by its name."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a positive integer; got {size!r}")
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+        """
+        api = HfApi(token=token)
+        api.create_repo(name, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, sections=sections)
+            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)

@@ -1,0 +1,91 @@
+"""Class labels and prompt embeddings, on the path by which the noise level enters: c = silu(embed(sigma) + embed(y)).
+
+Both embeddings start at zero, so that a network which gains one still computes what it did, and both have a value
+that means "no condition": a label of -1, a prompt of zeros. Training on such values now and then and combining the
+two scores while sampling is classifier-free guidance (Ho & Salimans, 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sedd_nets.blocks import Float32Linear
+
+__all__ = ["LabelCondition", "PromptCondition", "condition_from_section"]
+
+
+class LabelCondition(nn.Module):
+    """One vector a class.
+
+    Args:
+        classes: the number of classes.
+        cond_dim: the network's `cond_dim`.
+    """
+
+    def __init__(self, classes: int, cond_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(classes, cond_dim))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Labels (B,) int64, -1 for none, to (B, 1, cond_dim).
+
+        Raises:
+            ValueError: labels has another shape or type.
+            IndexError: a label is out of range (checked on the CPU).
+        """
+        classes = self.weight.shape[0]
+        if labels.ndim != 1 or labels.dtype != torch.int64:
+            raise ValueError(f"labels must be (B,) int64; got {labels.dtype} {tuple(labels.shape)}")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = labels[(labels < -1) | (labels >= classes)]
+            if wrong.numel():
+                raise IndexError(f"label {int(wrong[0])} is outside 0..{classes - 1} (-1 means no label)")
+        known = labels >= 0
+        return (F.embedding(labels.clamp(min=0), self.weight) * known[:, None])[:, None]
+
+    def section(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        return {"type": "label", "classes": self.weight.shape[0]}
+
+
+class PromptCondition(nn.Module):
+    """A linear map of an embedding that another network made of a prompt.
+
+    Args:
+        prompt_dim: the width of the prompt's embedding.
+        cond_dim: the network's `cond_dim`.
+    """
+
+    def __init__(self, prompt_dim: int, cond_dim: int) -> None:
+        super().__init__()
+        self.linear = Float32Linear(prompt_dim, cond_dim, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, prompts: Tensor) -> Tensor:
+        """Prompt embeddings (B, prompt_dim) float, zeros for none, to (B, 1, cond_dim).
+
+        Raises:
+            ValueError: prompts has another shape.
+        """
+        if prompts.ndim != 2 or prompts.shape[1] != self.linear.in_features:
+            raise ValueError(f"prompts must be (B, {self.linear.in_features}); got {tuple(prompts.shape)}")
+        out: Tensor = self.linear(prompts)
+        return out[:, None]
+
+    def section(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        return {"type": "prompt", "prompt_dim": self.linear.in_features}
+
+
+def condition_from_section(section: Mapping[str, Any], cond_dim: int) -> LabelCondition | PromptCondition:
+    """The embedding that a config.json describes. Raises ValueError for an unknown type."""
+    if section.get("type") == "label":
+        return LabelCondition(section["classes"], cond_dim)
+    if section.get("type") == "prompt":
+        return PromptCondition(section["prompt_dim"], cond_dim)
+    raise ValueError(f"condition of type {section.get('type')!r} in config.json: expected 'label' or 'prompt'")
