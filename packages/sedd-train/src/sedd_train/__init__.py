@@ -1,1 +1,14 @@
-"""sedd-train."""
+"""Training discrete diffusion language models by score entropy, with DeepSpeed ZeRO.
+
+Modules, in the order of a run: `recipes` (its numbers), `launch` (its processes), `data` (text to blocks),
+`randomness` (times and noise), `engine` (the step), `ema`, `evaluation`, `checkpoint`, `report`; `pretrained` reads
+what came out, `prompts` says which tokens of a sample are given.
+"""
+
+from importlib.metadata import version
+
+from sedd_train.evaluation import Evaluation, evaluate
+from sedd_train.pretrained import Model, load
+
+__all__ = ["Evaluation", "Model", "evaluate", "load"]
+__version__ = version("sedd-train")

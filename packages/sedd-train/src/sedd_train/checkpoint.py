@@ -1,0 +1,279 @@
+"""Checkpoints that are whole or absent, and a run that continues from one digit for digit.
+
+A checkpoint is a folder `step-00000500` with
+- `config.json`, `model.safetensors` and the tokenizer's files: the averaged weights in the published format, which
+  `sedd_train.load` and `SEDD.from_pretrained` read;
+- `training.safetensors`: the weights and AdamW's two moments, by name and whole. They depend neither on the ZeRO stage
+  nor on the number of ranks, so a run may continue with others;
+- `manifest.json`: the counters, the recipe, and every file's SHA-256.
+
+It is written under another name, synchronised to the disk, and renamed; then `latest` is replaced in the same way. A
+process that dies or a disk that fills at any moment leaves the checkpoints before it as they were. Random numbers need
+no saving: they are functions of the seed and the step (`sedd_train.randomness`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from sedd_train import shards
+from sedd_train.ema import EMA
+
+__all__ = ["CheckpointError", "Checkpoint", "save", "export", "find", "last", "read", "restore", "check_space"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that could not be written or read; the message says which, and what is left."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been read and verified.
+
+    Attributes:
+        folder: where it lies.
+        manifest: the counters and whatever `save` was given besides.
+        weights: the weights, by name.
+        moments: AdamW's moments, `exp_avg` and `exp_avg_sq`, each by name; empty before the first step.
+        average: the averaged weights, by name.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    weights: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    average: dict[str, Tensor]
+
+    @property
+    def step(self) -> int:
+        """How many steps have been taken."""
+        return int(self.manifest["step"])
+
+
+def save(
+    run: Path, engine: Any, ema: EMA, tokenizer: Any, *, step: int, sections: dict[str, Any], keep: int, **more: Any
+) -> Path:
+    """Write the checkpoint of a step, and remove all but the last `keep`. Collective; rank 0 writes.
+
+    Args:
+        run: the folder of the run's checkpoints.
+        engine: the DeepSpeed engine.
+        ema: its moving average.
+        tokenizer: saved beside the weights.
+        step: how many steps have been taken.
+        sections: what config.json says about graph and noise.
+        keep: how many checkpoints to keep.
+        more: further JSON values for the manifest.
+
+    Raises:
+        CheckpointError: on every rank, if it could not be written; the checkpoints before it are intact.
+    """
+    tensors = {f"weights/{name}": value for name, value in shards.gather(engine).items()}
+    states = engine.basic_optimizer.state
+    pieces = [states.get(master, {}) for master in shards.owned(engine)]
+    adam_steps = 0
+    if all("exp_avg" in piece for piece in pieces):
+        adam_steps = max((int(piece["step"]) for piece in pieces), default=0)
+        for moment in MOMENTS:
+            whole = shards.gather(engine, [piece[moment] for piece in pieces])
+            tensors |= {f"{moment}/{name}": value for name, value in whole.items()}
+    average = ema.gather()
+    folder = run / f"step-{step:08d}"
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        counters = {"step": step, "adam_steps": adam_steps, "ema_updates": ema.updates}
+        try:
+            _write(folder, engine.module.net, average, tensors, tokenizer, sections, counters | more)
+            _prune(run, keep)
+        except (OSError, SafetensorError) as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        last = find(run)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {run}: {failure[0]}. "
+            + (
+                f"The last good one is {last}; make room, and continue from it with --resume"
+                if last
+                else "None is left"
+            )
+        )
+    return folder
+
+
+def export(folder: Path, net: nn.Module, average: dict[str, Tensor], tokenizer: Any, sections: dict[str, Any]) -> None:
+    """Write averaged weights in the published format with their tokenizer, for `sedd_train.load`."""
+    state = {name: value.cpu() for name, value in net.named_buffers()} | average
+    state = {name: state[name] for name in net.state_dict()}
+    net.save_pretrained(folder, sections=sections, state_dict=state)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def _write(
+    folder: Path,
+    net: nn.Module,
+    average: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    tokenizer: Any,
+    sections: dict[str, Any],
+    manifest: dict[str, Any],
+) -> None:
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        export(scratch, net, average, tokenizer, sections)
+        safetensors.torch.save_file(tensors, scratch / "training.safetensors")
+        files = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
+        (scratch / "manifest.json").write_text(json.dumps(manifest | {"files": files}, indent=1))
+        for path in [*scratch.iterdir(), scratch]:
+            _synchronise(path)
+        if folder.exists():  # of a run that was resumed before it
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+        _synchronise(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    latest = folder.with_name(f".latest.{os.getpid()}")
+    try:
+        latest.write_text(folder.name)
+        _synchronise(latest)
+        latest.rename(folder.with_name("latest"))
+        _synchronise(folder.parent)
+    finally:
+        latest.unlink(missing_ok=True)
+
+
+def _synchronise(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folders(run: Path) -> list[Path]:
+    """The checkpoints' folders, last step first."""
+    return sorted((path for path in run.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def _prune(run: Path, keep: int) -> None:
+    for folder in _folders(run)[keep:]:
+        shutil.rmtree(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as it was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, digest in manifest["files"].items():
+            if _sha256(folder / name) != digest:
+                return f"{folder / name} is not as it was written (its checksum differs)"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{folder} is incomplete ({type(error).__name__}: {error})"
+    return None
+
+
+def find(run: Path) -> Path | None:
+    """The last checkpoint that is whole; a damaged one is named in a warning and passed over."""
+    folders = _folders(run)
+    latest = run / "latest"
+    if latest.is_file():  # what was published; a folder after it was renamed by a process that died right then
+        folders.sort(key=lambda folder: folder.name != latest.read_text().strip())
+    for folder in folders:
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        warnings.warn(f"{wrong}; using the checkpoint before it", stacklevel=2)
+    return None
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint of a folder.
+
+    Raises:
+        CheckpointError: the folder is damaged.
+    """
+    wrong = damage(folder)
+    if wrong is not None:
+        raise CheckpointError(wrong)
+    tensors = safetensors.torch.load_file(folder / "training.safetensors")
+
+    def part(kind: str) -> dict[str, Tensor]:
+        return {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
+
+    moments = {moment: values for moment in MOMENTS if (values := part(moment))}
+    average = safetensors.torch.load_file(folder / "model.safetensors")
+    return Checkpoint(folder, json.loads((folder / "manifest.json").read_text()), part("weights"), moments, average)
+
+
+def last(run: Path, fingerprint: str) -> Checkpoint:
+    """The checkpoint to continue a run from.
+
+    Raises:
+        CheckpointError: there is none that is whole, or it was trained on other text than `fingerprint` names.
+    """
+    folder = find(run)
+    if folder is None:
+        raise CheckpointError(f"no whole checkpoint in {run} to continue from; start anew without --resume")
+    checkpoint = read(folder)
+    if checkpoint.manifest.get("fingerprint") != fingerprint:
+        raise CheckpointError(
+            f"{folder} was trained on other text or another vocabulary (its fingerprint is "
+            f"{checkpoint.manifest.get('fingerprint')}, the corpus's now {fingerprint})"
+        )
+    return checkpoint
+
+
+def restore(checkpoint: Checkpoint, engine: Any, ema: EMA) -> None:
+    """Bring AdamW and the moving average where they were. The engine was started from `checkpoint.weights`."""
+    if checkpoint.moments:
+        moments = {name: shards.scatter(engine, values) for name, values in checkpoint.moments.items()}
+        steps = float(checkpoint.manifest["adam_steps"])
+        for i, master in enumerate(shards.owned(engine)):
+            state = {name: pieces[i] for name, pieces in moments.items()}
+            engine.basic_optimizer.state[master] = {"step": torch.tensor(steps), **state}
+    ema.restore(checkpoint.average, int(checkpoint.manifest["ema_updates"]))
+
+
+def check_space(run: Path, parameters: int, keep: int) -> None:
+    """There is room for the checkpoints of a run.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or its disk is too small.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / f".probe.{os.getpid()}"
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"checkpoints cannot be written to {run}: {error.strerror}") from error
+    needed = 16 * parameters * (keep + 1)  # weights, two moments, average, in float32
+    have = sum(path.stat().st_size for folder in _folders(run) for path in folder.iterdir())
+    free = shutil.disk_usage(run).free + have
+    if free < needed:
+        raise CheckpointError(
+            f"{run} has room for {free / 1e9:.3g} GB of checkpoints, and the run needs {needed / 1e9:.3g} GB ({keep} "
+            "kept and one being written); make room, give another --output, or a smaller --keep"
+        )

@@ -1,0 +1,154 @@
+"""The DeepSpeed engine: ZeRO 0 to 3, AdamW, clipping, accumulation, float32 or bfloat16, and one step of it.
+
+The loss and the network meet inside one module's forward, because ZeRO 3 gathers a module's weights when its forward
+runs and at no other time. bfloat16 is autocast over float32 weights; the loss switches autocast off for everything
+after the network's head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sedd_objectives import denoising_loss
+from torch import Tensor, nn
+
+__all__ = ["Loss", "start_engine", "learning_rate", "Step", "train_step"]
+
+
+class Loss(nn.Module):
+    """The denoising loss of a network, as the one module that DeepSpeed sees.
+
+    Args:
+        net: the score model.
+        graph: the forward process.
+        noise: its schedule.
+    """
+
+    def __init__(self, net: nn.Module, graph: Any, noise: Any) -> None:
+        super().__init__()
+        self.net, self.graph, self.noise = net, graph, noise
+
+    def forward(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+        """The integrand of eq. 10 at times t, (B,) nats a sequence; x0, xt (B, L), t (B,)."""
+        loss: Tensor = denoising_loss(self.net, self.graph, self.noise, x0, t, xt=xt)
+        return loss
+
+
+def start_engine(
+    loss: Loss,
+    *,
+    batch_size: int,
+    micro_batches: int,
+    stage: int = 1,
+    precision: str = "fp32",
+    clip: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Any:
+    """A DeepSpeed engine over the loss's network, every rank's with the weights of rank 0.
+
+    Args:
+        loss: the module to train.
+        batch_size: sequences a step, over all ranks.
+        micro_batches: into how many parts all ranks together cut a step.
+        stage: ZeRO stage.
+        precision: fp32 or bf16.
+        clip: largest norm of the gradient, 0 for none.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's weight decay.
+    """
+    import deepspeed
+
+    # torch's own AdamW: DeepSpeed's compiles itself at first use. The learning rate is set before every step.
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+    size = sum(p.numel() for p in loss.parameters())
+    config: dict[str, Any] = {
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": batch_size // micro_batches,
+        "gradient_clipping": clip,
+        "steps_per_print": 1 << 62,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            # DeepSpeed's default buckets are half a billion elements, allocated up front.
+            "reduce_bucket_size": max(1 << 16, min(size, 1 << 26)),
+        },
+    }
+    if stage == 3:
+        config["zero_optimization"] |= {
+            "stage3_prefetch_bucket_size": max(1 << 16, min(size // 4, 1 << 25)),
+            "stage3_param_persistence_threshold": 1 << 14,
+            "stage3_max_live_parameters": 1 << 30,
+        }
+    if precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config)
+    return engine
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, steps: int, decay_to: float = 1.0) -> float:
+    """The learning rate of a step: linear warm-up to `peak`, then constant, or a cosine to `decay_to * peak`."""
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
+    return peak * rise * (decay_to + (1 - decay_to) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step came to, the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch, nats a sequence.
+        grad_norm: norm of the mean gradient before clipping; nan where DeepSpeed does not tell.
+        applied: whether the weights changed; False when the loss or the gradient was not finite.
+        stop: whether any rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    stop: bool
+
+
+def train_step(engine: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], lr: float, stop: bool = False) -> Step:
+    """One optimiser step over this rank's micro-batches (x0, xt, t). Collective.
+
+    A step whose loss or gradient is not finite leaves the weights and AdamW's moments as they were.
+    """
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = lr
+    total = torch.zeros(3, dtype=torch.float64)  # summed loss, sequences, requests to stop
+    total[2] = stop
+    for batch in batches:
+        loss = engine(*(tensor.to(engine.device, non_blocking=True) for tensor in batch))
+        engine.backward(loss.mean())
+        total[0] += loss.detach().double().sum().cpu()
+        total[1] += len(loss)
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+    total = total.to(engine.device)
+    dist.all_reduce(total)
+    mean = float(total[0] / total[1])
+    applied, norm = _apply(engine)
+    return Step(mean, norm, applied and math.isfinite(mean), bool(total[2] > 0))
+
+
+def _apply(engine: Any) -> tuple[bool, float]:
+    """Take the optimiser's step: whether it was applied, and the gradient's norm."""
+    if engine.zero_optimization_stage() == 0:  # alone in neither reporting the norm nor refusing a gradient of nan
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            engine.zero_grad()  # to None: AdamW leaves such parameters alone
+        engine.step()
+        return math.isfinite(norm), norm
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    return bool(engine.was_step_applied()), float("nan") if norm is None else float(norm)

@@ -1,0 +1,115 @@
+"""A trained model as a whole: network, graph, noise schedule and tokenizer, from one folder or published name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sedd_graphs import Absorbing, Geometric, LogLinear, Uniform
+from sedd_nets import SEDD
+
+from sedd_train import data
+
+__all__ = ["Model", "load", "make_graph", "make_noise", "sections"]
+
+GPT2_SIZE = 50257
+
+
+class Model(NamedTuple):
+    """What `load` gives: the network in evaluation mode, and what it was trained with."""
+
+    net: SEDD
+    graph: Any
+    noise: Any
+    tokenizer: Any
+
+
+def load(folder_or_name: str | Path, *, tokenizer: Any = None) -> Model:
+    """Read a checkpoint: a folder of this package, a folder in the published format, or a name on the hub.
+
+    A run's folder stands for its `export`, or for its last checkpoint while it has none.
+
+    Args:
+        folder_or_name: for instance "runs/tiny/export" or "louaaron/sedd-small".
+        tokenizer: to use in place of the folder's. A published folder has none, and GPT-2's is taken where the
+            vocabulary has GPT-2's size.
+
+    Raises:
+        FileNotFoundError, ConnectionError: no such folder, and no such name on the hub or no hub.
+        ValueError: the config, the weights and the tokenizer do not fit each other.
+    """
+    source = _folder(Path(folder_or_name)) if Path(folder_or_name).is_dir() else folder_or_name
+    net = SEDD.from_pretrained(source)
+    config = net.sections
+    for name in ("graph", "noise"):
+        if not isinstance(config.get(name), dict) or "type" not in config[name]:
+            raise ValueError(f"{source}: config.json does not say which {name} the network was trained with")
+    graph = make_graph(config["graph"]["type"], int(config.get("tokens", 0)) or net.num_states)
+    if graph.num_states != net.num_states:
+        raise ValueError(
+            f"{source}: config.json names {config.get('tokens')} tokens and the {config['graph']['type']} graph, which "
+            f"makes {graph.num_states} states, but the weights have {net.num_states}"
+        )
+    noise = make_noise(config["noise"])
+    vocabulary = graph.num_states - (graph.mask_id is not None)
+    if tokenizer is None:
+        if isinstance(source, Path) and (source / "tokenizer.json").exists():
+            tokenizer = data.tokenizer(str(source))
+        elif vocabulary == GPT2_SIZE:
+            tokenizer = data.tokenizer("gpt2")
+        else:
+            raise ValueError(
+                f"{source} has no tokenizer.json and {vocabulary} tokens, which is not GPT-2's {GPT2_SIZE}: give the "
+                "tokenizer it was trained with, load(..., tokenizer=...)"
+            )
+    if len(tokenizer) != vocabulary:
+        raise ValueError(
+            f"{source} was trained on a vocabulary of {vocabulary} tokens, and the tokenizer has {len(tokenizer)}: it "
+            "is another model's; give the one it was trained with"
+        )
+    return Model(net, graph, noise, tokenizer)
+
+
+def _folder(folder: Path) -> Path:
+    """Where in a run's folder the model is; any other folder itself."""
+    if (folder / "config.json").exists():
+        return folder
+    if (folder / "export" / "config.json").exists():
+        return folder / "export"
+    latest = folder / "checkpoints" / "latest"
+    return latest.parent / latest.read_text().strip() if latest.exists() else folder
+
+
+def make_graph(kind: str, vocab_size: int) -> Absorbing | Uniform:
+    """The graph that a published config calls `absorb` or `uniform`.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind == "absorb":
+        return Absorbing(vocab_size)
+    if kind == "uniform":
+        return Uniform(vocab_size)
+    raise ValueError(f"graph type {kind!r}: expected 'absorb' or 'uniform'")
+
+
+def make_noise(section: dict[str, Any]) -> LogLinear | Geometric:
+    """The schedule that a published config's `noise` section describes.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if section["type"] == "loglinear":
+        return LogLinear(eps=float(section.get("eps", 1e-3)))
+    if section["type"] == "geometric":
+        return Geometric(sigma_min=float(section["sigma_min"]), sigma_max=float(section["sigma_max"]))
+    raise ValueError(f"noise type {section['type']!r}: expected 'loglinear' or 'geometric'")
+
+
+def sections(graph: str, noise: str, *, tokens: int, sigma_min: float, sigma_max: float) -> dict[str, Any]:
+    """What a published config.json says beside the network's sizes; `load` reads it back."""
+    return {
+        "tokens": tokens,
+        "graph": {"type": graph},
+        "noise": {"type": noise, "sigma_min": sigma_min, "sigma_max": sigma_max},
+    }

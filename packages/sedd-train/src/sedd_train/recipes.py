@@ -1,0 +1,234 @@
+"""Recipes: all the numbers of a training run, in one flat table, read from TOML and overridden on the command line.
+
+A recipe file groups its values in sections for the reader; the names are unique, and the sections carry no meaning.
+A value that a file leaves out has the default of `Recipe`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+__all__ = ["Recipe", "recipe_names", "read_recipe", "for_run", "add_arguments", "override", "to_toml"]
+
+
+def _value(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The values of one training run; `check` says which combinations make no sense."""
+
+    corpus: str = _value(
+        "sotu", "what to train on: 'sotu', a text file, a folder of text files, or 'hub:NAME[:CONFIG]'"
+    )
+    tokenizer: str = _value("gpt2", "'gpt2', 'bpe:SIZE' (trained on the corpus), a folder, or a name on the hub")
+    length: int = _value(1024, "tokens a block")
+
+    graph: str = _value("absorb", "forward process: absorb or uniform")
+    noise: str = _value("loglinear", "noise schedule: loglinear or geometric")
+    sigma_min: float = _value(1e-4, "least total noise of the geometric schedule")
+    sigma_max: float = _value(20.0, "largest total noise of the geometric schedule")
+    width: int = _value(768, "features a position")
+    depth: int = _value(12, "transformer blocks")
+    heads: int = _value(12, "attention heads")
+    cond_dim: int = _value(128, "features of the noise embedding")
+    dropout: float = _value(0.1, "dropout probability")
+    scale_by_sigma: bool = _value(True, "subtract log(expm1 sigma) and log(N - 1) from the logits (absorb)")
+
+    steps: int = _value(400_000, "optimiser steps")
+    batch_size: int = _value(512, "blocks a step, over all ranks")
+    micro_batch_size: int = _value(0, "blocks a rank takes at once; 0: its whole share, without accumulation")
+    learning_rate: float = _value(3e-4, "learning rate after the warm-up")
+    decay_to: float = _value(1.0, "the learning rate's last value, as a fraction; 1 keeps it constant (else cosine)")
+    beta1: float = _value(0.9, "AdamW's first decay rate")
+    beta2: float = _value(0.999, "AdamW's second decay rate")
+    eps: float = _value(1e-8, "AdamW's epsilon")
+    weight_decay: float = _value(0.0, "AdamW's weight decay")
+    warmup: int = _value(2500, "steps over which the learning rate rises linearly")
+    clip: float = _value(1.0, "largest norm of the gradient; 0: no clipping")
+    ema: float = _value(0.9999, "decay of the weights' moving average")
+    t_min: float = _value(1e-3, "least time in training")
+    precision: str = _value("fp32", "fp32, or bf16 (autocast over float32 weights)")
+    zero_stage: int = _value(1, "ZeRO stage 0 to 3: what the ranks share (1 optimiser, 2 gradients, 3 weights)")
+    activation_checkpointing: bool = _value(False, "recompute each block in the backward pass, to save memory")
+    seed: int = _value(0, "seed of everything random")
+    max_skipped: int = _value(10, "non-finite steps in a row after which training stops")
+
+    log_every: int = _value(10, "steps between lines of the log")
+    evaluate_every: int = _value(5000, "steps between validation bounds and samples")
+    evaluate_blocks: int = _value(256, "validation blocks for the bound")
+    evaluate_times: int = _value(16, "noise levels for each of these blocks")
+    checkpoint_every: int = _value(5000, "steps between checkpoints")
+    keep: int = _value(2, "checkpoints kept")
+    sample_steps: int = _value(128, "steps of the sampler for samples while training")
+
+    def check(self) -> Recipe:
+        """The recipe itself.
+
+        Raises:
+            ValueError: a value, or a pair of them, makes no sense; the message names it and says what would.
+        """
+        positive = ["length", "width", "depth", "heads", "cond_dim", "steps", "batch_size", "learning_rate", "eps"]
+        positive += ["max_skipped", "log_every", "evaluate_every", "evaluate_blocks", "evaluate_times"]
+        positive += ["checkpoint_every", "keep", "sample_steps"]
+        for name in positive:
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        for name in ["micro_batch_size", "warmup", "clip", "weight_decay", "seed"]:
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ["dropout", "ema", "beta1", "beta2"]:
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
+        _require(0 < self.t_min < 1, "t_min", self.t_min, "a time in (0, 1)")
+        _require(0 <= self.decay_to <= 1, "decay_to", self.decay_to, "a fraction in [0, 1]")
+        _require(
+            0 < self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, f"in (0, sigma_max = {self.sigma_max})"
+        )
+        _require(self.graph in ("absorb", "uniform"), "graph", self.graph, "absorb or uniform")
+        _require(self.noise in ("loglinear", "geometric"), "noise", self.noise, "loglinear or geometric")
+        _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
+        _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads = {self.heads}")
+        return self
+
+    def micro_batches(self, world_size: int) -> int:
+        """How many micro-batches all ranks together run in a step.
+
+        Raises:
+            ValueError: the ranks cannot divide the batch into micro-batches of this size.
+        """
+        micro = self.micro_batch_size or self.batch_size // world_size
+        if micro == 0 or self.batch_size % (micro * world_size):
+            size = f"micro-batches of {micro}" if self.micro_batch_size else "equal shares"
+            suggested = world_size * (self.micro_batch_size or 1)
+            raise ValueError(
+                f"batch_size = {self.batch_size} cannot be divided over {world_size} ranks in {size}; choose a "
+                f"multiple of {suggested}, for instance --batch-size {suggested * max(1, round(self.batch_size / suggested))}, "
+                "or another number of ranks"
+            )
+        return self.batch_size // micro
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r}: expected {expected} (--{name.replace('_', '-')})")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    files = resources.files("sedd_train").joinpath("recipes").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def read_recipe(name: str | Path) -> Recipe:
+    """A recipe of the package by its name, or of a file by its path (which ends in .toml).
+
+    Raises:
+        ValueError: no such recipe, not TOML, an unknown key, a value of the wrong type.
+    """
+    if str(name).endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"no recipe file {path}; the package has the recipes {', '.join(recipe_names())}")
+        text = path.read_text(encoding="utf-8")
+    elif str(name) in recipe_names():
+        text = resources.files("sedd_train").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise ValueError(
+            f"unknown recipe {str(name)!r}: the package has {', '.join(recipe_names())}; a file's name ends in .toml"
+        )
+    try:
+        sections = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {name} is not TOML: {error}") from None
+    values: dict[str, Any] = {}
+    for key, value in sections.items():
+        values.update(value if isinstance(value, dict) else {key: value})
+    return override(Recipe(), values, source=f"recipe {name}")
+
+
+FIXED = (  # what a run keeps to its end: another value would make it another run
+    *("corpus", "tokenizer", "length", "graph", "noise", "sigma_min", "sigma_max", "width", "depth", "heads"),
+    *("cond_dim", "scale_by_sigma", "batch_size", "seed"),
+)
+
+
+def for_run(output: Path, name: str | Path, values: dict[str, Any], *, resume: bool) -> Recipe:
+    """The recipe of a run: a new one's by name, a resumed one's as it was started, each with values replaced.
+
+    Args:
+        output: the run's folder, where a run that has started has its `recipe.toml`.
+        name: the recipe of a new run.
+        values: what the command line replaces.
+        resume: whether to continue the run in `output`.
+
+    Raises:
+        ValueError: there is no run to continue, or one that would be overwritten; or a value is wrong, or one that a
+            run cannot change on its way.
+    """
+    stored = output / "recipe.toml"
+    if not resume:
+        if any((output / "checkpoints").glob("step-*")):
+            raise ValueError(
+                f"{output} holds a run with checkpoints: continue it with --resume, or give another --output"
+            )
+        return override(read_recipe(name), values)
+    if not stored.is_file():
+        raise ValueError(f"there is no run to continue in {output} (no recipe.toml); start it without --resume")
+    started = read_recipe(stored)
+    recipe = override(started, values)
+    for value in FIXED:
+        before, after = getattr(started, value), getattr(recipe, value)
+        if before != after:
+            raise ValueError(f"{value} = {after!r}, but the run in {output} was started with {before!r}: leave it out")
+    return recipe
+
+
+def override(recipe: Recipe, values: dict[str, Any], source: str = "command line") -> Recipe:
+    """The recipe with some values replaced.
+
+    Raises:
+        ValueError: an unknown name or a value of the wrong type.
+    """
+    types = get_type_hints(Recipe)
+    for name, value in values.items():
+        if name not in types:
+            close = difflib.get_close_matches(name, types, n=1)
+            raise ValueError(f"{source}: unknown value {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        if types[name] is float and type(value) is int:
+            values = values | {name: float(value)}
+        elif type(value) is not types[name]:
+            raise ValueError(f"{source}: {name} = {value!r} should be of type {types[name].__name__}")
+    return dataclasses.replace(recipe, **values).check()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each of a recipe's values, absent from the result unless given."""
+    types = get_type_hints(Recipe)
+    group = parser.add_argument_group("recipe values", "each overrides the recipe's")
+    for value in dataclasses.fields(Recipe):
+        option = f"--{value.name.replace('_', '-')}"
+        help = value.metadata["help"].replace("%", "%%")
+        if types[value.name] is bool:
+            action: Any = argparse.BooleanOptionalAction
+            group.add_argument(option, default=argparse.SUPPRESS, action=action, help=help)
+        else:
+            kind = types[value.name]
+            metavar = {int: "N", float: "X", str: "S"}[kind]
+            group.add_argument(option, default=argparse.SUPPRESS, type=kind, metavar=metavar, help=help)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as a TOML text that `read_recipe` reads back."""
+    lines = []
+    for name, value in dataclasses.asdict(recipe).items():
+        text = repr(value) if isinstance(value, float) else json.dumps(value)  # both are TOML
+        lines.append(f"{name} = {text}")
+    return "\n".join(lines) + "\n"
