@@ -50,6 +50,10 @@ class Graph(Protocol):
 class LikelihoodGraph(Graph, Protocol):
     """What the bound needs besides: the end terms at t = 1 and t = t_min."""
 
+    @property
+    def mask_id(self) -> int | None:
+        """The state that is no token and never occurs in clean data; None when every state is a token."""
+
     def prior_kl(self, x0: Tensor, sigma: Tensor, /) -> Tensor:
         """KL(exp(sigma Q)[., x0] || prior), (...) nats."""
 

@@ -6,10 +6,9 @@ is float with a shape that is a leading part of x's, (B,) or (B, L) for x of sha
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 __all__ = ["Row", "Graph", "Noise", "ScoreModel"]
 
@@ -41,13 +40,14 @@ class Graph(Protocol):
     def mask_id(self) -> int | None:
         """The state that is no token and may not be left in a finished sample; None when every state is a token."""
 
-    def sample_prior(
-        self, shape: tuple[int, ...], /, *, generator: Generator | None = None, device: torch.device | str | None = None
-    ) -> Tensor:
-        """States from the limit distribution of the forward process, `shape` int64."""
+    def prior(self, sigma: Tensor, /) -> Row:
+        """The law of a position at total noise sigma (...), whatever the token; asked at infinity, for the limit."""
 
     def rates_into(self, x: Tensor, /) -> Row:
         """Q[x, .]: the rates of the jumps that lead into x; the diagonal entry is the negative rate of leaving."""
+
+    def rates_out_of(self, x: Tensor, /) -> Row:
+        """Q[., x]: the rates of the jumps that lead out of x; only corrector steps ask for it."""
 
     def transition_into(self, x: Tensor, sigma: Tensor, /) -> Row:
         """exp(sigma Q)[x, .]: the probability of x given each state before."""
@@ -70,5 +70,5 @@ class ScoreModel(Protocol):
     (M, N), in row-major order. The samplers use it when it is offered and index when it is not.
     """
 
-    def __call__(self, x: Tensor, sigma: Tensor, /) -> Any:
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
         """Log-score at (B, L) int64 states and (B,) total noise."""

@@ -1,0 +1,183 @@
+"""An upper bound on the negative log-likelihood of a sequence, with all of its terms.
+
+    -log p(x0) <=  integral over t in [t_min, 1] of the diffusion loss        (eq. 10)
+                 + KL( p_{1|0}(. | x0) || prior )                             (eq. 9)
+                 + E_{x ~ p(. | x0), t = t_min} [ -log p(x0 | x) ]
+
+Leaving out the last two gives a number, not a bound: the integral starts at t_min > 0, and the process has not reached
+its prior at t = 1. The decoder p(x0 | x) may be any distribution over tokens, one for each position; here it is
+Tweedie's (eq. 18), p(y | x) proportional to ( exp(-sigma Q) s )_y exp(sigma Q)[x, y]. A score that is not exact can
+make entries of it negative: they are set to 0, the mask state is left out, the rest is normalised, and a share of 1e-6
+is spread evenly over the tokens, so that what remains is a distribution and no token is impossible. The bound then
+holds for any score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from .checks import check_states, check_weight, expand_leading, sum_dtype
+from .denoising import denoising_loss, score_rows
+from .interfaces import LikelihoodGraph, Noise, ScoreModel
+from .jumps import can_move
+from .score_entropy import CHUNK_ELEMENTS, check_not_nan
+
+__all__ = ["Bound", "likelihood_bound", "reconstruction_loss"]
+
+EVEN_SHARE = 1e-6
+"""Probability that the decoder gives away evenly: costs 1e-6 nats a token at most, and bounds the loss of any token."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on -log p(x0) in nats a sequence; every field is (B,), float64 where the device has it."""
+
+    value: Tensor
+    """The bound's estimate, diffusion + prior + reconstruction."""
+    standard_error: Tensor
+    """Monte Carlo standard error of `value`, over times and noise."""
+    diffusion: Tensor
+    """The integral of the diffusion loss over [t_min, 1]."""
+    prior: Tensor
+    """KL between the noised data at t = 1 and the prior; exact."""
+    reconstruction: Tensor
+    """Expected -log-probability of the clean tokens given those at t_min."""
+
+
+@torch.no_grad()
+def likelihood_bound(
+    score: ScoreModel,
+    graph: LikelihoodGraph,
+    noise: Noise,
+    x0: Tensor,
+    *,
+    num_times: int = 128,
+    num_reconstructions: int = 16,
+    weight: Tensor | None = None,
+    generator: Generator | None = None,
+    t_min: float = 1e-3,
+) -> Bound:
+    """Estimate the bound on -log p(x0) and its standard error.
+
+    The times are stratified, two independent ones in each of num_times / 2 strata: the two give an unbiased estimate of
+    the variance that is left within the strata, where independent times would overstate it and one a stratum hide it.
+
+    Args:
+        score: the score model; called num_times + num_reconstructions times with all of x0.
+        graph: the forward process; its prior at t = 1 is the one meant by the bound.
+        noise: the schedule.
+        x0: (B, L) int64, tokens.
+        num_times: evaluations of the diffusion loss a sequence; even.
+        num_reconstructions: evaluations of the reconstruction term a sequence; at least 2.
+        weight: (B,) or (B, L) factor >= 0 of each position in all three terms; 0 for padding.
+        generator: for times and noise.
+        t_min: the lower end of the integral, where the reconstruction term takes over.
+
+    Raises:
+        ValueError: as `denoising_loss`; an odd or too small number of evaluations.
+    """
+    if num_times < 2 or num_times % 2:
+        raise ValueError(f"num_times must be even and at least 2, got {num_times}: two times share a stratum")
+    if num_reconstructions < 2:
+        raise ValueError(f"num_reconstructions must be at least 2, to estimate an error, got {num_reconstructions}")
+    if not 0 < t_min < 1:
+        raise ValueError(f"t_min must lie in (0, 1), got {t_min}")
+    if x0.ndim != 2:
+        raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
+    check_states("x0", x0, graph.num_states)
+    dtype, batch = sum_dtype(x0.device), len(x0)
+    factor = None if weight is None else check_weight(weight, x0)
+
+    strata = num_times // 2
+    diffusion, variance = x0.new_zeros(batch, dtype=dtype), x0.new_zeros(batch, dtype=dtype)
+    for stratum in range(strata):
+        pair = []
+        for _ in range(2):
+            offset = torch.rand(batch, generator=generator, device=x0.device)
+            unit = ((stratum + offset) / strata).clamp_max(1 - torch.finfo(offset.dtype).eps / 2)
+            t = t_min + (1 - t_min) * unit
+            pair.append(denoising_loss(score, graph, noise, x0, t, weight=factor, generator=generator).to(dtype))
+        diffusion += (1 - t_min) * (pair[0] + pair[1]) / num_times
+        variance += ((1 - t_min) * (pair[0] - pair[1]) / num_times) ** 2
+
+    times = torch.full((num_reconstructions, batch), t_min, device=x0.device)
+    draws = torch.stack(
+        [reconstruction_loss(score, graph, noise, x0, t, weight=factor, generator=generator) for t in times]
+    )
+    reconstruction = draws.mean(0)
+    variance += draws.var(0) / num_reconstructions
+
+    kl = graph.prior_kl(x0, noise(torch.ones(batch, device=x0.device))[0]).to(dtype)
+    prior = (kl if factor is None else kl * factor).sum(-1)
+    return Bound(diffusion + prior + reconstruction, variance.sqrt(), diffusion, prior, reconstruction)
+
+
+@torch.no_grad()
+def reconstruction_loss(
+    score: ScoreModel,
+    graph: LikelihoodGraph,
+    noise: Noise,
+    x0: Tensor,
+    t: Tensor,
+    *,
+    xt: Tensor | None = None,
+    weight: Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """-log p(x0 | x_t), summed over positions, by one Tweedie step from t to clean tokens (eq. 18).
+
+    Args:
+        score: the score model; called once.
+        graph: the forward process.
+        noise: the schedule.
+        x0: (B, L) int64, tokens.
+        t: (B,) float times.
+        xt: (B, L) int64, states at t; drawn from the forward process if None.
+        weight: (B,) or (B, L) factor >= 0 of each position.
+        generator: for the noising.
+
+    Returns:
+        (B,) nats a sequence, float64 where the device has it. A position into which no jump leads is still clean: 0.
+    """
+    sigma, _ = noise(t)
+    per_position = expand_leading("sigma", sigma, x0)
+    if xt is None:
+        xt = graph.sample(x0, sigma, generator=generator)
+    live = can_move(graph.rates_into(xt), xt, graph.num_states)
+    factor = None if weight is None else check_weight(weight, x0)
+    if factor is not None:
+        live = live & (factor > 0)
+    log_score, positions = score_rows(score, xt, sigma, live, graph.num_states)
+    x, clean, sigma = xt[live], x0[live], per_position[live]
+    log_score = log_score.reshape(-1, graph.num_states)
+    loss = x0.new_zeros(len(x), dtype=sum_dtype(x0.device))
+    size = max(1, CHUNK_ELEMENTS // graph.num_states)
+    with torch.autocast(x0.device.type, enabled=False):
+        for start in range(0, len(x), size):
+            chunk = slice(start, start + size)
+            rows = log_score[chunk] if positions is None else log_score[positions[chunk]]
+            loss[chunk] = -_log_decoder(rows.to(loss.dtype), graph, x[chunk], clean[chunk], sigma[chunk].to(loss.dtype))
+    check_not_nan(loss, log_score)
+    full = loss.new_zeros(x0.shape).masked_scatter(live, loss)
+    return (full if factor is None else full * factor).sum(-1)
+
+
+def _log_decoder(log_score: Tensor, graph: LikelihoodGraph, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """Log p(x0 | x) of the decoder, (m,), from log_score (m, N)."""
+    log_score = log_score.scatter(-1, x[:, None], 0)
+    score = (log_score - log_score.amax(-1, keepdim=True)).exp()  # the decoder does not depend on the score's scale
+    into = graph.transition_into(x, sigma)
+    before = graph.propagate(score, -sigma)
+    listed = before.gather(-1, into.index) * into.value
+    joint = (before * into.base[:, None]).scatter_(-1, into.index, listed).clamp_min_(0)
+    tokens = graph.num_states
+    if graph.mask_id is not None:
+        joint[:, graph.mask_id] = 0
+        tokens -= 1
+    total = joint.sum(-1)
+    at_x0 = joint.gather(-1, x0[:, None])[:, 0]
+    share = torch.where(total == 0, 1 / tokens, at_x0 / total)
+    return torch.log((1 - EVEN_SHARE) * share + EVEN_SHARE / tokens)

@@ -1,0 +1,126 @@
+"""The Bregman divergence of -log between a score s and a ratio r, summed over the jumps into a state.
+
+    D(s, r) = s - r log s + K(r),   K(r) = r (log r - 1)                     (eq. 5)
+            = r phi(d),             phi(d) = e^d - 1 - d,  d = log s - log r
+
+The first form cancels: near the optimum its three terms are of the size of r, their sum of the size of r d^2 / 2. The
+second cannot be negative and is evaluated here so that it keeps its relative accuracy for every d: by its series for
+small d, by s - r - r d where e^d may overflow although s does not. For r = 0 the divergence is s.
+
+A row of the vocabulary is summed as `base` part plus exceptional states. The base part takes a few passes over the N
+scores and no copy of weights or ratios; the exceptional states are zeroed in it rather than subtracted from it, since a
+difference of two large sums would lose what is left.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import sum_dtype
+from .jumps import Jumps
+
+__all__ = ["Divergence", "divergence", "row_divergence", "jump_gradients"]
+
+_NEAR = 0.5  # |d| below which the series replaces e^d - 1 - d; the latter loses a factor 5 there, more below
+
+
+class Divergence(NamedTuple):
+    """D(s, r) elementwise, with its derivatives."""
+
+    value: Tensor
+    """D(s, r), in the broadcast shape of the arguments."""
+    slope: Tensor
+    """dD / dlog s = s - r."""
+    distance: Tensor
+    """d = log s - log r; dD / dr = -d. Where r = 0 it is log s and means nothing."""
+
+
+def _half_square_series(d: Tensor) -> Tensor:
+    """phi(d) = d^2/2 (1 + d/3 (1 + d/4 (1 + ...))) for |d| < 1/2, to the precision of d's dtype."""
+    last = 15 if d.dtype == torch.float64 else 8
+    one = d.new_ones(())
+    total = 1 + d / last
+    for k in range(last - 1, 2, -1):
+        total = torch.addcmul(one, total, d, value=1 / k)
+    return total.mul_(d).mul_(d).mul_(0.5)
+
+
+def divergence(log_score: Tensor, ratio: Tensor) -> Divergence:
+    """The Bregman divergence of s = exp(log_score) from the ratio, elementwise in broadcast shapes. Not differentiable.
+
+    Args:
+        log_score: log s, float; -inf is allowed.
+        ratio: r >= 0, of a shape that broadcasts against log_score's.
+    """
+    positive = ratio > 0
+    score = log_score.exp()
+    if not bool(positive.any()):
+        return Divergence(score, score, log_score)
+    # log r in two parts: one rounding of it is up to 1e-6 in float32, more than d itself near the optimum.
+    exact = torch.where(positive, ratio, 1).to(sum_dtype(ratio.device)).log()
+    log_ratio = exact.to(ratio.dtype)
+    d = (log_score - log_ratio).sub_((exact - log_ratio).to(ratio.dtype))
+    slope = torch.where(d < 1, ratio * d.expm1(), score - ratio)
+    slope = torch.where(positive, slope, score)
+    value = torch.where(d.abs() < _NEAR, ratio * _half_square_series(d), slope - ratio * d)
+    value = torch.where(positive, value, score)
+    return Divergence(value, slope, d)
+
+
+def row_divergence(
+    log_score: Tensor, jumps: Jumps, *, scale: Tensor | None = None, want_slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """sum_y w_y D(s_y, r_y) over each row, and its gradient with respect to the row's log-score.
+
+    Args:
+        log_score: (m, N) float.
+        jumps: the weights and ratios of the m rows.
+        scale: (m,) factor of each row in the gradient, 1 if None.
+        want_slope: whether to work out the gradient.
+
+    Returns:
+        (m,) sums, and scale times their gradient (m, N), or None.
+    """
+    at_index = divergence(log_score.gather(-1, jumps.index), jumps.ratio)
+    total = _weighted(jumps.weight, at_index.value).sum(-1)
+    slope: Tensor | None = None
+    if bool((jumps.base_weight > 0).any()):
+        base = divergence(log_score, jumps.base_ratio[:, None])
+        value, slope = base.value.scatter_(-1, jumps.index, 0), base.slope
+        total += _weighted(jumps.base_weight, value.sum(-1))
+    if not want_slope:
+        return total, None
+    if slope is None:
+        slope = torch.zeros_like(log_score)
+    factor = jumps.base_weight if scale is None else jumps.base_weight * scale
+    slope.mul_(factor[:, None])
+    if not bool((jumps.base_weight > 0).all()):  # 0 times an overflowed score is no number
+        slope.masked_fill_((jumps.base_weight == 0)[:, None], 0)
+    listed = _weighted(jumps.weight, at_index.slope)
+    if scale is not None:
+        listed *= scale[:, None]
+    # Repeated states have weight 0: clear first and add, so that the one that counts is not overwritten.
+    slope.scatter_(-1, jumps.index, 0).scatter_add_(-1, jumps.index, listed)
+    return total, slope
+
+
+def jump_gradients(log_score: Tensor, jumps: Jumps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The derivatives of the rows' sums by base_weight, base_ratio (m,), weight and ratio (m, K).
+
+    Needed when the noise schedule is learnt. By r = 0 the derivative is set to 0: such zeros are the graph's structure.
+    """
+    at_index = divergence(log_score.gather(-1, jumps.index), jumps.ratio)
+    base = divergence(log_score, jumps.base_ratio[:, None])
+    base_distance = base.distance.scatter(-1, jumps.index, 0).sum(-1)
+    base_value = base.value.scatter_(-1, jumps.index, 0).sum(-1)
+    by_base_ratio = torch.where(jumps.base_ratio > 0, _weighted(jumps.base_weight, -base_distance), 0)
+    by_ratio = torch.where(jumps.ratio > 0, _weighted(jumps.weight, -at_index.distance), 0)
+    return base_value, by_base_ratio, at_index.value, by_ratio
+
+
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """Weight * value, and 0 where the weight is 0 even if the value has overflowed."""
+    return torch.where(weight > 0, weight * value, 0)

@@ -1,0 +1,62 @@
+"""Validation of what callers hand in: every error names the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_states", "check_sigma", "check_weight", "expand_leading", "arithmetic_dtype", "sum_dtype"]
+
+
+def check_states(name: str, states: Tensor, num_states: int, shape: torch.Size | None = None) -> None:
+    """Raise unless `states` is an integer tensor with values in [0, num_states) and, if given, of that shape."""
+    if states.is_floating_point() or states.is_complex() or states.dtype == torch.bool:
+        raise ValueError(f"{name} holds states and must be an integer tensor, got dtype {states.dtype}")
+    if shape is not None and states.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(states.shape)}")
+    if states.numel():
+        low, high = (int(extreme) for extreme in states.aminmax())
+        if low < 0 or high >= num_states:
+            raise ValueError(
+                f"{name} must lie in [0, {num_states}) (the graph's num_states), got values in [{low}, {high}]"
+            )
+
+
+def check_sigma(name: str, sigma: Tensor) -> None:
+    """Raise unless the total noise is a floating tensor without negative or NaN entries."""
+    if not sigma.is_floating_point():
+        raise ValueError(f"{name} must be a floating tensor, got dtype {sigma.dtype}")
+    if not bool((sigma >= 0).all()):
+        raise ValueError(f"{name} is a total noise and must be >= 0 everywhere, got a minimum of {float(sigma.min())}")
+
+
+def check_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """The weights spread over x's shape, (...) float; raises where they are negative or leave no position at all."""
+    weight = expand_leading("weight", weight if weight.is_floating_point() else weight.to(torch.float32), x)
+    if not bool((weight >= 0).all()):
+        raise ValueError(f"weight must be >= 0 everywhere, got a minimum of {float(weight.min())}")
+    if not bool(weight.any()):
+        raise ValueError("weight is 0 at every position: nothing is left to average over; drop such batches")
+    return weight
+
+
+def expand_leading(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """`value`, whose shape must be a leading part of x's, as a view of x's shape.
+
+    A value a sequence (B,) or a position (B, L) for x of shape (B, L), or one value () for all. Anything else, such
+    as (B, 1), raises: it would broadcast over the wrong axis as soon as B = L.
+    """
+    if value.shape != x.shape[: value.ndim]:
+        leading = " or ".join(str(tuple(x.shape[:n])) for n in range(x.ndim + 1))
+        raise ValueError(f"{name} must have a shape that is a leading part of x's, {leading}, got {tuple(value.shape)}")
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)).expand(x.shape)
+
+
+def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 if one of the tensors is: the precision of everything after the network's head."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """float64 for the sums of an evaluation; float32 on the one backend that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

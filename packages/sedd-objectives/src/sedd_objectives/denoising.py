@@ -1,0 +1,158 @@
+"""Denoising score entropy and the diffusion loss.
+
+    DSE(x, x0)  = sum_{y != x} Q[x, y] ( s_y - r_y log s_y + K(r_y) ),   r_y = p(y|x0) / p(x|x0)            (eq. 7)
+    DWDSE(x0)   = integral over t of dsigma(t) E_{x_t} sum over positions of DSE(x_t, x0)                   (eq. 10)
+
+The constant K, which (7) leaves out, makes the loss 0 at its minimum for a given x0 and DWDSE a likelihood bound.
+Positions into which no jump leads, such as the unmasked ones of an absorbing process, have loss 0 whatever the score;
+they are recognised from the graph's rows and never reach the network's head.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading
+from .interfaces import Graph, Noise, ScoreModel
+from .jumps import can_move, merge
+from .score_entropy import check_not_nan, sum_over_jumps
+from .times import stratified_times
+
+__all__ = ["denoising_score_entropy", "denoising_loss", "score_rows"]
+
+
+def denoising_score_entropy(log_score: Tensor, graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """Score entropy against the ratios p(y|x0) / p(x|x0), eq. 7 with the constant K, per unit of total noise.
+
+    Args:
+        log_score: (..., N) float; the entry at x is ignored.
+        graph: the forward process.
+        x: (...) int64, the noised states.
+        x0: (...) int64, the clean states.
+        sigma: total noise, of a shape that is a leading part of x's.
+
+    Returns:
+        (...) nats a position, to be multiplied by dsigma; 0 where no jump leads into x.
+
+    Raises:
+        ValueError: shapes that do not fit, states out of range, negative sigma, a NaN score, or an x that cannot have
+            come from its x0.
+    """
+    num_states = graph.num_states
+    if log_score.shape != (*x.shape, num_states):
+        raise ValueError(f"log_score must have shape {(*x.shape, num_states)}, x's and N, got {tuple(log_score.shape)}")
+    check_states("x", x, num_states)
+    check_states("x0", x0, num_states, x.shape)
+    check_sigma("sigma", sigma)
+    sigma = expand_leading("sigma", sigma, x)
+    rates = graph.rates_into(x)
+    live = can_move(rates, x, num_states)
+    positions = None if bool(live.all()) else live.flatten().nonzero()[:, 0]
+    return _spread(_live_loss(log_score, positions, graph, x, x0, sigma, live), live)
+
+
+def denoising_loss(
+    score: ScoreModel,
+    graph: Graph,
+    noise: Noise,
+    x0: Tensor,
+    t: Tensor | None = None,
+    *,
+    xt: Tensor | None = None,
+    weight: Tensor | None = None,
+    generator: Generator | None = None,
+    t_min: float = 1e-3,
+) -> Tensor:
+    """The integrand of the diffusion loss at time t, eq. 10, summed over positions, in nats a sequence.
+
+    Its mean over t ~ U[t_min, 1] times (1 - t_min) is the integral.
+
+    Args:
+        score: the score model; called exactly once, even if no position can move, so that all ranks of a distributed
+            run issue the same collective calls. Its `where` is used if it has one.
+        graph: the forward process.
+        noise: the schedule t -> (sigma, dsigma).
+        x0: (B, L) int64, clean sequences.
+        t: (B,) float times, or (B, L) for a time per position; stratified over [t_min, 1) if None.
+        xt: (B, L) int64, states already noised; drawn from the forward process if None.
+        weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which then never
+            reaches the head.
+        generator: for the times and the noising.
+        t_min: the smallest time drawn.
+
+    Returns:
+        (B,) float32, or float64 if the score or t is.
+
+    Raises:
+        ValueError: as `denoising_score_entropy`; a weight that is negative somewhere or 0 everywhere.
+    """
+    if x0.ndim != 2:
+        raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
+    check_states("x0", x0, graph.num_states)
+    if t is None:
+        t = stratified_times(len(x0), generator=generator, t_min=t_min, device=x0.device)
+    sigma, dsigma = noise(t)
+    check_sigma("sigma", sigma)
+    per_position, dsigma = expand_leading("sigma", sigma, x0), expand_leading("dsigma", dsigma, x0)
+    if xt is None:
+        xt = graph.sample(x0, sigma, generator=generator)
+    else:
+        check_states("xt", xt, graph.num_states, x0.shape)
+    live = can_move(graph.rates_into(xt), xt, graph.num_states)
+    if weight is not None:
+        weight = check_weight(weight, x0)
+        live = live & (weight > 0)
+    log_score, positions = score_rows(score, xt, sigma, live, graph.num_states)
+    loss = _live_loss(log_score, positions, graph, xt, x0, per_position, live)
+    factor = dsigma if weight is None else dsigma * weight
+    return _spread(loss * factor[live].to(loss.dtype), live).sum(-1)
+
+
+def score_rows(
+    score: ScoreModel, x: Tensor, sigma: Tensor, where: Tensor, num_states: int
+) -> tuple[Tensor, Tensor | None]:
+    """The score model's output at the true positions of `where`, from one call, computing no more rows than it offers.
+
+    Args:
+        score: the score model.
+        x: (B, L) int64.
+        sigma: total noise, as the score model takes it.
+        where: (B, L) bool, M true positions.
+        num_states: N.
+
+    Returns:
+        log_score and positions: either rows (M, N) and None, or all rows (B, L, N) and the (M,) int64 flat positions.
+    """
+    if _offers_where(score):
+        log_score, shape, positions = score(x, sigma, where=where), (int(where.sum()), num_states), None  # type: ignore[call-arg]
+    else:
+        log_score, shape, positions = score(x, sigma), (*x.shape, num_states), where.flatten().nonzero()[:, 0]
+    if not isinstance(log_score, Tensor) or log_score.shape != shape:
+        got = tuple(log_score.shape) if isinstance(log_score, Tensor) else type(log_score).__name__
+        raise ValueError(f"the score model must return log_score of shape {shape}, got {got}")
+    return log_score, positions
+
+
+def _offers_where(score: ScoreModel) -> bool:
+    return "where" in inspect.signature(score.forward if isinstance(score, nn.Module) else score).parameters
+
+
+def _live_loss(
+    log_score: Tensor, positions: Tensor | None, graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor, live: Tensor
+) -> Tensor:
+    """Denoising score entropy (M,) at the true positions of `live`, with log_score's rows found at `positions`."""
+    x, x0, sigma = x[live], x0[live], sigma[live]
+    with torch.autocast(x.device.type, enabled=False):
+        ratio = graph.ratio(x, x0, sigma)
+        jumps = merge(graph.rates_into(x), ratio, x, arithmetic_dtype(log_score, ratio.value))
+        loss = sum_over_jumps(log_score.reshape(-1, graph.num_states), positions, jumps)
+    check_not_nan(loss, log_score)
+    return loss
+
+
+def _spread(values: Tensor, where: Tensor) -> Tensor:
+    """Values (M,) put at the true positions of `where`, 0 elsewhere."""
+    return values.new_zeros(where.shape).masked_scatter(where, values)

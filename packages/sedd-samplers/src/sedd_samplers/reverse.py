@@ -1,0 +1,162 @@
+"""The reverse process as a method sees it: which positions can move, their log-scores, and one exact draw for each.
+
+Everything that must hold for every method is held here, once: given positions never move; only positions that can move
+reach the network's head; the network is not called for a sequence in which none can; arithmetic after the head is
+float32 (float64 for a float64 score) under any autocast; a row's random numbers depend on nothing but its seed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .categorical import draw_categorical, draw_shared
+from .interfaces import Graph, Noise, ScoreModel
+from .kernels import denoise_probs
+from .randomness import uniforms
+
+__all__ = ["Reverse", "Kernel", "accepts_where"]
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(log_score (m, N), x (m,), sequence (m,), position (m,)) -> unnormalised probabilities (m, N)."""
+
+
+class Reverse:
+    """A score model run backwards through a graph's noise, with some positions held fixed.
+
+    Args:
+        score: the score model.
+        graph: the forward process.
+        noise: its schedule.
+        frozen: (B, L) bool, the positions that never move.
+        seeds: (B,) int64, one seed a sequence.
+        allowed: (N,), (L, N) or (B, L, N) bool, the tokens that may be left after the final denoise; None for all.
+    """
+
+    def __init__(
+        self,
+        score: ScoreModel,
+        graph: Graph,
+        noise: Noise,
+        *,
+        frozen: Tensor,
+        seeds: Tensor,
+        allowed: Tensor | None = None,
+    ) -> None:
+        self.score: Any = score
+        self.graph = graph
+        self.noise = noise
+        self.frozen = frozen
+        self.allowed = allowed
+        self._seeds = seeds
+        self._drawn = torch.zeros_like(seeds)
+        self._offers_where = accepts_where(score)
+        into = graph.rates_into(torch.arange(graph.num_states, device=frozen.device))
+        # a jump leads into x where the row Q[x, .] is positive; its one negative entry is the diagonal
+        self._enterable = (into.base > 0) | (into.value > 0).any(-1)
+        self._chunk = max(1, (2**20 if frozen.device.type == "cpu" else 2**26) // graph.num_states)
+
+    def prior(self) -> Tensor:
+        """States from the limit of the forward process, independent over positions: (B, L) int64."""
+        row = self.graph.prior(torch.tensor(torch.inf, device=self.frozen.device))
+        law = row.base.double().expand(self.graph.num_states).scatter(0, row.index, row.value.double())
+        sequence, position = torch.ones_like(self.frozen).nonzero(as_tuple=True)
+        return draw_shared(law, self.uniforms(sequence, position)).view(self.frozen.shape)
+
+    def movable(self, x: Tensor) -> Tensor:
+        """The positions of x (B, L) whose state the reverse process can still leave: (B, L) bool."""
+        return self._enterable[x] & ~self.frozen
+
+    def uniforms(self, sequence: Tensor, position: Tensor) -> Tensor:
+        """A fresh float64 uniform for each (sequence, position), both (M,) int64."""
+        draw = self._drawn[sequence]
+        self._drawn[sequence] = draw + 1  # a sequence that draws nothing does not count
+        return uniforms(self._seeds[sequence], draw, position)
+
+    def redraw(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel) -> Tensor:
+        """X (B, L) with the states at `where` (B, L) bool drawn anew from the kernel's rows, at noise sigma (B,)."""
+        sequence, position = where.nonzero(as_tuple=True)
+        if not len(sequence):
+            return x
+        old = x[sequence, position]
+        new = torch.empty_like(old)
+        uniform = self.uniforms(sequence, position)
+        rows, pick = self._evaluate(x, sigma, where)
+        with torch.autocast(x.device.type, enabled=False):
+            for i in range(0, len(old), self._chunk):
+                part = slice(i, i + self._chunk)
+                log_score = rows[part] if pick is None else rows[pick[part]]
+                probs = kernel(_widened(log_score), old[part], sequence[part], position[part]).clamp_(min=0)
+                try:
+                    new[part] = draw_categorical(probs, uniform[part])
+                except ValueError as error:
+                    raise _named(error, log_score, probs, sequence[part], position[part], sigma) from error
+        x = x.clone()
+        x[sequence, position] = new
+        return x
+
+    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
+        """The final step from noise level t (B,) to none, over tokens only: no mask remains."""
+        sigma, _ = self.noise(t)
+
+        def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+            probs = denoise_probs(log_score, x, self.graph, sigma[sequence])
+            return probs if self.allowed is None else probs.mul_(self._allowed_at(sequence, position))
+
+        return self.redraw(x, sigma, self.movable(x), kernel)
+
+    def _allowed_at(self, sequence: Tensor, position: Tensor) -> Tensor:
+        assert self.allowed is not None
+        return self.allowed.expand(*self.frozen.shape, -1)[sequence, position]
+
+    def _evaluate(self, x: Tensor, sigma: Tensor, where: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The model's rows (R, N), and which of them belong to `where`, in order; None when all do, as they stand."""
+        active = where.any(1)
+        if not active.all():
+            x, sigma, where = x[active], sigma[active], where[active]
+        sigma = sigma.to(torch.float32)
+        if self._offers_where:
+            expected = (int(where.sum()), self.graph.num_states)
+            return _checked(self.score(x, sigma, where=where), expected), None
+        rows = _checked(self.score(x, sigma), (*x.shape, self.graph.num_states))
+        return rows.flatten(0, 1), where.flatten().nonzero()[:, 0]
+
+
+def accepts_where(score: Any) -> bool:
+    """Whether a score model has a parameter named `where`; a module is asked about its forward."""
+    score = getattr(score, "_orig_mod", score)  # what torch.compile wraps
+    function = score.forward if isinstance(score, torch.nn.Module) else score
+    try:
+        return "where" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _checked(rows: object, expected: tuple[int, ...]) -> Tensor:
+    if not isinstance(rows, Tensor) or tuple(rows.shape) != expected or not rows.is_floating_point():
+        got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
+        raise ValueError(f"the score model must return a float tensor of shape {expected}, got {got}")
+    return rows
+
+
+def _widened(log_score: Tensor) -> Tensor:
+    return log_score if log_score.dtype == torch.float64 else log_score.float()
+
+
+def _named(
+    error: ValueError, log_score: Tensor, probs: Tensor, sequence: Tensor, position: Tensor, sigma: Tensor
+) -> ValueError:
+    """The error of a failed draw, told in terms of the model that caused it."""
+    total = probs.sum(-1)
+    row = int((~((total > 0) & total.isfinite())).nonzero()[0])
+    b, i = int(sequence[row]), int(position[row])
+    place = f"at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}"
+    if log_score[row].isnan().any():
+        return ValueError(f"the score model returned NaN {place}")
+    if log_score[row].max() == torch.inf:
+        return ValueError(f"the score model returned an infinite log-score {place}")
+    return ValueError(f"no state can be drawn {place}: {error}")

@@ -1,0 +1,235 @@
+"""The one loop: states from the prior at t = 1 down to t_min, then the final denoise.
+
+    trajectory   a generator of states; progress, animation, recording and early stopping are the caller's
+    sample       its last state
+    infill       its last state, with given tokens
+
+By Bayes' rule the score of the free positions given the others is the unconditional score with the given tokens filled
+in (21, 22), so that a prompt is nothing but a set of positions that never move. That is exact for absorbing graphs.
+Where tokens themselves are noised, as under the uniform graph, the model was never shown clean tokens among noised
+ones: the same rule, an approximation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypedDict, Unpack
+
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from .grids import check_times, uniform_times
+from .interfaces import Graph, Noise, ScoreModel
+from .methods import Method, Tweedie
+from .reverse import Reverse
+
+__all__ = ["State", "Options", "trajectory", "sample", "infill"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a trajectory stands.
+
+    Attributes:
+        x: (B, L) int64.
+        t: the time of x: 1 at the start, 0 after the final denoise.
+        step: how many steps were made.
+        steps: how many there will be, the final denoise included.
+    """
+
+    x: Tensor
+    t: float
+    step: int
+    steps: int
+
+
+class Options(TypedDict, total=False):
+    """What `sample` and `infill` hand to `trajectory`, where each is explained."""
+
+    steps: int
+    method: Method
+    generator: Generator | None
+    seeds: Sequence[int] | Tensor | None
+    times: Tensor | None
+    t_min: float
+    denoise: bool
+    allowed: Tensor | None
+
+
+def sample(
+    score: ScoreModel,
+    graph: Graph,
+    noise: Noise,
+    *,
+    shape: tuple[int, int],
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Samples from a score model.
+
+    Args:
+        score: (x (B, L), sigma (B,)) -> log-score (B, L, N), see `ScoreModel`.
+        graph: the forward process the model was trained for.
+        noise: its schedule.
+        shape: (B, L).
+        device: where the states live; the device of the model's first parameter when None, else the CPU.
+        progress: whether to show a bar.
+        **options: `steps=128`, `method=Tweedie()`, `generator`, `seeds`, `times`, `t_min=1e-5`, `denoise=True`,
+            `allowed`; and the errors: see `trajectory`.
+
+    Returns:
+        (B, L) int64.
+    """
+    if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"shape must be (batch, length), two positive integers, got {shape!r}")
+    free = torch.zeros(shape, dtype=torch.bool, device=_device(score, device))
+    return _last(trajectory(score, graph, noise, x=free.long(), given=free, **options), progress)
+
+
+def infill(
+    score: ScoreModel,
+    graph: Graph,
+    noise: Noise,
+    *,
+    x: Tensor,
+    given: Tensor,
+    progress: bool = False,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Samples of the free positions given the others.
+
+    Args:
+        score: (x (B, L), sigma (B,)) -> log-score (B, L, N), see `ScoreModel`.
+        graph: the forward process the model was trained for.
+        noise: its schedule.
+        x: (B, L) int64, the given tokens; what it holds at free positions does not matter.
+        given: (B, L) bool, the positions that never move, another set for each sequence if so wished.
+        progress: whether to show a bar.
+        **options: as for `sample`; and the errors: see `trajectory`.
+
+    Returns:
+        (B, L) int64, equal to x at the given positions.
+    """
+    return _last(trajectory(score, graph, noise, x=x, given=given, **options), progress)
+
+
+@torch.no_grad()
+def trajectory(
+    score: ScoreModel,
+    graph: Graph,
+    noise: Noise,
+    *,
+    x: Tensor,
+    given: Tensor,
+    steps: int = 128,
+    method: Method = Tweedie(),  # noqa: B008, frozen and without state
+    generator: Generator | None = None,
+    seeds: Sequence[int] | Tensor | None = None,
+    times: Tensor | None = None,
+    t_min: float = 1e-5,
+    denoise: bool = True,
+    allowed: Tensor | None = None,
+) -> Iterator[State]:
+    """The states on the way, from the prior (step 0) to the sample; nothing is kept of those that were yielded.
+
+    A module is used as it stands: put it into evaluation mode first. To stop early, leave the loop.
+
+    Args:
+        score: (x (B, L), sigma (B,)) -> log-score (B, L, N), see `ScoreModel`.
+        graph: the forward process the model was trained for.
+        noise: its schedule.
+        x: (B, L) int64, the given tokens; what it holds at free positions does not matter.
+        given: (B, L) bool, the positions that never move.
+        steps: the number of steps from t = 1 to t_min; the final denoise comes on top.
+        method: the step.
+        generator: where the sequences' seeds are drawn from; the global generator when None.
+        seeds: B integers instead, one a sequence: its sample then depends on nothing else in the batch.
+        times: a grid (steps + 1,) of the caller's own, instead of `steps` and `t_min`.
+        t_min: the time at which the last step ends.
+        denoise: whether to take the final step to t = 0; without it a mask may be left.
+        allowed: (N,), (L, N) or (B, L, N) bool, the tokens that the final denoise may leave.
+
+    Yields:
+        `State`, steps + 1 of them, one more with the final denoise.
+
+    Raises:
+        ValueError: for arguments that make no sense, before the first step; for a model that returns the wrong shape,
+            NaN or infinity, or leaves no state to draw, at the step where it does.
+    """
+    if not callable(score):
+        raise ValueError(f"score must be callable as score(x, sigma), got a {type(score).__name__}")
+    _check_prompt(x, given, graph)
+    grid = uniform_times(steps, t_min) if times is None else check_times(times)
+    seeds = _row_seeds(seeds, generator, len(x)).to(x.device)
+    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds, allowed=_checked_allowed(allowed, x, graph))
+    x = torch.where(given, x, reverse.prior())
+
+    total = len(grid) - 1 + denoise
+    yield State(x, float(grid[0]), 0, total)
+    for step, (t, s) in enumerate(itertools.pairwise(grid.to(x.device)), 1):
+        x = method(reverse, x, t.expand(len(x)), s.expand(len(x)))
+        yield State(x, float(s), step, total)
+    if denoise:
+        x = reverse.denoise(x, grid[-1].to(x.device).expand(len(x)))
+        yield State(x, 0.0, total, total)
+
+
+def _last(states: Iterator[State], progress: bool) -> Tensor:
+    first = next(states)
+    shown = tqdm(states, total=first.steps, desc="sampling", unit="step", disable=not progress)
+    last: State = deque(itertools.chain([first], shown), maxlen=1).pop()
+    return last.x
+
+
+def _row_seeds(seeds: Sequence[int] | Tensor | None, generator: Generator | None, batch: int) -> Tensor:
+    if seeds is None:
+        device = "cpu" if generator is None else generator.device
+        return torch.randint(2**63 - 1, (batch,), generator=generator, device=device)
+    if generator is not None:
+        raise ValueError("give either a generator or seeds, not both: with seeds the generator would decide nothing")
+    seeds = torch.as_tensor(seeds)
+    if seeds.shape != (batch,) or seeds.is_floating_point():
+        raise ValueError(f"seeds must be {batch} integers, one a sequence, got {seeds.dtype} {tuple(seeds.shape)}")
+    return seeds.long()
+
+
+def _device(score: ScoreModel, device: torch.device | str | None) -> torch.device:
+    if device is None and isinstance(score, torch.nn.Module):
+        device = next((p.device for p in score.parameters()), None)
+    return torch.device("cpu" if device is None else device)
+
+
+def _check_prompt(x: Tensor, given: Tensor, graph: Graph) -> None:
+    if x.ndim != 2 or x.dtype != torch.int64:
+        raise ValueError(f"x must be int64 of shape (batch, length), got {x.dtype} {tuple(x.shape)}")
+    if given.shape != x.shape or given.dtype != torch.bool:
+        raise ValueError(f"given must be bool of x's shape {tuple(x.shape)}, got {given.dtype} {tuple(given.shape)}")
+    tokens = x[given]
+    wrong = (tokens < 0) | (tokens >= graph.num_states)
+    if wrong.any():
+        state = int(tokens[wrong][0])
+        raise ValueError(f"x holds the state {state} at a given position; states are 0..{graph.num_states - 1}")
+    if graph.mask_id is not None and (tokens == graph.mask_id).any():
+        raise ValueError(f"x holds the mask ({graph.mask_id}) at a given position, which would stay; leave it free")
+
+
+def _checked_allowed(allowed: Tensor | None, x: Tensor, graph: Graph) -> Tensor | None:
+    if allowed is None:
+        return None
+    full = (*x.shape, graph.num_states)
+    if allowed.dtype != torch.bool or allowed.ndim > 3 or tuple(allowed.shape) != full[3 - allowed.ndim :]:
+        raise ValueError(
+            f"allowed must be bool of shape {full}, {full[1:]} or {full[2:]}, "
+            f"got {allowed.dtype} {tuple(allowed.shape)}"
+        )
+    tokens = allowed.clone()
+    if graph.mask_id is not None:
+        tokens[..., graph.mask_id] = False
+    if not tokens.any(-1).all():
+        raise ValueError("allowed leaves some position without any token")
+    return tokens.to(x.device)

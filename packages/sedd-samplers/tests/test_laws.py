@@ -1,0 +1,96 @@
+"""The distribution of what the samplers return, on problems small enough to enumerate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sedd_samplers import Euler, TauLeaping, Tweedie, sample, uniform_times
+
+SAMPLES = 200_000
+ALARM = 1e-4  # each chi-square test fails a correct sampler once in 10,000 seeds
+
+
+def problem(ref, name):
+    """(graph, p0): three positions, three or four states, tokens that depend on each other."""
+    if name == "absorbing":
+        graph = ref.StructuredAbsorbing(3)
+    elif name == "absorbing, mask first":
+        graph = ref.StructuredAbsorbing(3, 0)
+    elif name == "uniform":
+        graph = ref.StructuredUniform(3)
+    elif name == "hybrid":
+        graph = ref.hybrid_matrix(3)
+    else:
+        graph = ref.cycle_matrix(3)
+    vocab_size = graph.num_states - (graph.mask_id is not None)
+    return graph, ref.random_data(vocab_size, 3, graph.num_states, graph.mask_id)
+
+
+GRAPHS = ["absorbing", "absorbing, mask first", "uniform", "hybrid", "cycle"]
+ONE_STAGE = [Euler(), TauLeaping(), Tweedie()]
+
+
+def prior_law(ref, score, graph):
+    """The law of sample_prior, independent over positions."""
+    limit = ref.MatrixGraph(graph.Q).exp(torch.tensor(200.0))[:, 0]
+    return torch.einsum("a,b,c->abc", limit, limit, limit).flatten()
+
+
+@pytest.mark.parametrize("method", ONE_STAGE)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_samples_follow_the_law_of_the_discrete_chain(ref, name, method):
+    """Three steps and the final denoise: prior, grid, kernels, draws and denoise, all at once."""
+    graph, p0 = problem(ref, name)
+    score, noise = ref.ExactRows(p0, graph.Q), ref.Linear(2.0)
+    law = ref.law_of_chain(
+        score, graph, noise, method, uniform_times(3, 0.1), prior_law(ref, score, graph), denoise=True
+    ).reshape(p0.shape)
+    x = sample(
+        score, graph, noise, shape=(SAMPLES, 3), steps=3, t_min=0.1, method=method,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    if graph.mask_id is not None:
+        assert not (x == graph.mask_id).any()
+    assert ref.chi_square(x, law) > ALARM
+
+
+@pytest.mark.parametrize("method", [Euler(), Tweedie()])
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+def test_one_token_is_exact_in_any_number_of_steps(ref, name, method):
+    """With a single position the Tweedie step is the true reverse; Euler is not, and the test can tell."""
+    graph, _ = problem(ref, name)
+    vocab_size = graph.num_states - (graph.mask_id is not None)
+    p0 = ref.random_data(vocab_size, 1, graph.num_states, graph.mask_id)
+    noise = ref.Linear(12.0)
+    x = sample(
+        ref.ExactRows(p0, graph.Q), graph, noise, shape=(SAMPLES, 1), steps=4, t_min=0.01, method=method,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    exact = ref.chi_square(x, p0) > ALARM
+    assert exact == (method == Tweedie() or name == "absorbing")
+
+
+def errors(ref, name, method, counts, *, stages=1, start=1.0, end=0.2):
+    """Total variation between the chain's law and the true p_t, started at the true p_t, for several step counts."""
+    graph, p0 = problem(ref, name)
+    score, noise = ref.ExactScore(p0, graph.Q), ref.Linear(1.5)
+    begin, true = (score.marginal(noise(torch.tensor([t]).double())[0])[0].flatten() for t in (start, end))
+    out = []
+    for n in counts:
+        times = torch.linspace(start, end, n + 1, dtype=torch.float64)
+        law = ref.law_of_chain(score, graph, noise, method, times, begin, stages=stages)
+        out.append(float((law - true).abs().sum()) / 2)
+    return out
+
+
+def slope(counts, values):
+    return -math.log(values[-1] / values[0]) / math.log(counts[-1] / counts[0])
+
+
+@pytest.mark.parametrize("method", ONE_STAGE)
+@pytest.mark.parametrize("name", ["absorbing", "uniform", "hybrid", "cycle"])
+def test_first_order(ref, name, method):
+    counts = [32, 64, 128]
+    assert slope(counts, errors(ref, name, method, counts)) == pytest.approx(1, abs=0.15)
