@@ -76,7 +76,7 @@ with torch.inference_mode():
     if given.any():
         x = infill(net, graph, noise, x=x, given=given, **how)
     else:
-        x = sample(net, graph, noise, shape=tuple(x.shape), device=args.device, **how)
+        x = sample(net, graph, noise, shape=(args.num, x.shape[1]), device=args.device, **how)
 seconds = time.perf_counter() - start
 
 for i, tokens in enumerate(x.tolist(), 1):

@@ -278,8 +278,8 @@ if rank == 0:
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
     say(
-        f"\nheld-out bound          {last['bits_per_character']:.3f} bits a character  ({last['nats_per_token']:.3f} nats "
-        f"a token, perplexity {last['perplexity']:.1f})\n"
+        f"\nheld-out bound          {last['bits_per_character']:.3f} bits a character  "
+        f"({last['nats_per_token']:.3f} nats a token, perplexity {last['perplexity']:.1f})\n"
         f"unigram entropy         {unigram_bits:.3f} bits a character  ({unigram:.3f} nats a token)\n"
         f"loss curve              {output / 'loss.png'}\n"
         f"checkpoints             {output / 'checkpoints'}\n"

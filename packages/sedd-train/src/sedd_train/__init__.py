@@ -10,5 +10,5 @@ from importlib.metadata import version
 from sedd_train.evaluation import Evaluation, evaluate
 from sedd_train.pretrained import Model, load
 
-__all__ = ["Evaluation", "Model", "evaluate", "load"]
+__all__ = ["Evaluation", "Model", "evaluate", "load", "__version__"]
 __version__ = version("sedd-train")

@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Documents", "documents", "tokenizer", "Tokens", "Corpus", "prepare", "order", "unigram_entropy"]
+__all__ = ["Documents", "documents", "tokenizer", "Tokens", "Corpus", "prepare", "tokenise", "order", "unigram_entropy"]
 
 FORMAT = 1  # of the cache: counted up when the same sources give other files
 HELD_OUT = 0.05  # the fraction of a local corpus that is held out
@@ -318,15 +318,14 @@ def _open(folder: Path) -> Corpus | None:
 
 def _build(source: Documents, tokenizer_name: str, folder: Path) -> None:
     coder = tokenizer(tokenizer_name, source.train)
-    eos = coder.eos_token_id
-    if eos is None:
+    if coder.eos_token_id is None:
         raise ValueError(f"tokenizer {tokenizer_name!r} has no end-of-text token, which is put after every document")
     dtype = np.dtype(np.uint16 if len(coder) <= 1 << 16 else np.uint32)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         meta: dict[str, Any] = {"dtype": dtype.name, "vocab_size": len(coder)}
         for name, split in [("train", source.train()), ("valid", source.valid())]:
-            meta[name] = _write(split, coder, eos, dtype, scratch / f"{name}.bin")
+            meta[name] = _write(split, coder, dtype, scratch / f"{name}.bin")
             if meta[name]["characters"] == 0:
                 raise ValueError(f"the corpus has too little text: nothing is left for its {name} split")
         meta["fingerprint"] = f"{meta['train']['crc32']:08x}{meta['valid']['crc32']:08x}-{len(coder)}"
@@ -338,24 +337,41 @@ def _build(source: Documents, tokenizer_name: str, folder: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write(texts: Iterable[str], coder: Any, eos: int, dtype: np.dtype[Any], path: Path) -> dict[str, int]:
-    """Tokens of all documents in one flat file. The whole batch goes to the tokenizer, which is parallel inside."""
+def tokenise(texts: Iterable[str], coder: Any) -> Tokens:
+    """The tokens of documents, in memory, an end-of-text token after each."""
+    parts, characters = [], 0
+    for flat, seen in _coded(texts, coder, np.dtype(np.uint32)):
+        parts.append(flat)
+        characters += seen
+    if characters == 0:
+        raise ValueError("there is no text to tokenise")
+    return Tokens(np.concatenate(parts), characters)
+
+
+def _write(texts: Iterable[str], coder: Any, dtype: np.dtype[Any], path: Path) -> dict[str, int]:
+    """Tokens of all documents in one flat file, and what there is to know about it."""
     tokens = characters = checksum = 0
-    iterator = iter(texts)
     with path.open("wb") as file:
-        while batch := list(islice(iterator, 1000)):
-            pieces = [list(_pieces(text)) for text in batch]
-            coded = coder([p for ps in pieces for p in ps], add_special_tokens=False, verbose=False)
-            ids_of = iter(coded["input_ids"])
-            flat = [t for text in pieces for ids in [*islice(ids_of, len(text)), [eos]] for t in ids]
-            data = np.asarray(flat, dtype=dtype).tobytes()
+        for flat, seen in _coded(texts, coder, dtype):
+            data = flat.tobytes()
             file.write(data)
             checksum = zlib.crc32(data, checksum)
             tokens += len(flat)
-            characters += sum(map(len, batch))
+            characters += seen
         file.flush()
         os.fsync(file.fileno())
     return {"tokens": tokens, "characters": characters, "crc32": checksum}
+
+
+def _coded(texts: Iterable[str], coder: Any, dtype: np.dtype[Any]) -> Iterator[tuple[NDArray[Any], int]]:
+    """Tokens and number of characters, a thousand documents at a time: the tokenizer is parallel over them inside."""
+    iterator = iter(texts)
+    while batch := list(islice(iterator, 1000)):
+        pieces = [list(_pieces(text)) for text in batch]
+        coded = coder([p for ps in pieces for p in ps], add_special_tokens=False, verbose=False)
+        ids_of = iter(coded["input_ids"])
+        flat = [t for text in pieces for ids in [*islice(ids_of, len(text)), [coder.eos_token_id]] for t in ids]
+        yield np.asarray(flat, dtype=dtype), sum(map(len, batch))
 
 
 def _pieces(text: str, size: int = 1 << 20) -> Iterator[str]:

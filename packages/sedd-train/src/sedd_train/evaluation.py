@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from sedd_objectives import likelihood_bound
 from torch import Tensor
+from tqdm import tqdm
 
 from sedd_train.randomness import EVALUATION, generator
 
@@ -52,6 +53,7 @@ def evaluate(
     num_times: int = 16,
     seed: int = 0,
     chunk: int = 8,
+    progress: bool = False,
 ) -> Evaluation:
     """The bound of eq. 9 on blocks of tokens, prior and reconstruction terms included.
 
@@ -67,11 +69,13 @@ def evaluate(
         num_times: noise levels a sequence.
         seed: of times and noise.
         chunk: sequences at once.
+        progress: whether to show a bar.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(net.parameters()).device
     values = torch.zeros(len(blocks), dtype=torch.float64)
-    for number, start in enumerate(range(0, len(blocks), chunk)):
+    starts = tqdm(range(0, len(blocks), chunk), desc="evaluating", unit="batch", disable=not progress, leave=False)
+    for number, start in enumerate(starts):
         if number % world == rank:
             x0 = blocks[start : start + chunk].to(device)
             random = generator(seed, EVALUATION, number, device=device)

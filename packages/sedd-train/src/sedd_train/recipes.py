@@ -108,10 +108,10 @@ class Recipe:
         if micro == 0 or self.batch_size % (micro * world_size):
             size = f"micro-batches of {micro}" if self.micro_batch_size else "equal shares"
             suggested = world_size * (self.micro_batch_size or 1)
+            near = suggested * max(1, round(self.batch_size / suggested))
             raise ValueError(
                 f"batch_size = {self.batch_size} cannot be divided over {world_size} ranks in {size}; choose a "
-                f"multiple of {suggested}, for instance --batch-size {suggested * max(1, round(self.batch_size / suggested))}, "
-                "or another number of ranks"
+                f"multiple of {suggested}, for instance --batch-size {near}, or another number of ranks"
             )
         return self.batch_size // micro
 

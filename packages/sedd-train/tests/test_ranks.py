@@ -1,0 +1,44 @@
+"""Any launcher, any ZeRO stage, one rank or two: the same training run. These are the tiny recipe's own first steps."""
+
+from __future__ import annotations
+
+import pytest
+import safetensors.torch
+import torch
+
+TINY = (
+    *("--recipe", "tiny", "--steps", "20", "--warmup", "4", "--log-every", "1"),
+    *("--evaluate-blocks", "2", "--evaluate-times", "2"),
+    *("--sample-steps", "2"),
+)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return tmp_path_factory.mktemp("alone") / "run"
+
+
+@pytest.fixture
+def undisturbed(alone, train, losses):
+    """The losses of one process under plain python."""
+    if not alone.exists():
+        train(alone, base=TINY)
+    return losses(alone)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "stage"), [("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("torchrun", 1)], ids=str
+)
+def test_two_ranks_train_as_one_process_does(launcher, stage, undisturbed, alone, train, losses, tmp_path):
+    printed = train(tmp_path / "run", "--zero-stage", stage, base=TINY, launcher=launcher, ranks=2)
+    assert f"on 2 x cpu, ZeRO {stage}" in printed
+    found = losses(tmp_path / "run")
+    assert found.keys() == undisturbed.keys() == set(range(1, 21))
+    for step, (loss, norm, lr) in undisturbed.items():
+        assert found[step][0] == pytest.approx(loss, rel=1e-5), step
+        assert found[step][1] == pytest.approx(norm, rel=1e-3), step
+        assert found[step][2] == lr
+    one, two = (safetensors.torch.load_file(run / "export" / "model.safetensors") for run in (alone, tmp_path / "run"))
+    for name, tensor in one.items():  # AdamW divides rounding errors by tiny gradients: weights differ more than losses
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-4)
+    assert undisturbed[20][0] < 0.95 * undisturbed[1][0]
