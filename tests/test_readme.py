@@ -11,7 +11,10 @@ def test_python_blocks_run_and_say_what_they_should(capsys):
     assert blocks
     for block in blocks:
         exec(compile(block, str(README), "exec"), {"__name__": "readme"})
-    bound, entropy, words = (float(x) for x in re.findall(r"\d+(?:\.\d+)?(?=[ ,%])", capsys.readouterr().out)[:3])
+    printed = capsys.readouterr().out
+    found = re.match(r"bound (\S+) nats, entropy (\S+)\n(\d+)% of the samples", printed)
+    assert found, printed
+    bound, entropy, words = map(float, found.groups())
     assert entropy == 1.61
     assert entropy - 0.05 < bound < entropy + 0.15  # the bound lies above the entropy, and the model is nearly exact
     assert words > 90
