@@ -137,6 +137,7 @@ def test_bfloat16_net_gives_a_float32_loss_under_autocast(graph, log_linear, x0)
     assert net.head.weight.grad.isfinite().all()
 
 
+@pytest.mark.filterwarnings("default")  # the compiler reads every attribute of what it traces, deprecated ones too
 def test_works_inside_torch_compile(make_graphs, log_linear, x0, generator):
     graph, net = make_graphs(5)["uniform"], TinyNet(5)
     t = torch.tensor([0.1, 0.5, 0.9])

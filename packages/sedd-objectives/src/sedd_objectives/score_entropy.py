@@ -114,7 +114,8 @@ class _SumOverJumps(torch.autograd.Function):
                 for i in wanted:
                     field = by_field[i]
                     assert field is not None
-                    by_jumps[i][start:stop] = (field.T * grad[start:stop]).T  # type: ignore[index]
+                    factor = grad[start:stop].reshape(-1, *[1] * (field.ndim - 1))
+                    by_jumps[i][start:stop] = field * factor  # type: ignore[index]
         return by_score, None, *by_jumps
 
 
