@@ -4,7 +4,7 @@ The floor is the sum of the matrix products and attention calls of one pass, eac
 implementation that computes them one by one can be faster. The head counts at all positions, so a training step whose
 loss needs half of them can come out below 1.
 
-    python benchmarks/net.py                       # SEDD-small, 1024 tokens: the figures of the README
+    python benchmarks/net.py                       # SEDD-small, 1024 tokens
     python benchmarks/net.py --width 256 --depth 4 --heads 4 --length 256 --states 4096      # in seconds
 """
 
