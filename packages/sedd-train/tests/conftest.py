@@ -115,6 +115,8 @@ def losses():
 
     def _losses(output) -> dict[int, tuple[float, float, float]]:
         lines = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
-        return {line["step"]: (line["loss"], line["grad_norm"], line["lr"]) for line in lines if line["kind"] == "train"}
+        return {
+            line["step"]: (line["loss"], line["grad_norm"], line["lr"]) for line in lines if line["kind"] == "train"
+        }
 
     return _losses
