@@ -5,9 +5,21 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from sedd_graphs.absorbing import Absorbing
+from sedd_graphs.blocks import Blocks
+from sedd_graphs.dense import Dense
 from sedd_graphs.graph import Graph
 from sedd_graphs.masked import Hybrid, Masked
-from sedd_graphs.noise import Geometric, LogLinear, Noise
+from sedd_graphs.noise import (
+    Cosine,
+    Geometric,
+    Learned,
+    Linear,
+    LogLinear,
+    MaskProbability,
+    Noise,
+    Polynomial,
+)
+from sedd_graphs.ordinal import Ordinal
 from sedd_graphs.row import Row
 from sedd_graphs.uniform import Uniform
 
@@ -18,8 +30,16 @@ __all__ = [
     "Uniform",
     "Hybrid",
     "Masked",
+    "Dense",
+    "Ordinal",
+    "Blocks",
     "Noise",
     "LogLinear",
+    "Cosine",
+    "Polynomial",
     "Geometric",
+    "Linear",
+    "MaskProbability",
+    "Learned",
 ]
 __version__ = version("sedd-graphs")

@@ -1,4 +1,4 @@
-"""What every public method asks of its arguments, and the errors it answers with.
+"""What every public method asks of its arguments, the errors it answers with, and the arithmetic they share.
 
 Shapes: states `x` are (...) int64; a noise level `sigma` has a shape that is a leading part of theirs, so that (B,)
 is one level a sequence and (B, L) one a position. Values are read back (one reduction a call) except while compiling.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_states", "check_integer", "check_rate", "spread", "widen"]
+__all__ = ["check_states", "check_integer", "check_rate", "spread", "widen", "times"]
 
 
 def check_states(name: str, x: Tensor, num_states: int) -> None:
@@ -70,6 +70,11 @@ def spread(sigma: Tensor, shape: torch.Size, *, name: str = "sigma", of: str = "
 def widen(values: Tensor) -> Tensor:
     """The values in float64, where the device has it (Apple's has not)."""
     return values.float() if values.device.type == "mps" else values.double()
+
+
+def times(rate: float, sigma: Tensor) -> Tensor:
+    """Rate * sigma, which is 0 at rate 0 even for infinite sigma."""
+    return rate * sigma if rate else torch.zeros_like(sigma)
 
 
 def _describe(value: object) -> str:

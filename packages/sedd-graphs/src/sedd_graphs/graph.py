@@ -138,5 +138,12 @@ def _vectors(v: Tensor, sigma: Tensor, num_states: int) -> tuple[Tensor, Tensor]
     return (v.float() if v.dtype in (torch.float16, torch.bfloat16) else v), level
 
 
+def _uniform_prior(sigma: Tensor, num_states: int) -> Row:
+    """The prior 1/N of a graph whose Q is doubly stochastic: uniform tokens stay uniform."""
+    level = spread(sigma, sigma.shape)
+    base = torch.full_like(level, 1 / num_states)
+    return Row(base, torch.zeros_like(base, dtype=torch.int64)[..., None], base[..., None], num_states)
+
+
 def _divergence(p: Tensor, q: Tensor) -> Tensor:
     return torch.xlogy(p, torch.where(p > 0, p / q, 1)) - p + q

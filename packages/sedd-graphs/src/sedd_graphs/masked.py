@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sedd_graphs._checks import check_integer, check_rate, check_states, spread, widen
+from sedd_graphs._checks import check_integer, check_rate, check_states, spread, times, widen
 from sedd_graphs.graph import Graph, _level, _vectors
 from sedd_graphs.row import Row
 from sedd_graphs.uniform import Uniform
@@ -68,7 +68,7 @@ class Masked(Graph):
     def transition_from(self, x: Tensor, sigma: Tensor) -> Row:
         """Unmasked with probability B, and then where the graph takes it."""
         token, level = self._token(x), spread(sigma, x.shape)
-        row = self.tokens.transition_from(token, _times(self.rate, sigma))
+        row = self.tokens.transition_from(token, times(self.rate, sigma))
         masked = x == self.mask_id
         row = row.scale(self._kept(level).expand(x.shape))
         return self._join(row, masked, 0.0, torch.where(masked, 1, self._lost(level)))
@@ -76,15 +76,15 @@ class Masked(Graph):
     def transition_into(self, x: Tensor, sigma: Tensor) -> Row:
         """Into a token B times the graph's probability; into the mask 1 - B from every token."""
         token, level = self._token(x), spread(sigma, x.shape)
-        row = self.tokens.transition_into(token, _times(self.rate, sigma)).scale(self._kept(level).expand(x.shape))
+        row = self.tokens.transition_into(token, times(self.rate, sigma)).scale(self._kept(level).expand(x.shape))
         masked = x == self.mask_id
         return self._join(row, masked, self._lost(level), masked.to(level.dtype))
 
     def ratio(self, x: Tensor, x0: Tensor, sigma: Tensor) -> Row:
         """Between tokens the graph's ratio, in which B cancels; at the mask, the graph's p(y | x0) B / (1 - B)."""
         level = widen(_level(sigma, x, x0, self.num_states))
-        row = self.tokens.transition_from(self._token(x0), _times(self.rate, widen(sigma)))
-        odds = _times(self.mask_rate, level).expm1()  # (1 - B) / B
+        row = self.tokens.transition_from(self._token(x0), times(self.rate, widen(sigma)))
+        odds = times(self.mask_rate, level).expm1()  # (1 - B) / B
         of_x = row.at(self._token(x))
         masked, from_mask = x == self.mask_id, x0 == self.mask_id
         row = row.scale(1 / torch.where(masked, odds, torch.where(from_mask, 0, of_x)))
@@ -96,23 +96,23 @@ class Masked(Graph):
         v, level = _vectors(v, sigma, self.num_states)
         m = self.mask_id
         tokens = torch.cat([v[..., :m], v[..., m + 1 :]], -1)
-        moved = self.tokens.propagate(tokens, _times(self.rate, sigma)) * self._kept(level)[..., None]
+        moved = self.tokens.propagate(tokens, times(self.rate, sigma)) * self._kept(level)[..., None]
         at_mask = v[..., m] + self._lost(level) * tokens.sum(-1)
         return torch.cat([moved[..., :m], at_mask[..., None], moved[..., m:]], -1)
 
     def prior(self, sigma: Tensor) -> Row:
         """The mask with probability 1 - B, else the graph's prior."""
         level = spread(sigma, sigma.shape)
-        row = self.tokens.prior(_times(self.rate, level)).scale(self._kept(level))
+        row = self.tokens.prior(times(self.rate, level)).scale(self._kept(level))
         return self._join(row, torch.zeros_like(level, dtype=torch.bool), 0.0, self._lost(level))
 
     def _kept(self, level: Tensor) -> Tensor:
         """B."""
-        return (-_times(self.mask_rate, level)).exp()
+        return (-times(self.mask_rate, level)).exp()
 
     def _lost(self, level: Tensor) -> Tensor:
         """1 - B."""
-        return -(-_times(self.mask_rate, level)).expm1()
+        return -(-times(self.mask_rate, level)).expm1()
 
     def _token(self, x: Tensor) -> Tensor:
         """The tokens' own numbering of the states x; any token for the mask."""
@@ -156,8 +156,3 @@ class Hybrid(Masked):
     def __repr__(self) -> str:
         rates = f"uniform_rate={self.rate}, mask_rate={self.mask_rate}"
         return f"Hybrid(vocab_size={self.vocab_size}, {rates}, mask_id={self.mask_id})"
-
-
-def _times(rate: float, sigma: Tensor) -> Tensor:
-    """Rate * sigma, which is 0 at rate 0 even for infinite sigma."""
-    return rate * sigma if rate else torch.zeros_like(sigma)

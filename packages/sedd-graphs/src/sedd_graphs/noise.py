@@ -1,20 +1,27 @@
 """Noise schedules: the total noise sigma(t) for t in [0, 1], its derivative, and the time at which it is reached.
 
-    log-linear   sigma = -log(1 - (1 - eps) t)            the mask probability 1 - e^-sigma is linear in t
-    geometric    sigma = sigma_min^(1 - t) sigma_max^t    for uniform noise; sigma(0) is sigma_min, not 0
+    log-linear   1 - e^-sigma = (1 - eps) t                 mask probability linear in t; for absorbing graphs
+    cosine       e^-sigma = eps + (1 - eps) cos(pi t / 2)   slow at first
+    polynomial   1 - e^-sigma = (1 - eps) t^power
+    geometric    sigma = sigma_min^(1 - t) sigma_max^t      for uniform graphs; sigma(0) is sigma_min, not 0
+    linear       sigma = sigma_min + (sigma_max - sigma_min) t, a constant rate
 
-A schedule is called: `sigma, dsigma = noise(t)`, both of t's shape and dtype.
+`MaskProbability` takes any mask probability, `Learned` any schedule and learns how fast to run through it. A schedule
+is called: `sigma, dsigma = noise(t)`, both of t's shape and dtype.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Noise", "LogLinear", "Geometric"]
+from sedd_graphs._checks import check_integer
+
+__all__ = ["Noise", "LogLinear", "Cosine", "Polynomial", "Geometric", "Linear", "MaskProbability", "Learned"]
 
 
 class Noise(ABC):
@@ -31,37 +38,28 @@ class Noise(ABC):
     def dsigma(self, t: Tensor) -> Tensor:
         """Its derivative with respect to t, (...), without checks."""
 
-    @abstractmethod
-    def _time(self, sigma: Tensor) -> Tensor:
-        """The time t (...) at which sigma is reached, without checks."""
+    def time(self, sigma: Tensor) -> Tensor:
+        """The time t (...) at which sigma is reached, without checks: by bisection unless a subclass knows better."""
+        low, high = torch.zeros_like(sigma), torch.ones_like(sigma)
+        for _ in range(64):
+            middle = (low + high) / 2
+            below = self.sigma(middle) < sigma
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(sigma, dsigma) at times t, both of t's shape."""
-        t = _float("t", t)
-        if not torch.compiler.is_compiling():
-            wrong = ~((t >= 0) & (t <= 1))
-            if wrong.any():
-                raise ValueError(f"t must lie in [0, 1] everywhere, found {float(t[wrong].flatten()[0])}")
+        t = _times(t)
         return self.sigma(t), self.dsigma(t)
 
     def inverse(self, sigma: Tensor) -> Tensor:
         """The time t in [0, 1] at which the total noise is sigma; of sigma's shape.
 
         Raises:
+            TypeError: sigma is no floating-point tensor.
             ValueError: sigma lies outside sigma(0) .. sigma(1) (by more than rounding) or is NaN.
         """
-        sigma = _float("sigma", sigma)
-        if not torch.compiler.is_compiling():
-            low, high = self.sigma(torch.tensor([0.0, 1.0], dtype=sigma.dtype, device=sigma.device)).detach()
-            slack = 1e-5 * high
-            wrong = ~((sigma >= low - slack) & (sigma <= high + slack))
-            if wrong.any():
-                found = float(sigma[wrong].flatten()[0])
-                raise ValueError(
-                    f"sigma must lie between {float(low):.6g} and {float(high):.6g}, which this schedule spans, "
-                    f"found {found}"
-                )
-        return self._time(sigma).clamp(0, 1)
+        return self.time(_reached(self, sigma)).clamp(0, 1)
 
 
 class LogLinear(Noise):
@@ -79,18 +77,86 @@ class LogLinear(Noise):
 
     def sigma(self, t: Tensor) -> Tensor:
         """Total noise at times t (...)."""
-        return -torch.where(t < 0.5, torch.log1p(-(1 - self.eps) * t), self._survival(t).log())
+        return _noise_of(masked=(1 - self.eps) * t, survival=self._survival(t))
 
     def dsigma(self, t: Tensor) -> Tensor:
         """(1 - eps) / (1 - (1 - eps) t)."""
         return (1 - self.eps) / self._survival(t)
 
-    def _time(self, sigma: Tensor) -> Tensor:
+    def time(self, sigma: Tensor) -> Tensor:
+        """(1 - e^-sigma) / (1 - eps)."""
         return -(-sigma).expm1() / (1 - self.eps)
 
     def _survival(self, t: Tensor) -> Tensor:
         """1 - (1 - eps) t, which so written does not cancel near t = 1."""
         return (1 - t) + self.eps * t
+
+
+class Polynomial(Noise):
+    """sigma = -log(1 - (1 - eps) t^power): the mask probability is a power of t; power 1 is log-linear.
+
+    Args:
+        power: above 1 the noise comes late, below 1 early (dsigma is then infinite at t = 0).
+        eps: probability of a token's survival at t = 1.
+    """
+
+    def __init__(self, power: float = 2.0, eps: float = 1e-3) -> None:
+        self.power = _between("power", power, 0, math.inf)
+        self.eps = _between("eps", eps, 0, 1)
+
+    def __repr__(self) -> str:
+        return f"Polynomial(power={self.power}, eps={self.eps})"
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Total noise at times t (...)."""
+        return _noise_of(masked=(1 - self.eps) * t**self.power, survival=self._survival(t))
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        """(1 - eps) power t^(power - 1) / (1 - (1 - eps) t^power)."""
+        return (1 - self.eps) * self.power * t ** (self.power - 1) / self._survival(t)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """((1 - e^-sigma) / (1 - eps))^(1 / power)."""
+        return (-(-sigma).expm1() / (1 - self.eps)) ** (1 / self.power)
+
+    def _survival(self, t: Tensor) -> Tensor:
+        """1 - (1 - eps) t^power, with 1 - t^power taken from 1 - t, which is exact near t = 1."""
+        late = -(self.power * torch.log1p(-(1 - t).clamp(max=0.5))).expm1()
+        gone = torch.where(t < 0.5, 1 - t**self.power, late)
+        return gone + self.eps * (1 - gone)
+
+
+class Cosine(Noise):
+    """e^-sigma = eps + (1 - eps) cos(pi t / 2): little noise for long, most of it at the end.
+
+    Args:
+        eps: probability of a token's survival at t = 1.
+    """
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        self.eps = _between("eps", eps, 0, 1)
+
+    def __repr__(self) -> str:
+        return f"Cosine(eps={self.eps})"
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Total noise at times t (...)."""
+        masked = 2 * (1 - self.eps) * (math.pi / 4 * t).sin().square()  # 1 - cos, without cancelling at t = 0
+        return _noise_of(masked=masked, survival=self._survival(t))
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        """(1 - eps) pi/2 sin(pi t / 2) / (eps + (1 - eps) cos(pi t / 2))."""
+        return (1 - self.eps) * math.pi / 2 * (math.pi / 2 * t).sin() / self._survival(t)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The angle whose cosine is (e^-sigma - eps) / (1 - eps), from its sine as well: accurate at both ends."""
+        masked = -(-sigma).expm1() / (1 - self.eps)
+        cosine = ((-sigma).exp() - self.eps) / (1 - self.eps)
+        return torch.atan2((masked * (1 + cosine)).clamp(min=0).sqrt(), cosine) * (2 / math.pi)
+
+    def _survival(self, t: Tensor) -> Tensor:
+        """e^-sigma; the cosine as the sine of what is missing to the right angle, which is exact near t = 1."""
+        return self.eps + (1 - self.eps) * (math.pi / 2 * (1 - t)).sin()
 
 
 class Geometric(Noise):
@@ -117,8 +183,156 @@ class Geometric(Noise):
         """Sigma log(sigma_max / sigma_min)."""
         return self._span * self.sigma(t)
 
-    def _time(self, sigma: Tensor) -> Tensor:
+    def time(self, sigma: Tensor) -> Tensor:
+        """log(sigma / sigma_min) / log(sigma_max / sigma_min)."""
         return (sigma / self.sigma_min).log() / self._span
+
+
+class Linear(Noise):
+    """sigma = sigma_min + (sigma_max - sigma_min) t: noise at a constant rate.
+
+    Args:
+        sigma_min: total noise at t = 0, may be 0.
+        sigma_max: total noise at t = 1.
+    """
+
+    def __init__(self, sigma_max: float = 7.0, sigma_min: float = 0.0) -> None:
+        self.sigma_min = 0.0 if sigma_min == 0 else _between("sigma_min", sigma_min, 0, math.inf)
+        self.sigma_max = _between("sigma_max", sigma_max, self.sigma_min, math.inf)
+
+    def __repr__(self) -> str:
+        return f"Linear(sigma_max={self.sigma_max}, sigma_min={self.sigma_min})"
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Total noise at times t (...)."""
+        return self.sigma_min + (self.sigma_max - self.sigma_min) * t
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        """sigma_max - sigma_min."""
+        return torch.full_like(t, self.sigma_max - self.sigma_min)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """(sigma - sigma_min) / (sigma_max - sigma_min)."""
+        return (sigma - self.sigma_min) / (self.sigma_max - self.sigma_min)
+
+
+class MaskProbability(Noise):
+    """sigma = -log(1 - m(t)) for any mask probability m; dsigma by automatic, the inverse by bisection.
+
+    Args:
+        mask: an elementwise function of t in torch, increasing from at least 0 to below 1 on [0, 1].
+
+    Raises:
+        ValueError: m leaves [0, 1), or falls somewhere on a grid of 1001 times.
+    """
+
+    def __init__(self, mask: Callable[[Tensor], Tensor]) -> None:
+        with torch.no_grad():
+            m = mask(torch.linspace(0, 1, 1001, dtype=torch.float64))
+        if m.shape != (1001,) or not (m >= 0).all() or not (m < 1).all():
+            found = f"values from {float(m.min())} to {float(m.max())}" if m.shape == (1001,) else f"shape {m.shape}"
+            raise ValueError(f"mask must map times elementwise to probabilities of at least 0 and below 1, got {found}")
+        if (m.diff() < 0).any():
+            t = float((m.diff() < 0).int().argmax()) / 1000
+            raise ValueError(f"mask must not decrease, but falls at t = {t}")
+        self.mask = mask
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """-log(1 - m(t))."""
+        return -torch.log1p(-self.mask(t))
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        """m'(t) / (1 - m(t)), by forward differentiation."""
+        out = torch.func.jvp(self.mask, (t,), (torch.ones_like(t),))
+        derivative: Tensor = out[1] / (1 - out[0])
+        return derivative
+
+
+class Learned(nn.Module):
+    """Any schedule, run through at a learnable pace: sigma(t) = schedule(F(t)) with F increasing from 0 to 1.
+
+    F is the integral of a piecewise linear, positive density, so that F' is continuous and F has a closed inverse.
+    At first F(t) = t. The bound does not depend on F, but the variance of its estimate does: minimise that.
+
+    Args:
+        start: the schedule to begin with.
+        knots: pieces of equal length, on which the density is linear.
+    """
+
+    def __init__(self, start: Noise, knots: int = 16) -> None:
+        super().__init__()
+        self.start = start
+        self.knots = check_integer("knots", knots, least=1)
+        self.log_density = nn.Parameter(torch.zeros(self.knots + 1))
+
+    def extra_repr(self) -> str:
+        """The schedule and the number of pieces."""
+        return f"{self.start!r}, knots={self.knots}"
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(sigma, dsigma) at times t, both of t's shape."""
+        t = _times(t)
+        warped, slope = self._warp(t)
+        return self.start.sigma(warped), self.start.dsigma(warped) * slope
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Total noise at times t (...), without checks."""
+        return self.start.sigma(self._warp(t)[0])
+
+    def inverse(self, sigma: Tensor) -> Tensor:
+        """The time t in [0, 1] at which the total noise is sigma; raises as `Noise.inverse` does."""
+        warped = self.start.time(_reached(self, sigma)).clamp(0, 1)
+        density, reached = self._density(warped)
+        piece = (torch.searchsorted(reached.detach(), warped.detach().contiguous(), right=True) - 1).clamp(
+            0, self.knots - 1
+        )
+        missing, d, slope = warped - reached[piece], density[piece], (density[piece + 1] - density[piece]) * self.knots
+        step = 2 * missing / (d + (d * d + 2 * missing * slope).clamp(min=0).sqrt())
+        return (piece / self.knots + step).clamp(0, 1)
+
+    def _warp(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """F(t) and F'(t)."""
+        density, reached = self._density(t)
+        piece = (t.detach() * self.knots).long().clamp(0, self.knots - 1)
+        step = t - piece / self.knots
+        slope = (density[piece + 1] - density[piece]) * self.knots
+        warped = reached[piece] + density[piece] * step + slope * step * step / 2
+        return warped.clamp(0, 1), density[piece] + slope * step
+
+    def _density(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """F' and F at the knots, (knots + 1,) each, in the dtype of `like`."""
+        density = (self.log_density - self.log_density.max()).to(like.dtype).exp()
+        areas = (density[1:] + density[:-1]) / (2 * self.knots)
+        reached = torch.cat([areas.new_zeros(1), areas.cumsum(0)]) / areas.sum()
+        return density / areas.sum(), reached
+
+
+def _noise_of(*, masked: Tensor, survival: Tensor) -> Tensor:
+    """-log(1 - masked), survival being 1 - masked: from whichever of the two is small, and so has its digits."""
+    return -torch.where(masked < 0.5, torch.log1p(-masked.clamp(max=0.5)), survival.log())
+
+
+def _times(t: Tensor) -> Tensor:
+    """The times in float32 at least; raise unless they lie in [0, 1]."""
+    t = _float("t", t)
+    if not torch.compiler.is_compiling():
+        wrong = ~((t >= 0) & (t <= 1))
+        if wrong.any():
+            raise ValueError(f"t must lie in [0, 1] everywhere, found {float(t[wrong].flatten()[0])}")
+    return t
+
+
+def _reached(noise: Noise | Learned, sigma: Tensor) -> Tensor:
+    """The noise in float32 at least; raise unless the schedule reaches it, but for rounding."""
+    sigma = _float("sigma", sigma)
+    if not torch.compiler.is_compiling():
+        low, high = noise.sigma(torch.tensor([0.0, 1.0], dtype=sigma.dtype, device=sigma.device)).detach()
+        slack = 1e-5 * high
+        wrong = ~((sigma >= low - slack) & (sigma <= high + slack))
+        if wrong.any():
+            found, spanned = float(sigma[wrong].flatten()[0]), f"{float(low):.6g} and {float(high):.6g}"
+            raise ValueError(f"sigma must lie between {spanned}, which this schedule spans, found {found}")
+    return sigma
 
 
 def _float(name: str, values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sedd_graphs._checks import check_integer, check_states, spread
-from sedd_graphs.graph import Graph, _level, _vectors
+from sedd_graphs.graph import Graph, _level, _uniform_prior, _vectors
 from sedd_graphs.row import Row
 
 __all__ = ["Uniform"]
@@ -72,6 +72,4 @@ class Uniform(Graph):
 
     def prior(self, sigma: Tensor) -> Row:
         """1/N, at every sigma."""
-        level = spread(sigma, sigma.shape)
-        base = torch.full_like(level, 1 / self.num_states)
-        return Row(base, torch.zeros_like(base, dtype=torch.int64)[..., None], base[..., None], self.num_states)
+        return _uniform_prior(sigma, self.num_states)

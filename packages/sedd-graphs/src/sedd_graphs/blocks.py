@@ -1,0 +1,129 @@
+"""States in blocks: fast mixing within a block, slow mixing between all states.
+
+With M the averaging within blocks and J/N the averaging over all N states,
+
+    Q       = within (M - I) + between (J/N - I)
+    exp(sQ) = (1 - e^(-between s)) J/N + e^(-between s) (1 - e^(-within s)) M + e^(-(within + between) s) I
+
+because the two averagings commute and M J = J. A row is one number outside x's block, and so costs as much as the
+largest block has states. Tokens whose embeddings lie close, amino acids of one class, and nucleotides with a
+transition/transversion ratio (Kimura's model of 1980 is two blocks of two) are of this kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sedd_graphs._checks import check_rate, check_states, spread, times
+from sedd_graphs._constants import Constant
+from sedd_graphs.graph import Graph, _uniform_prior, _vectors
+from sedd_graphs.row import Row
+
+__all__ = ["Blocks"]
+
+
+class Blocks(Graph):
+    """Tokens that drift within their block and, more rarely, anywhere.
+
+    Args:
+        labels: the block of each state, N integers (any values), at least two different ones.
+        within: rate of jumping to a uniformly random state of the own block.
+        between: rate of jumping to a uniformly random state of all.
+
+    Raises:
+        ValueError: fewer than two blocks, or a rate that is negative or not finite.
+    """
+
+    def __init__(self, labels: Tensor | Sequence[int], *, within: float, between: float) -> None:
+        labels = torch.as_tensor(labels)
+        if labels.dim() != 1 or labels.is_floating_point():
+            raise ValueError(f"labels must be one integer a state, got shape {tuple(labels.shape)} of {labels.dtype}")
+        names, block, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+        if len(names) < 2:
+            raise ValueError(f"labels must name at least two blocks, got {len(names)}; one block is the uniform graph")
+        self.num_states = len(labels)
+        self.num_blocks = len(names)
+        self.within = check_rate("within", within)
+        self.between = check_rate("between", between)
+        self._block = Constant(block)
+        self._sizes = Constant(sizes)
+        self._members = Constant(_members(block, sizes))
+
+    @classmethod
+    def kimura(cls, kappa: float) -> Blocks:
+        """Nucleotides A, C, G, T = 0, 1, 2, 3 at one substitution a unit of noise.
+
+        Args:
+            kappa: rate of the transitions A-G and C-T over the rate of each transversion, at least 1.
+        """
+        if not 1 <= kappa < float("inf"):
+            raise ValueError(f"kappa must be at least 1 and finite, got {kappa}")
+        transversion = 1 / (kappa + 2)
+        return cls([0, 1, 0, 1], within=2 * (kappa - 1) * transversion, between=4 * transversion)
+
+    def __repr__(self) -> str:
+        rates = f"within={self.within:.6g}, between={self.between:.6g}"
+        return f"Blocks({self.num_states} states in {self.num_blocks} blocks, {rates})"
+
+    def rates_into(self, x: Tensor) -> Row:
+        """between/N from every state, within/size more from those of x's block."""
+        check_states("x", x, self.num_states)
+        one = torch.ones((), dtype=torch.get_default_dtype(), device=x.device)
+        return self._row(x, self.between * one, self.within * one, -(self.within + self.between) * one)
+
+    def rates_out_of(self, x: Tensor) -> Row:
+        """Q is symmetric."""
+        return self.rates_into(x)
+
+    def transition_from(self, x: Tensor, sigma: Tensor) -> Row:
+        """Somewhere at all, somewhere in the block, or still at x."""
+        check_states("x", x, self.num_states)
+        level = spread(sigma, x.shape)
+        return self._row(x, *self._shares(level))
+
+    def transition_into(self, x: Tensor, sigma: Tensor) -> Row:
+        """exp(sigma Q) is symmetric."""
+        return self.transition_from(x, sigma)
+
+    def propagate(self, v: Tensor, sigma: Tensor) -> Tensor:
+        """A mixture of v, its averages over blocks and its average."""
+        v, level = _vectors(v, sigma, self.num_states)
+        everywhere, in_block, still = self._shares(level)
+        block, sizes = self._block.on(v.device), self._sizes.on(v.device)
+        totals = v.new_zeros(*v.shape[:-1], len(sizes)).index_add(-1, block, v)
+        mixed = in_block[..., None] * totals / sizes + (everywhere * v.sum(-1) / self.num_states)[..., None]
+        return torch.addcmul(mixed[..., block], still[..., None].to(v.dtype), v)
+
+    def prior(self, sigma: Tensor) -> Row:
+        """1/N, at every sigma."""
+        return _uniform_prior(sigma, self.num_states)
+
+    def _shares(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The probabilities of a jump to anywhere, of jumps within the block alone, and of none."""
+        no_far, no_near = (-times(self.between, level)).exp(), (-times(self.within, level)).exp()
+        near = -(-times(self.within, level)).expm1()
+        return -(-times(self.between, level)).expm1(), no_far * near, no_far * no_near
+
+    def _row(self, x: Tensor, everywhere: Tensor, in_block: Tensor, still: Tensor) -> Row:
+        """`everywhere` shared by all states, `in_block` by those of x's block, `still` at x; each spreads over x."""
+        block = self._block.on(x.device)[x]
+        index, size = self._members.on(x.device)[block], self._sizes.on(x.device)[block]
+        base = (everywhere / self.num_states).expand(x.shape)
+        inside = torch.arange(index.shape[-1], device=x.device) < size[..., None]
+        value = base[..., None] + torch.where(inside, (in_block / size)[..., None], 0)
+        value = value + torch.where(index == x[..., None], still.expand(x.shape)[..., None], 0)
+        return Row(base, index, value, self.num_states)
+
+
+def _members(block: Tensor, sizes: Tensor) -> Tensor:
+    """The states of each block, (number of blocks, largest size); short blocks are filled up with states of others."""
+    width = int(sizes.max())
+    by_block = block.argsort(stable=True)
+    rows = []
+    for own in torch.split(by_block, sizes.tolist()):
+        few = torch.arange(min(len(block), width + len(own)), device=block.device)  # enough to find width others
+        rows.append(torch.cat([own, few[~torch.isin(few, own)]])[:width])
+    return torch.stack(rows)
