@@ -72,7 +72,7 @@ def start_engine(
     config: dict[str, Any] = {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size // micro_batches,
-        "gradient_clipping": clip,
+        "gradient_clipping": clip if stage else 0.0,  # without ZeRO it fails on a step that is skipped: see _apply
         "steps_per_print": 1 << 62,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
@@ -90,6 +90,7 @@ def start_engine(
     if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config)
+    engine.clip_without_zero = clip
     return engine
 
 
@@ -143,12 +144,13 @@ def train_step(engine: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], lr
 def _apply(engine: Any) -> tuple[bool, float]:
     """Take the optimiser's step: whether it was applied, and the gradient's norm."""
     if engine.zero_optimization_stage() == 0:  # alone in neither reporting the norm nor refusing a gradient of nan
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
+        parameters = [p for p in engine.module.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, engine.clip_without_zero or math.inf)
+        finite = math.isfinite(float(norm))
+        if not finite:
             engine.zero_grad()  # to None: AdamW leaves such parameters alone
         engine.step()
-        return math.isfinite(norm), norm
+        return finite, float(norm)
     engine.step()
     norm = engine.get_global_grad_norm()
     return bool(engine.was_step_applied()), float("nan") if norm is None else float(norm)

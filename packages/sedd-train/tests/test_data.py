@@ -1,0 +1,137 @@
+"""Text to blocks, prompts, and the random numbers of a run."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sedd_graphs import Absorbing, LogLinear
+from sedd_train import data, prompts, randomness
+
+TEXTS = ["We the People of the United States, in Order to form a more perfect Union,"] * 30 + ["Fellow-citizens. " * 50]
+
+
+@pytest.fixture(scope="module")
+def coder():
+    return data.tokenizer("bpe:300", lambda: TEXTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i:02d}.txt").write_text(text)
+    return folder
+
+
+def test_every_text_survives_tokenising(coder):
+    for text in [*TEXTS[-2:], "déjà vu, 日本, \x00 and 🙂"]:
+        assert coder.decode(coder.encode(text)) == text
+    assert len(coder) <= 300
+
+
+def test_an_end_of_text_after_every_document(coder):
+    tokens = data.tokenise(TEXTS, coder)
+    ends = np.flatnonzero(tokens.flat == coder.eos_token_id)
+    assert len(ends) == len(TEXTS)
+    assert tokens.characters == sum(map(len, TEXTS))
+    assert coder.decode(tokens.flat[: ends[0]].tolist()) == TEXTS[0]
+    assert tokens.characters_per_token == tokens.characters / len(tokens)
+
+
+def test_blocks_are_the_text_in_order(coder):
+    tokens = data.tokenise(TEXTS, coder)
+    blocks = tokens.block(range(tokens.blocks(16)), 16)
+    assert blocks.flatten().tolist() == tokens.flat[: blocks.numel()].tolist()
+    assert tokens.blocks(16) == len(tokens) // 16
+
+
+def test_the_cache_is_read_back_and_rebuilt_when_damaged(folder, tmp_path):
+    said = []
+    first = data.prepare(str(folder), "bpe:300", tmp_path, said.append)
+    again = data.prepare(str(folder), "bpe:300", tmp_path, said.append)
+    assert len(said) == 1
+    assert first.fingerprint == again.fingerprint
+    (file,) = tmp_path.glob("*/train.bin")
+    content = file.read_bytes()
+    for damaged in (content[:-2], b"\x01" + content[1:], b""):
+        file.write_bytes(damaged)
+        rebuilt = data.prepare(str(folder), "bpe:300", tmp_path, said.append)
+        assert file.read_bytes() == content
+        assert rebuilt.fingerprint == first.fingerprint
+    assert len(said) == 4
+
+
+def test_a_document_is_held_out_or_trained_on_never_both(folder, tmp_path):
+    corpus = data.documents(str(folder))
+    train, valid = list(corpus.train()), list(corpus.valid())
+    assert len(train) + len(valid) == len(TEXTS)
+    assert len(valid) == round(len(TEXTS) * data.HELD_OUT)
+
+
+def test_the_order_sees_every_block_once_an_epoch():
+    first, second = (data.order(0, range(e * 50, (e + 1) * 50), 50) for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert data.order(0, [73], 50) == [second[23]]
+    assert data.order(1, range(50), 50) != first
+
+
+def test_unigram_entropy():
+    assert data.unigram_entropy(np.array([0, 0, 1, 5])) == pytest.approx(1.5 * math.log(2))
+
+
+# Random numbers
+
+
+def test_times_are_stratified_over_all_ranks():
+    one = randomness.times(0, 7, range(12), 12)
+    parts = [randomness.times(0, 7, randomness.sample_numbers(12, 3, j), 12) for j in range(3)]
+    assert torch.equal(torch.stack(parts, 1).flatten(), one)
+    strata = ((one - 1e-3) / (1 - 1e-3) * 12).floor()
+    assert strata.tolist() == list(range(12))
+    assert not torch.equal(one, randomness.times(0, 8, range(12), 12))
+
+
+def test_noise_depends_on_the_sample_and_not_on_its_batch():
+    graph = Absorbing(9)
+    x0 = torch.randint(9, (6, 40), generator=torch.Generator().manual_seed(0))
+    sigma, _ = LogLinear()(torch.full((6,), 0.5))
+    whole = randomness.noised(graph, x0, sigma, seed=0, step=3, samples=range(6))
+    odd = randomness.noised(graph, x0[1::2], sigma[1::2], seed=0, step=3, samples=[1, 3, 5])
+    assert torch.equal(whole[1::2], odd)
+    assert not torch.equal(whole[0] == 9, whole[1] == 9)  # and each has its own
+    assert not torch.equal(whole, randomness.noised(graph, x0, sigma, seed=0, step=4, samples=range(6)))
+
+
+# Prompts
+
+
+def test_a_prefix_and_a_suffix(coder):
+    prompt = prompts.around(coder, 40, prefix="We the", suffix="Union,")
+    before, after = coder.encode("We the"), coder.encode("Union,")
+    assert prompt.x[prompt.given].tolist() == before + after
+    assert prompt.given.nonzero().flatten().tolist() == [*range(len(before)), *range(40 - len(after), 40)]
+
+
+def test_nothing_given(coder):
+    assert not prompts.around(coder, 8).given.any()
+
+
+def test_blanks(coder):
+    prompt = prompts.with_blanks(coder, "the ___ of", 40)
+    the, of = coder.encode("the"), coder.encode(" of")
+    assert prompt.given.tolist() == [True] * len(the) + [False] * 3 + [True] * len(of)
+    assert prompt.x[prompt.given].tolist() == the + of
+
+
+def test_prompts_that_leave_nothing_to_do(coder):
+    length = len(coder.encode("We the"))
+    with pytest.raises(ValueError, match=f"the prompt has {length} \\+ 0 tokens .* and the sequence {length}"):
+        prompts.around(coder, length, prefix="We the")
+    with pytest.raises(ValueError, match="no blank"):
+        prompts.with_blanks(coder, "We the", 40)
+    with pytest.raises(ValueError, match="blanks included"):
+        prompts.with_blanks(coder, "We the ______", 4)
