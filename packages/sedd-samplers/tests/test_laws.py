@@ -8,7 +8,7 @@ import pytest
 import torch
 from sedd_samplers import Euler, TauLeaping, Tweedie, sample, uniform_times
 
-SAMPLES = 200_000
+SAMPLES = 50_000
 ALARM = 1e-4  # each chi-square test fails a correct sampler once in 10,000 seeds
 
 

@@ -34,7 +34,6 @@ class Reverse:
         noise: its schedule.
         frozen: (B, L) bool, the positions that never move.
         seeds: (B,) int64, one seed a sequence.
-        allowed: (N,), (L, N) or (B, L, N) bool, the tokens that may be left after the final denoise; None for all.
     """
 
     def __init__(
@@ -45,13 +44,11 @@ class Reverse:
         *,
         frozen: Tensor,
         seeds: Tensor,
-        allowed: Tensor | None = None,
     ) -> None:
         self.score: Any = score
         self.graph = graph
         self.noise = noise
         self.frozen = frozen
-        self.allowed = allowed
         self._seeds = seeds
         self._drawn = torch.zeros_like(seeds)
         self._offers_where = accepts_where(score)
@@ -104,14 +101,9 @@ class Reverse:
         sigma, _ = self.noise(t)
 
         def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
-            probs = denoise_probs(log_score, x, self.graph, sigma[sequence])
-            return probs if self.allowed is None else probs.mul_(self._allowed_at(sequence, position))
+            return denoise_probs(log_score, x, self.graph, sigma[sequence])
 
         return self.redraw(x, sigma, self.movable(x), kernel)
-
-    def _allowed_at(self, sequence: Tensor, position: Tensor) -> Tensor:
-        assert self.allowed is not None
-        return self.allowed.expand(*self.frozen.shape, -1)[sequence, position]
 
     def _evaluate(self, x: Tensor, sigma: Tensor, where: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's rows (R, N), and which of them belong to `where`, in order; None when all do, as they stand."""

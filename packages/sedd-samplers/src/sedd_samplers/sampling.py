@@ -57,7 +57,6 @@ class Options(TypedDict, total=False):
     times: Tensor | None
     t_min: float
     denoise: bool
-    allowed: Tensor | None
 
 
 def sample(
@@ -79,8 +78,8 @@ def sample(
         shape: (B, L).
         device: where the states live; the device of the model's first parameter when None, else the CPU.
         progress: whether to show a bar.
-        **options: `steps=128`, `method=Tweedie()`, `generator`, `seeds`, `times`, `t_min=1e-5`, `denoise=True`,
-            `allowed`; and the errors: see `trajectory`.
+        **options: `steps=128`, `method=Tweedie()`, `generator`, `seeds`, `times`, `t_min=1e-5`, `denoise=True`;
+            and the errors: see `trajectory`.
 
     Returns:
         (B, L) int64.
@@ -133,7 +132,6 @@ def trajectory(
     times: Tensor | None = None,
     t_min: float = 1e-5,
     denoise: bool = True,
-    allowed: Tensor | None = None,
 ) -> Iterator[State]:
     """The states on the way, from the prior (step 0) to the sample; nothing is kept of those that were yielded.
 
@@ -152,7 +150,6 @@ def trajectory(
         times: a grid (steps + 1,) of the caller's own, instead of `steps` and `t_min`.
         t_min: the time at which the last step ends.
         denoise: whether to take the final step to t = 0; without it a mask may be left.
-        allowed: (N,), (L, N) or (B, L, N) bool, the tokens that the final denoise may leave.
 
     Yields:
         `State`, steps + 1 of them, one more with the final denoise.
@@ -166,7 +163,7 @@ def trajectory(
     _check_prompt(x, given, graph)
     grid = uniform_times(steps, t_min) if times is None else check_times(times)
     seeds = _row_seeds(seeds, generator, len(x)).to(x.device)
-    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds, allowed=_checked_allowed(allowed, x, graph))
+    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds)
     x = torch.where(given, x, reverse.prior())
 
     total = len(grid) - 1 + denoise
@@ -216,20 +213,3 @@ def _check_prompt(x: Tensor, given: Tensor, graph: Graph) -> None:
         raise ValueError(f"x holds the state {state} at a given position; states are 0..{graph.num_states - 1}")
     if graph.mask_id is not None and (tokens == graph.mask_id).any():
         raise ValueError(f"x holds the mask ({graph.mask_id}) at a given position, which would stay; leave it free")
-
-
-def _checked_allowed(allowed: Tensor | None, x: Tensor, graph: Graph) -> Tensor | None:
-    if allowed is None:
-        return None
-    full = (*x.shape, graph.num_states)
-    if allowed.dtype != torch.bool or allowed.ndim > 3 or tuple(allowed.shape) != full[3 - allowed.ndim :]:
-        raise ValueError(
-            f"allowed must be bool of shape {full}, {full[1:]} or {full[2:]}, "
-            f"got {allowed.dtype} {tuple(allowed.shape)}"
-        )
-    tokens = allowed.clone()
-    if graph.mask_id is not None:
-        tokens[..., graph.mask_id] = False
-    if not tokens.any(-1).all():
-        raise ValueError("allowed leaves some position without any token")
-    return tokens.to(x.device)

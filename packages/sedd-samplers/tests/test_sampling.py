@@ -1,0 +1,220 @@
+"""The loop: prompts, rows asked of the model, seeds, precision, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+from sedd_samplers import Euler, TauLeaping, Tweedie, infill, sample, trajectory, uniform_times
+
+METHODS = [Euler(), TauLeaping(), Tweedie()]
+GRAPHS = {
+    "absorbing": lambda ref: ref.StructuredAbsorbing(5),
+    "absorbing, mask amid the tokens": lambda ref: ref.StructuredAbsorbing(5, 2),
+    "uniform": lambda ref: ref.StructuredUniform(6),
+    "hybrid": lambda ref: ref.hybrid_matrix(5),
+}
+
+
+def flat(num_states, level=0.0):
+    """A score model that knows nothing."""
+    return lambda x, sigma: torch.full((*x.shape, num_states), level)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@settings(max_examples=60, deadline=None)
+@drawn(data=st.data())
+def test_given_positions_never_change(ref, data):
+    graph = GRAPHS[data.draw(st.sampled_from(sorted(GRAPHS)))](ref)
+    method = data.draw(st.sampled_from(METHODS))
+    shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(1, 7)))
+    rng = seeded(data.draw(st.integers(0, 2**31)))
+    tokens = torch.tensor([y for y in range(6) if y != graph.mask_id])
+    x = tokens[torch.randint(len(tokens), shape, generator=rng)]
+    fixed = torch.rand(shape, generator=rng) < data.draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+    denoise = data.draw(st.booleans())
+    states = trajectory(
+        flat(6), graph, ref.LogLinear(), x=x, given=fixed, steps=data.draw(st.integers(1, 5)), method=method,
+        denoise=denoise, generator=rng,
+    )  # fmt: skip
+    for state in states:
+        assert torch.equal(state.x[fixed], x[fixed])
+    if denoise and graph.mask_id is not None:
+        assert not (state.x == graph.mask_id).any()
+
+
+def test_infilling_follows_the_conditional_distribution(ref):
+    """A given middle token, many steps; a false alarm once in 10,000 seeds."""
+    graph = ref.StructuredAbsorbing(3)
+    p0 = ref.random_data(3, 3, 4, 3)
+    x = torch.tensor([[0, 1, 0]]).expand(50_000, -1)
+    fixed = torch.tensor([[False, True, False]]).expand(50_000, -1)
+    score = ref.ExactRows(p0, graph.Q)
+    out = infill(score, graph, ref.LogLinear(), x=x, given=fixed, steps=100, generator=seeded())
+    law = torch.zeros_like(p0)
+    law[:, 1] = p0[:, 1]
+    assert ref.chi_square(out, law) > 1e-4
+
+
+def test_the_grid_starts_at_one_and_ends_at_t_min():
+    times = uniform_times(4, 0.2)
+    torch.testing.assert_close(times, torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2], dtype=torch.float64))
+
+
+def test_the_model_is_asked_at_every_time_of_the_grid_once(ref):
+    graph, noise, levels = ref.StructuredUniform(4), ref.Linear(2.0), []
+
+    def score(x, sigma):
+        levels.append(float(sigma[0]))
+        return torch.zeros(*x.shape, 4)
+
+    states = list(trajectory(score, graph, noise, x=torch.zeros(1, 3, dtype=torch.int64),
+                             given=torch.zeros(1, 3, dtype=torch.bool), steps=4, t_min=0.2))  # fmt: skip
+    assert levels == pytest.approx([2.0, 1.6, 1.2, 0.8, 0.4])
+    assert [s.step for s in states] == [0, 1, 2, 3, 4, 5]
+    assert {s.steps for s in states} == {5}
+    assert [s.t for s in states] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+
+
+def test_only_positions_that_can_move_reach_the_head(ref):
+    graph = ref.StructuredAbsorbing(3)
+    score = ref.ExactRows(ref.random_data(3, 4, 4, 3), graph.Q)
+    x = torch.zeros(8, 4, dtype=torch.int64)
+    fixed = torch.zeros_like(x, dtype=torch.bool)
+    fixed[:, 0] = True
+    masked = []
+    for state in trajectory(score, graph, ref.LogLinear(), x=x, given=fixed, steps=10, generator=seeded()):
+        masked.append(int((state.x == 3).sum()))
+    assert masked[0] == 24
+    assert masked[-1] == 0
+    assert score.asked == [m for m in masked[:-1] if m]
+
+
+def test_no_position_left_no_call(ref):
+    graph = ref.StructuredAbsorbing(3)
+    score = ref.ExactScore(ref.random_data(3, 4, 4, 3), graph.Q)
+    x = torch.randint(3, (2, 4), generator=seeded())
+    fixed = torch.ones_like(x, dtype=torch.bool)
+    assert torch.equal(infill(score, graph, ref.LogLinear(), x=x, given=fixed, steps=6), x)
+    assert score.calls == 0
+    fixed[1] = False
+    infill(score, graph, ref.LogLinear(), x=x, given=fixed, steps=6)
+    assert score.rows == score.calls > 0  # the finished sequence is left out, one row a call
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_where_or_not_gives_the_same_sample(ref, name):
+    graph = GRAPHS[name](ref)
+    p0 = ref.random_data(6 - (graph.mask_id is not None), 3, 6, graph.mask_id)
+    results = [
+        sample(kind(p0, graph.Q), graph, ref.LogLinear(), shape=(16, 3), steps=6, generator=seeded())
+        for kind in (ref.ExactScore, ref.ExactRows)
+    ]
+    assert torch.equal(*results)
+
+
+def test_a_row_depends_on_its_seed_alone(ref):
+    """Not on its batch, nor on its place in it; a generator gives the seeds, the same for the same generator."""
+    graph = ref.StructuredUniform(6)
+    score = ref.ExactRows(ref.random_data(6, 3), graph.Q)
+
+    def run(seeds):
+        return sample(score, graph, ref.LogLinear(), shape=(len(seeds), 3), steps=6, seeds=seeds)
+
+    together = run(list(range(40)))
+    assert torch.equal(together[[7]], run([7]))
+    assert torch.equal(together[[30, 2]], run([30, 2]))
+    assert len(together.unique(dim=0)) > 10
+    one, same, other = (
+        sample(score, graph, ref.LogLinear(), shape=(20, 3), steps=6, generator=seeded(s)) for s in (1, 1, 2)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_arithmetic_is_float32_under_autocast(ref):
+    graph = ref.StructuredAbsorbing(5)
+    log_score = torch.randn(4, 50, 6, generator=seeded(3))
+
+    def run():
+        return sample(lambda x, sigma: log_score, graph, ref.LogLinear(), shape=(4, 50), steps=5, seeds=range(4))
+
+    plain = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(), plain)
+
+
+def test_a_half_precision_model_is_welcome(ref):
+    graph = ref.StructuredAbsorbing(5)
+    x = sample(lambda x, sigma: torch.zeros(*x.shape, 6).bfloat16(), graph, ref.LogLinear(), shape=(2, 5), steps=3)
+    assert x.dtype == torch.int64
+
+
+def test_no_gradient_is_recorded(ref):
+    weight = torch.zeros(6, requires_grad=True)
+    seen = []
+
+    def score(x, sigma):
+        seen.append(torch.is_grad_enabled())
+        return weight.expand(*x.shape, 6)
+
+    sample(score, ref.StructuredUniform(6), ref.LogLinear(), shape=(1, 2), steps=2)
+    assert not any(seen)
+    assert torch.is_grad_enabled()
+
+
+def test_the_bar_counts_every_step(ref, capsys):
+    sample(flat(6), ref.StructuredUniform(6), ref.LogLinear(), shape=(1, 2), steps=4, progress=True)
+    assert "5/5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"steps": 0}, "steps must be a positive integer, got 0"),
+        ({"steps": 2.5}, "steps must be a positive integer"),
+        ({"t_min": 1.0}, "t_min must lie in"),
+        ({"shape": (0, 3)}, "two positive integers"),
+        ({"shape": (3,)}, "two positive integers"),
+        ({"times": [0.5]}, "at least one step"),
+        ({"times": [0.5, 0.7]}, "fall strictly"),
+        ({"times": [1.5, 0.7]}, "fall strictly"),
+        ({"seeds": [1]}, "seeds must be 2 integers"),
+        ({"seeds": [1, 2], "generator": seeded()}, "not both"),
+        ({"score": 3}, "score must be callable"),
+        ({"score": flat(5)}, r"shape \(2, 3, 6\), got torch.float32 \(2, 3, 5\)"),
+        ({"score": lambda x, sigma: [x]}, "got a list"),
+        ({"score": lambda x, sigma: torch.zeros(*x.shape, 6).long()}, "float tensor"),
+        ({"score": flat(6, math.nan)}, "returned NaN at sequence 0, position 0, sigma"),
+        ({"score": flat(6, math.inf)}, "infinite log-score at sequence 0"),
+        ({"score": flat(6, -math.inf), "times": [1.0, 0.9]}, "no state can be drawn at sequence 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(ref, change, told):
+    arguments = {"score": flat(6), "shape": (2, 3), "steps": 3, **change}
+    with pytest.raises(ValueError, match=told):
+        sample(arguments.pop("score"), ref.StructuredAbsorbing(5), ref.LogLinear(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "fixed", "told"),
+    [
+        (torch.zeros(2, 3), torch.ones(2, 3).bool(), "x must be int64"),
+        (torch.zeros(3).long(), torch.ones(3).bool(), "x must be int64 of shape"),
+        (torch.zeros(2, 3).long(), torch.ones(2, 4).bool(), "given must be bool of x's shape"),
+        (torch.zeros(2, 3).long(), torch.ones(2, 3), "given must be bool"),
+        (torch.full((2, 3), 6), torch.ones(2, 3).bool(), "the state 6 at a given position"),
+        (torch.full((2, 3), -1), torch.ones(2, 3).bool(), "the state -1 at a given position"),
+        (torch.full((2, 3), 5), torch.ones(2, 3).bool(), "the mask"),
+    ],
+)
+def test_prompts_that_make_no_sense_are_refused(ref, x, fixed, told):
+    with pytest.raises(ValueError, match=told):
+        infill(flat(6), ref.StructuredAbsorbing(5), ref.LogLinear(), x=x, given=fixed)
