@@ -192,7 +192,9 @@ def test_float32_after_the_head_under_autocast(make, batch):
         log_score = net(x, sigma)
     (logits,) = seen
     assert torch.equal(logits, logits.bfloat16().float()), "the products were not in bfloat16"
-    expected = torch.log_softmax(logits[..., :10].double(), dim=-1) - torch.log(torch.expm1(sigma.double()))[:, None, None]
+    expected = (
+        torch.log_softmax(logits[..., :10].double(), dim=-1) - torch.log(torch.expm1(sigma.double()))[:, None, None]
+    )
     assert log_score.dtype == torch.float32
     masked = x == 10
     torch.testing.assert_close(log_score[masked][:, :10].double(), expected[masked], atol=1e-5, rtol=0)

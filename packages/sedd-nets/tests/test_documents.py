@@ -63,7 +63,9 @@ def test_padding_is_read_by_no_one(make_sedd, batch):
     net, documents = make_sedd(), Documents(IDS)
     other = torch.where(IDS < 0, (x + 1) % 11, x)
     kept = IDS >= 0
-    assert torch.equal(net(x, sigma, where=kept, documents=documents), net(other, sigma, where=kept, documents=documents))
+    assert torch.equal(
+        net(x, sigma, where=kept, documents=documents), net(other, sigma, where=kept, documents=documents)
+    )
 
 
 def test_padding_attends_to_nothing():

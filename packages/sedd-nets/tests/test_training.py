@@ -1,0 +1,138 @@
+"""What training asks of a network: a traced forward, recomputed activations, bfloat16, counts of its work."""
+
+from types import SimpleNamespace
+
+import pytest
+import sedd_nets.transformer
+import torch
+from sedd_nets import MDLM, RADD, SEDD, Documents
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+SIZES = {"width": 16, "depth": 2, "heads": 2, "length": 12, "dropout": 0.0}
+
+
+def loss_and_gradients(net, run, x, sigma):
+    net.zero_grad()
+    loss = run(x, sigma).square().mean()
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in net.parameters()]
+
+
+@pytest.mark.parametrize(("family", "checkpointed"), [(SEDD, False), (SEDD, True), (RADD, False), (MDLM, False)])
+def test_training_forward_is_one_graph(family, checkpointed, batch, randomise_):
+    x, sigma = batch
+    net = family(11, **SIZES | {"depth": 1})
+    randomise_(net)
+    net.checkpoint_activations = checkpointed
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    loss, gradients = loss_and_gradients(net, net, x, sigma)
+    compiled_loss, compiled_gradients = loss_and_gradients(net, compiled, x, sigma)
+    torch.testing.assert_close(compiled_loss, loss, atol=0, rtol=1e-5)
+    for ours, theirs in zip(gradients, compiled_gradients, strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_trunk_in_bfloat16_with_dropout(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd(dropout=0.5).train()
+    torch.compiler.reset()
+    hidden = torch.compile(net.hidden, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = hidden(x, sigma)
+        out.square().sum().backward()
+        assert not torch.equal(hidden(x, sigma), out)
+    trunk = [parameter for name, parameter in net.named_parameters() if "output_layer.linear" not in name]
+    assert all(parameter.grad.isfinite().all() for parameter in trunk)
+
+
+@pytest.mark.parametrize("family", [SEDD, RADD, MDLM])
+def test_recomputed_activations_with_documents(family, batch, randomise_):
+    x, sigma = batch
+    net = family(11, **SIZES | {"dropout": 0.3}).train()
+    randomise_(net)
+    documents = Documents(torch.tensor([[0, 0, 1, 1, 1, -1, -1]] * 3))
+    found = []
+    for net.checkpoint_activations in (False, True):
+        torch.manual_seed(0)
+        found.append(loss_and_gradients(net, lambda x, sigma: net(x, sigma, documents=documents), x, sigma))
+    (loss, gradients), (same_loss, same_gradients) = found
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same_gradients, strict=True))
+
+
+def test_recomputed_activations_are_not_kept(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd(depth=6)
+    kept = []
+    for net.checkpoint_activations in (False, True):
+        held = 0
+
+        def hold(tensor):
+            nonlocal held
+            held += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            net(x, sigma)
+        kept.append(held)
+    assert kept[1] < kept[0] / 4
+
+
+def test_stream_and_norms_are_float32_under_autocast(make_sedd, batch):
+    x, sigma = batch
+    net = make_sedd()
+    dtypes = {}
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda _m, _given, out, name=name: dtypes.setdefault(name, out))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(x, sigma)
+    for name in ("vocab_embed", "blocks.0", "blocks.1", "blocks.1.norm2", "output_layer", "output_layer.linear"):
+        assert dtypes[name].dtype == torch.float32, name
+    for name in ("blocks.0.attn_qkv", "blocks.0.attn_out", "blocks.1.mlp"):
+        assert dtypes[name].dtype == torch.bfloat16, name
+
+
+@pytest.mark.parametrize("family", [SEDD, RADD, MDLM])
+@pytest.mark.parametrize("rows", [None, 5])
+def test_flops_are_what_torch_counts(family, rows):
+    net = family(50, **SIZES)
+    x, where = torch.zeros(1, 12, dtype=torch.int64), None if rows is None else (torch.arange(12) < rows)[None]
+    # torch's counter does not know the CPU's fused attention; its plain form is made of products that it does.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        net(x, torch.ones(1), where=where)
+    assert counter.get_total_flops() == net.flops(12, rows=rows)
+
+
+@pytest.mark.parametrize("family", [SEDD, RADD, MDLM])
+def test_parameter_counts_add_up(family):
+    net = family(50, **SIZES)
+    counts = net.parameter_counts()
+    assert sum(counts.values()) == sum(parameter.numel() for parameter in net.parameters())
+    assert counts["embedding"] == 50 * 16
+    assert counts["head"] == 50 * 16 + 50 + 16 * (2 if family is RADD else 1)
+    assert (counts["conditioning"] == 0) is (family is RADD)
+
+
+def test_push_to_hub_uploads_a_checkpoint(make_sedd, batch, monkeypatch):
+    x, sigma = batch
+    net, done = make_sedd().eval(), []
+
+    def upload(*, repo_id, folder_path, commit_message):
+        again = SEDD.from_pretrained(folder_path)
+        assert torch.equal(again(x, sigma), net(x, sigma))
+        done.append((repo_id, commit_message, again.sections))
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    def create(name, *, private, exist_ok):
+        done.append((name, private, exist_ok))
+
+    def api(*, token):
+        assert token == "secret"
+        return SimpleNamespace(create_repo=create, upload_folder=upload)
+
+    monkeypatch.setattr(sedd_nets.transformer, "HfApi", api)
+    address = net.push_to_hub("me/net", sections={"tokens": 10}, private=True, token="secret", message="First")
+    assert address == "https://hub/commit/1"
+    assert done == [("me/net", True, True), ("me/net", "First", {"tokens": 10})]
