@@ -1,0 +1,88 @@
+"""Pictures show the numbers that the graphs and schedules give."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from sedd_graphs import Absorbing, Geometric, LogLinear, Ordinal, Uniform
+from sedd_graphs.pictures import draw_distribution, draw_schedules, draw_sentence
+
+WORDS = ["the", "cat", "sat", "on", "mat", "[mask]"]
+SENTENCE = torch.tensor([0, 1, 2, 3, 0, 4])
+
+
+def lines(figure, steps):
+    """The words of each line, as drawn."""
+    drawn = [[] for _ in range(steps + 1)]
+    for text in figure.axes[0].texts:
+        drawn[round(text.get_position()[1])].append(text)
+    return drawn
+
+
+def saved(figure):
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def test_a_sentence_begins_clean_and_a_masked_word_stays_masked():
+    figure = draw_sentence(Absorbing(5), LogLinear(), SENTENCE, WORDS, generator=torch.Generator().manual_seed(0))
+    drawn = lines(figure, 8)
+    assert [text.get_text() for text in drawn[0]] == [WORDS[y] for y in SENTENCE]
+    masked = torch.tensor([[text.get_text() == "[mask]" for text in line] for line in drawn])
+    assert (masked[:-1] <= masked[1:]).all()
+    assert 0 < masked.sum() < masked.numel()
+    assert masked[-1].sum() >= 5  # each word survives with probability 1e-3: a false alarm in 70,000
+    for line, is_masked in zip(drawn, masked, strict=True):
+        for text, hidden in zip(line, is_masked, strict=True):
+            assert text.get_color() == ("tab:gray" if hidden else "black")
+    assert saved(figure).startswith(b"\x89PNG")
+
+
+def test_replaced_words_are_red():
+    generator = torch.Generator().manual_seed(0)
+    figure = draw_sentence(Uniform(6), Geometric(), SENTENCE, WORDS, steps=4, generator=generator)
+    for line in lines(figure, 4):
+        for text, state in zip(line, SENTENCE, strict=True):
+            assert (text.get_color() == "tab:red") == (text.get_text() != WORDS[state])
+    assert any(text.get_color() == "tab:red" for text in figure.axes[0].texts)
+
+
+def test_a_distribution_is_that_of_the_graph():
+    graph, noise, p0 = Ordinal(8), Geometric(), torch.zeros(8)
+    p0[2] = 1
+    figure = draw_distribution(graph, noise, p0, steps=5)
+    shown = torch.tensor(figure.axes[0].images[0].get_array())
+    sigma = noise(torch.linspace(0, 1, 5, dtype=torch.float64))[0]
+    torch.testing.assert_close(shown.T, graph.transition_from(torch.full((5,), 2), sigma).dense())
+    assert saved(figure).startswith(b"\x89PNG")
+
+
+def test_schedules_are_drawn_as_they_are():
+    schedules = {"log-linear": LogLinear(), "geometric": Geometric()}
+    figure = draw_schedules(schedules, steps=10)
+    total, rate, masked = figure.axes
+    for i, noise in enumerate(schedules.values()):
+        t = torch.tensor(total.lines[i].get_xdata())
+        sigma, dsigma = noise(t)
+        torch.testing.assert_close(torch.tensor(total.lines[i].get_ydata()), sigma)
+        torch.testing.assert_close(torch.tensor(rate.lines[i].get_ydata()), dsigma)
+        torch.testing.assert_close(torch.tensor(masked.lines[i].get_ydata()), 1 - (-sigma).exp())
+    assert [text.get_text() for text in masked.get_legend().get_texts()] == list(schedules)
+    assert saved(figure).startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match=r"x0 must be one sentence of shape \(L,\), got \(2, 3\)"):
+        draw_sentence(Uniform(6), Geometric(), SENTENCE.reshape(2, 3), WORDS)
+    with pytest.raises(ValueError, match="words must name each of the graph's 7 states, got 6"):
+        draw_sentence(Absorbing(6), LogLinear(), SENTENCE, WORDS)
+    with pytest.raises(ValueError, match="v must have the graph's 6 states"):
+        draw_distribution(Uniform(6), Geometric(), torch.ones(5))
+    with pytest.raises(ValueError, match="schedules must name at least one schedule"):
+        draw_schedules({})
