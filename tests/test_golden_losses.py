@@ -1,9 +1,9 @@
 """The published code's losses on its own checkpoints, from its log-scores and from our network.
 
 The golden numbers are float32. For the absorbing graph we reproduce them to float32 rounding. For the uniform graph the
-published code computes q = p(y|x0) / p(x0|x0) as 1 - N / (e^sigma - 1 + N), which keeps an absolute error of one float32
+published code computes q = p(y|x0) / p(x0|x0) as 1 - N / (e^sigma - 1 + N), which keeps an absolute error of one
 rounding, 6e-8: relative to q = expm1(sigma) / (expm1(sigma) + N) that is 6e-8 N / sigma, and the loss, whose terms are
-dsigma / N r phi(log s / r), inherits it through log q. So the tolerance there is derived from sigma, not chosen.
+r phi(log s / r) / N, inherits it through log q. So the tolerance there is derived from sigma, not chosen.
 """
 
 from __future__ import annotations
