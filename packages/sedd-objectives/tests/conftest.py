@@ -266,11 +266,15 @@ class Enumerated:
 
     def log_ratios(self, x, sigma):
         """log p(y)/p(x) for the neighbours of x (B, L) at sigma (B,), (B, L, N)."""
-        result = []
-        for row, s in zip(x, sigma, strict=True):
-            p = self.marginal(float(s))
-            result.append((p[self.number(self.neighbours(row))] / p[self.number(row)]).log())
-        return torch.stack(result)
+        n = self.graph.num_states
+        row = self.graph.transition_from(torch.arange(n).expand(len(x), n), sigma.double())
+        kernel = Vector(*row).dense(n).double()[:, : self.tokens]
+        p = self.probability.reshape((self.tokens,) * self.length).expand(len(x), *[-1] * self.length)
+        for _ in range(self.length):  # noise the first axis and put it last
+            p = torch.einsum("bi...,biy->b...y", p, kernel)
+        log_p = p.flatten(1).log()
+        at_neighbours = log_p.gather(1, self.number(self.neighbours(x)).flatten(1)).reshape(*x.shape, n)
+        return at_neighbours - log_p.gather(1, self.number(x)[:, None])[..., None]
 
     def score(self, dtype=torch.float64):
         return lambda x, sigma: self.log_ratios(x, sigma).to(dtype)
