@@ -1,64 +1,92 @@
-"""Schedules: derivative, inverse, ends and errors."""
+"""Schedules: what is special about each; what holds for all is in the laws."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from sedd_graphs import Geometric, LogLinear
-
-SCHEDULES = [LogLinear(), LogLinear(eps=0.1), Geometric(), Geometric(sigma_min=1e-5, sigma_max=50)]
-
-
-@pytest.fixture(params=SCHEDULES, ids=repr)
-def noise(request):
-    return request.param
+from sedd_graphs import Cosine, Geometric, Learned, Linear, LogLinear, MaskProbability, Polynomial
+from sedd_graphs.testing import NOISE_LAWS
 
 
-def test_dsigma_is_the_derivative_of_sigma(noise):
-    t = torch.linspace(0, 1, 101, dtype=torch.float64).requires_grad_()
-    sigma, dsigma = noise(t)
-    (derivative,) = torch.autograd.grad(sigma.sum(), t)
-    torch.testing.assert_close(dsigma, derivative, rtol=1e-10, atol=0)
+def learned(start, knots=5):
+    noise = Learned(start, knots=knots)
+    with torch.no_grad():
+        noise.log_density.copy_(torch.randn(knots + 1, generator=torch.Generator().manual_seed(0)))
+    return noise
 
 
-def test_inverse_returns_to_the_time(noise):
-    t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    torch.testing.assert_close(noise.inverse(noise(t)[0]), t, rtol=0, atol=1e-12)
+SCHEDULES = [
+    LogLinear(),
+    LogLinear(eps=0.1),
+    Cosine(),
+    Polynomial(),
+    Polynomial(power=0.5),
+    Polynomial(power=3, eps=1e-5),
+    Geometric(),
+    Geometric(sigma_min=1e-5, sigma_max=50),
+    Linear(),
+    Linear(sigma_max=3, sigma_min=1e-4),
+    MaskProbability(lambda t: 0.9 * t * t * (3 - 2 * t)),
+    Learned(LogLinear()),
+    learned(LogLinear()),
+    learned(Geometric()),
+    learned(Cosine(), knots=1),
+]
 
 
-def test_float32_agrees_with_float64(noise):
-    t = torch.linspace(0, 1, 1001)
-    for single, double in zip(noise(t), noise(t.double()), strict=True):
-        assert single.dtype == torch.float32
-        torch.testing.assert_close(single.double(), double, rtol=5e-6, atol=0)
-
-
-def test_shapes_follow_t(noise):
-    for shape in [(), (3,), (3, 4), (0,)]:
-        sigma, dsigma = noise(torch.full(shape, 0.5))
-        assert sigma.shape == dsigma.shape == torch.Size(shape)
+@pytest.mark.parametrize("law", NOISE_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("noise", SCHEDULES, ids=repr)
+def test_law(noise, law):
+    law(noise)
 
 
 def test_the_log_linear_mask_probability_is_linear():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
-    sigma, _ = LogLinear(eps=1e-3)(t)
-    torch.testing.assert_close(1 - (-sigma).exp(), (1 - 1e-3) * t)
+    torch.testing.assert_close(1 - (-LogLinear(eps=1e-3).sigma(t)).exp(), (1 - 1e-3) * t)
 
 
-@pytest.mark.parametrize("t", [-0.1, 1.1, float("nan")])
-def test_times_outside_the_unit_interval_are_refused(noise, t):
-    with pytest.raises(ValueError, match=r"t must lie in \[0, 1\] everywhere, found"):
-        noise(torch.tensor([0.5, t]))
+def test_a_given_mask_probability_is_kept():
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    noise = MaskProbability(lambda t: 0.9 * (math.pi / 2 * t).sin())
+    torch.testing.assert_close(1 - (-noise.sigma(t)).exp(), 0.9 * (math.pi / 2 * t).sin())
 
 
-def test_integer_times_are_refused(noise):
-    with pytest.raises(TypeError, match="t must be a floating-point tensor"):
-        noise(torch.tensor([0, 1]))
+def test_power_one_is_log_linear():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(Polynomial(power=1)(t), LogLinear()(t))
 
 
-def test_noise_that_is_never_reached_is_refused(noise):
-    with pytest.raises(ValueError, match=r"sigma must lie between .* found 1000"):
-        noise.inverse(torch.tensor([1.0, 1000.0]))
+def test_a_learned_schedule_starts_as_the_given_one_and_keeps_its_ends():
+    t = torch.linspace(0, 1, 101)
+    torch.testing.assert_close(Learned(Geometric())(t), Geometric()(t))
+    ends = torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(learned(Geometric())(ends)[0], Geometric()(ends)[0])
+
+
+def test_a_learned_schedule_learns():
+    """Fitted to another schedule's pace, it finds it."""
+    noise, target = Learned(LogLinear(), knots=8), Polynomial(power=2)
+    optimizer = torch.optim.Adam(noise.parameters(), lr=0.05)
+    t = torch.linspace(0.05, 1, 64)
+    for _ in range(200):
+        loss = (noise(t)[0].log() - target.sigma(t).log()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.detach() < 0.02
+    assert (LogLinear().sigma(t).log() - target.sigma(t).log()).square().mean() > 0.5
+
+
+def test_half_precision_times_are_raised():
+    sigma, dsigma = LogLinear()(torch.tensor([0.5], dtype=torch.bfloat16))
+    assert sigma.dtype == dsigma.dtype == torch.float32
+
+
+def test_integer_times_are_refused():
+    with pytest.raises(TypeError, match=r"t must be a floating-point tensor, .* got torch.int64"):
+        LogLinear()(torch.tensor([0, 1]))
 
 
 def test_impossible_parameters_are_refused():
@@ -66,3 +94,11 @@ def test_impossible_parameters_are_refused():
         LogLinear(eps=0.0)
     with pytest.raises(ValueError, match=r"sigma_max must lie strictly between 2.0 and inf, got 1.0"):
         Geometric(sigma_min=2.0, sigma_max=1.0)
+    with pytest.raises(ValueError, match=r"power must lie strictly between 0 and inf, got -1.0"):
+        Polynomial(power=-1)
+    with pytest.raises(ValueError, match=r"mask must map times elementwise to probabilities .* values from 0.0 to 1.0"):
+        MaskProbability(lambda t: t)
+    with pytest.raises(ValueError, match=r"mask must not decrease, but falls at t = 0.5"):
+        MaskProbability(lambda t: 0.9 * (1 - (2 * t - 1) ** 2))
+    with pytest.raises(ValueError, match="knots must be at least 1, got 0"):
+        Learned(LogLinear(), knots=0)

@@ -146,4 +146,4 @@ def _uniform_prior(sigma: Tensor, num_states: int) -> Row:
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:
-    return torch.xlogy(p, torch.where(p > 0, p / q, 1)) - p + q
+    return (torch.xlogy(p, torch.where(p > 0, p / q, 1)) - p + q).clamp(min=0)  # rounding may take it below

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sedd_graphs._checks import check_integer
+from sedd_graphs._checks import check_integer, widen
 
 __all__ = ["Noise", "LogLinear", "Cosine", "Polynomial", "Geometric", "Linear", "MaskProbability", "Learned"]
 
@@ -217,7 +217,7 @@ class Linear(Noise):
 
 
 class MaskProbability(Noise):
-    """sigma = -log(1 - m(t)) for any mask probability m; dsigma by automatic, the inverse by bisection.
+    """sigma = -log(1 - m(t)) for any mask probability m; dsigma by automatic differentiation, the inverse by bisection.
 
     Args:
         mask: an elementwise function of t in torch, increasing from at least 0 to below 1 on [0, 1].
@@ -237,15 +237,21 @@ class MaskProbability(Noise):
             raise ValueError(f"mask must not decrease, but falls at t = {t}")
         self.mask = mask
 
+    def __repr__(self) -> str:
+        return f"MaskProbability({getattr(self.mask, '__name__', type(self.mask).__name__)})"
+
     def sigma(self, t: Tensor) -> Tensor:
         """-log(1 - m(t))."""
         return -torch.log1p(-self.mask(t))
 
     def dsigma(self, t: Tensor) -> Tensor:
-        """m'(t) / (1 - m(t)), by forward differentiation."""
-        out = torch.func.jvp(self.mask, (t,), (torch.ones_like(t),))
-        derivative: Tensor = out[1] / (1 - out[0])
-        return derivative
+        """m'(t) / (1 - m(t)), by automatic differentiation."""
+        learning = torch.is_grad_enabled()
+        with torch.enable_grad():
+            at = t if t.requires_grad else t.detach().requires_grad_()
+            masked = self.mask(at)
+            (slope,) = torch.autograd.grad(masked.sum(), at, create_graph=learning)
+        return slope / (1 - (masked if learning else masked.detach()))
 
 
 class Learned(nn.Module):
@@ -272,29 +278,30 @@ class Learned(nn.Module):
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(sigma, dsigma) at times t, both of t's shape."""
         t = _times(t)
-        warped, slope = self._warp(t)
-        return self.start.sigma(warped), self.start.dsigma(warped) * slope
+        warped, slope = self._warp(widen(t))  # float32 has too few digits left where the schedule is steep
+        return self.start.sigma(warped).to(t.dtype), (self.start.dsigma(warped) * slope).to(t.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
         """Total noise at times t (...), without checks."""
-        return self.start.sigma(self._warp(t)[0])
+        return self.start.sigma(self._warp(widen(t))[0]).to(t.dtype)
 
     def inverse(self, sigma: Tensor) -> Tensor:
         """The time t in [0, 1] at which the total noise is sigma; raises as `Noise.inverse` does."""
-        warped = self.start.time(_reached(self, sigma)).clamp(0, 1)
+        sigma = _reached(self, sigma)
+        warped = self.start.time(widen(sigma)).clamp(0, 1)
         density, reached = self._density(warped)
         piece = (torch.searchsorted(reached.detach(), warped.detach().contiguous(), right=True) - 1).clamp(
             0, self.knots - 1
         )
         missing, d, slope = warped - reached[piece], density[piece], (density[piece + 1] - density[piece]) * self.knots
         step = 2 * missing / (d + (d * d + 2 * missing * slope).clamp(min=0).sqrt())
-        return (piece / self.knots + step).clamp(0, 1)
+        return (piece.to(step.dtype) / self.knots + step).clamp(0, 1).to(sigma.dtype)
 
     def _warp(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """F(t) and F'(t)."""
         density, reached = self._density(t)
         piece = (t.detach() * self.knots).long().clamp(0, self.knots - 1)
-        step = t - piece / self.knots
+        step = t - piece.to(t.dtype) / self.knots
         slope = (density[piece + 1] - density[piece]) * self.knots
         warped = reached[piece] + density[piece] * step + slope * step * step / 2
         return warped.clamp(0, 1), density[piece] + slope * step

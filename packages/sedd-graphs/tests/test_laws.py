@@ -1,0 +1,271 @@
+"""The laws, on every graph here, on graphs that a third party might write, and on wrong ones that they must find."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sedd_graphs import Absorbing, Blocks, Dense, Graph, Hybrid, Masked, Ordinal, Row, Uniform, testing
+from sedd_graphs.testing import GRAPH_LAWS
+
+
+def generator_matrix(n, seed=0, *, reversible=False, sparse=False):
+    random = torch.Generator().manual_seed(seed)
+    rates = torch.rand(n, n, dtype=torch.float64, generator=random)
+    if sparse:
+        rates = rates * (torch.rand(n, n, generator=random) < 0.3) + torch.eye(n).roll(1, 0)
+    if reversible:
+        stationary = torch.rand(n, 1, dtype=torch.float64, generator=random) + 0.1
+        rates = (rates + rates.T) * stationary
+    rates.fill_diagonal_(0)
+    return rates - rates.sum(0).diag()
+
+
+class Wheel(Graph):
+    """A third party's graph, from the five methods alone: x -> x + 1 on a ring. It never comes to detailed balance."""
+
+    def __init__(self, num_states):
+        self.num_states = num_states
+
+    def __repr__(self):
+        return f"Wheel({self.num_states})"
+
+    def rates_into(self, x):
+        return self._step(x, -1)
+
+    def rates_out_of(self, x):
+        return self._step(x, 1)
+
+    def transition_from(self, x, sigma):
+        self._check(x)
+        if sigma.shape != x.shape[: sigma.dim()] or not sigma.is_floating_point() or not (sigma >= 0).all():
+            raise ValueError("sigma must be noise")
+        steps = torch.arange(self.num_states) - x[..., None]
+        return Row.full(self._poisson(steps, sigma.reshape(sigma.shape + (1,) * (x.dim() + 1 - sigma.dim()))))
+
+    def transition_into(self, x, sigma):
+        row = self.transition_from(x, sigma)
+        return Row.full(row.value.gather(-1, (2 * x[..., None] - torch.arange(self.num_states)) % self.num_states))
+
+    def propagate(self, v, sigma):
+        if v.shape[-1] != self.num_states:
+            raise ValueError("v must be over states")
+        if sigma.shape != v.shape[:-1][: sigma.dim()] or sigma.isnan().any():
+            raise ValueError("sigma must be noise")
+        level = sigma.double().clamp(max=1e6).reshape(sigma.shape + (1,) * (v.dim() - sigma.dim()))
+        frequency = 2 * math.pi * torch.arange(self.num_states, dtype=torch.float64) / self.num_states
+        decay = (level * (torch.polar(torch.ones_like(frequency), -frequency) - 1)).exp()
+        return torch.fft.ifft(torch.fft.fft(v.double()) * decay).real.to(v.dtype)
+
+    def _check(self, x):
+        if x.dtype != torch.int64 or (x.numel() and not 0 <= x.min() <= x.max() < self.num_states):
+            raise ValueError("x must be states")
+
+    def _step(self, x, by):
+        self._check(x)
+        rate = torch.ones_like(x, dtype=torch.get_default_dtype())
+        return Row.of(
+            torch.zeros_like(rate), ((x + by) % self.num_states, rate), (x, -rate), num_states=self.num_states
+        )
+
+    def _poisson(self, steps, level):
+        """Poisson probabilities of `steps` modulo N, by summing over 24 laps."""
+        n = self.num_states
+        count = (steps % n)[..., None] + n * torch.arange(24)
+        wide = level.double()[..., None]
+        return (torch.xlogy(count, wide) - wide - torch.lgamma(count + 1.0)).exp().sum(-1).to(level.dtype)
+
+
+GRAPHS = [
+    Absorbing(6),
+    Absorbing(6, mask_id=2),
+    Absorbing(1),
+    Uniform(6),
+    Uniform(2),
+    Hybrid(6, uniform_rate=0.7, mask_rate=0.4, mask_id=3),
+    Hybrid(2, uniform_rate=1.0, mask_rate=0.0, mask_id=0),
+    Hybrid(6, uniform_rate=0.0, mask_rate=1.0),
+    Dense(generator_matrix(6)),
+    Dense(generator_matrix(7, reversible=True)),
+    Dense(generator_matrix(12, sparse=True)),
+    Dense(Absorbing(5, mask_id=1).rates_into(torch.arange(6)).dense().double(), mask_id=1),
+    Dense(torch.zeros(3, 3)),
+    Ordinal(2),
+    Ordinal(3),
+    Ordinal(16),
+    Blocks.kimura(2.5),
+    Blocks([0, 0, 0, 1, 1, 2], within=1.0, between=0.05),
+    Blocks([5, 2, 5, 5, 2], within=1.0, between=0.0),
+    Masked(Ordinal(8), mask_rate=0.5, mask_id=4),
+    Masked(Blocks.kimura(4.0), rate=0.3, mask_id=0),
+    Masked(Dense(generator_matrix(5)), mask_id=2),
+    Wheel(7),
+]
+
+
+@pytest.mark.parametrize("law", GRAPH_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("graph", GRAPHS, ids=repr)
+def test_law(graph, law):
+    law(graph)
+
+
+LARGE = [
+    *(Absorbing(n - 1) for n in (2, 257, 50258, 262144)),
+    *(Uniform(n) for n in (2, 257, 50257, 262144)),
+    *(Hybrid(n - 1, uniform_rate=0.5, mask_rate=1.0, mask_id=n // 2) for n in (3, 257, 50258, 262144)),
+    Ordinal(256),
+    Ordinal(1000),
+    Masked(Ordinal(256)),
+    Blocks(torch.arange(50257) // 50, within=1.0, between=0.1),
+    Blocks(torch.arange(262144) // 7, within=3.0, between=1e-3),
+    Dense(generator_matrix(64)),
+    Dense(generator_matrix(100, reversible=True)),
+    Dense(generator_matrix(48, sparse=True)),
+]
+
+
+@pytest.mark.parametrize("graph", LARGE, ids=repr)
+def test_single_precision_law_at_size(graph):
+    testing.single_precision_agrees_with_double(graph)
+
+
+@settings(max_examples=2_000, deadline=None, database=None, derandomize=True)
+@given(
+    num_states=st.one_of(st.integers(2, 262_144), st.sampled_from([2, 3, 4, 27, 50_258, 151_936, 262_144])),
+    log_sigma=st.lists(st.floats(math.log(1e-6), math.log(50)), min_size=5, max_size=5),
+    kind=st.integers(0, 3),
+    mask=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_no_ratio_is_ever_lost_in_single_precision(num_states, log_sigma, kind, mask, seed):
+    """10,000 cases, five an example: finite and within 1e-5 of float64, at x drawn from the process and at x = x0."""
+    mask_id = int(mask * (num_states - 1))
+    graph = [
+        lambda: Absorbing(num_states - 1, mask_id),
+        lambda: Uniform(num_states),
+        lambda: Hybrid(max(2, num_states - 1), uniform_rate=0.1 + mask, mask_rate=1.0, mask_id=mask_id),
+        lambda: Masked(Uniform(max(2, num_states - 1)), rate=1.5, mask_rate=0.2, mask_id=mask_id),
+    ][kind]()
+    random = torch.Generator().manual_seed(seed)
+    x0 = torch.randint(graph.num_states, (5,), generator=random)
+    if graph.mask_id is not None:
+        x0 = torch.where(x0 == graph.mask_id, (x0 + 1) % graph.num_states, x0)
+    sigma = torch.tensor(log_sigma).exp().clamp(1e-6, 50)
+    x = graph.sample(x0, sigma, generator=random)
+    x[0] = x0[0]
+    single, double = graph.ratio(x, x0, sigma), graph.ratio(x, x0, sigma.double())
+    for a, b in [(single.base, double.base), (single.value, double.value)]:
+        assert a.isfinite().all()
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-37)
+
+
+# The laws can fail: each wrong graph below breaks the ones named.
+
+
+class Shifted(Uniform):
+    """A transition that does not sum to 1."""
+
+    def transition_from(self, x, sigma):
+        row = super().transition_from(x, sigma)
+        return Row(row.base * 1.01, row.index, row.value, row.num_states)
+
+
+class Swapped(Absorbing):
+    """Rows taken for columns."""
+
+    def rates_into(self, x):
+        return super().rates_out_of(x)
+
+    def transition_into(self, x, sigma):
+        return super().transition_from(x, sigma)
+
+
+class Cancelling(Uniform):
+    """The textbook ratio, which cancels in float32."""
+
+    def ratio(self, x, x0, sigma):
+        row = super().ratio(x, x0, sigma)
+        q = 1 - self.num_states / (sigma.expm1() + self.num_states)
+        q = q.reshape(sigma.shape + (1,) * (x.dim() - sigma.dim())).expand(x.shape)
+        value = torch.where(x == x0, 1, 1 / q)[..., None]
+        return Row(torch.where(x == x0, q, 1), row.index, value, row.num_states)
+
+
+class Forward(Uniform):
+    """A product that ignores the sign of sigma."""
+
+    def propagate(self, v, sigma):
+        return super().propagate(v, sigma.abs())
+
+
+class Sluggish(Uniform):
+    """Samples that stay too often."""
+
+    def sample(self, x0, sigma, *, generator=None):
+        return super().sample(x0, 0.9 * sigma, generator=generator)
+
+
+class Leaky(Absorbing):
+    """A limit that is not the mask alone, and a divergence from it."""
+
+    def prior(self, sigma):
+        return super().prior(sigma.clamp(max=3))
+
+
+class Detached(Uniform):
+    """Nothing to learn a schedule from."""
+
+    def transition_from(self, x, sigma):
+        return super().transition_from(x, sigma.detach() + 0 * sigma)
+
+
+class Careless(Uniform):
+    """Any sigma will do."""
+
+    def transition_from(self, x, sigma):
+        return super().transition_from(x, sigma.abs())
+
+
+class Double(Uniform):
+    """A state named twice."""
+
+    def transition_from(self, x, sigma):
+        row = super().transition_from(x, sigma)
+        return Row(row.base, row.index.repeat_interleave(2, -1), row.value.repeat_interleave(2, -1), row.num_states)
+
+
+class Forgetful(Hybrid):
+    """A posterior that ignores where it started."""
+
+    def posterior(self, x, x0, sigma_s, sigma_t):
+        return self.transition_from(x0, sigma_s)
+
+
+@pytest.mark.parametrize(
+    ("graph", "broken"),
+    [
+        (Shifted(5), ["transitions_are_the_exponential", "transitions_are_probabilities"]),
+        (Swapped(5), ["rates_form_a_generator", "transitions_are_the_exponential", "tweedie_is_bayes_rule"]),
+        (Cancelling(50257), ["single_precision_agrees_with_double"]),
+        (Forward(5), ["propagate_is_the_exponential", "tweedie_is_bayes_rule"]),
+        (Sluggish(5), ["samples_follow_the_transition"]),
+        (Leaky(5), ["prior_is_the_limit", "prior_is_the_image_of_uniform_tokens"]),
+        (Detached(5), ["transitions_follow_kolmogorov"]),
+        (Careless(5), ["bad_input_is_refused"]),
+        (Double(5), ["rows_are_well_formed"]),
+        (Forgetful(5, uniform_rate=1.0, mask_rate=1.0), ["posterior_is_bayes_rule"]),
+    ],
+    ids=repr,
+)
+def test_laws_find_what_is_wrong(graph, broken):
+    for name in broken:
+        with pytest.raises(AssertionError):
+            getattr(testing, name)(graph)
+
+
+def test_laws_restore_the_default_dtype():
+    testing.rates_form_a_generator(Uniform(3))
+    assert torch.get_default_dtype() == torch.float32
