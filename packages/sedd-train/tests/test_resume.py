@@ -11,7 +11,7 @@ import torch
 from sedd_train import checkpoint, load
 
 RUNS = [("python", 1, 1), ("deepspeed", 2, 2), ("deepspeed", 2, 3)]
-OPTIONS = ("--steps", "12", "--checkpoint-every", "3")
+OPTIONS = ("--steps", "24", "--checkpoint-every", "3")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def undisturbed(folders, train):
 
 
 def same_weights(one, other):
-    for file in ("export/model.safetensors", "checkpoints/step-00000012/training.safetensors"):
+    for file in ("export/model.safetensors", "checkpoints/step-00000024/training.safetensors"):
         left, right = (safetensors.torch.load_file(run / file) for run in (one, other))
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left), file
@@ -87,12 +87,12 @@ def test_torn_checkpoint_is_refused_and_the_one_before_used(file, undisturbed, t
     import shutil
 
     run = shutil.copytree(undisturbed() / "checkpoints", tmp_path / "checkpoints")
-    torn = run / "step-00000012" / file
+    torn = run / "step-00000024" / file
     torn.write_bytes(torn.read_bytes()[:-7])
-    with pytest.warns(UserWarning, match=f"step-00000012.*{'incomplete' if file == 'manifest.json' else file}"):
-        assert checkpoint.find(run) == run / "step-00000009"
-    with pytest.raises(checkpoint.CheckpointError, match="step-00000012"):
-        checkpoint.read(run / "step-00000012")
+    with pytest.warns(UserWarning, match=f"step-00000024.*{'incomplete' if file == 'manifest.json' else file}"):
+        assert checkpoint.find(run) == run / "step-00000021"
+    with pytest.raises(checkpoint.CheckpointError, match="step-00000024"):
+        checkpoint.read(run / "step-00000024")
 
 
 def test_resume_with_other_ranks(undisturbed, start, train, losses, tmp_path):
