@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from .adapters import from_posterior
 from .categorical import draw_categorical
 from .grids import uniform_times
 from .interfaces import Graph, Noise, Row, ScoreModel
@@ -25,6 +26,7 @@ __all__ = [
     "tau_leaping_probs",
     "tweedie_probs",
     "denoise_probs",
+    "from_posterior",
     "draw_categorical",
     "uniform_times",
     "Reverse",
