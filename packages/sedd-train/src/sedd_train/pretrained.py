@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sedd_graphs import Absorbing, Geometric, LogLinear, Uniform
-from sedd_nets import SEDD
+from sedd_nets import MDLM, RADD, SEDD, from_pretrained
 
 from sedd_train import data
 
@@ -18,7 +18,7 @@ GPT2_SIZE = 50257
 class Model(NamedTuple):
     """What `load` gives: the network in evaluation mode, and what it was trained with."""
 
-    net: SEDD
+    net: SEDD | RADD | MDLM
     graph: Any
     noise: Any
     tokenizer: Any
@@ -30,7 +30,7 @@ def load(folder_or_name: str | Path, *, tokenizer: Any = None) -> Model:
     A run's folder stands for its `export`, or for its last checkpoint while it has none.
 
     Args:
-        folder_or_name: for instance "runs/tiny/export" or "louaaron/sedd-small".
+        folder_or_name: for instance "runs/tiny/export" or "louaaron/sedd-small", or a RADD or MDLM one.
         tokenizer: to use in place of the folder's. A published folder has none, and GPT-2's is taken where the
             vocabulary has GPT-2's size.
 
@@ -39,7 +39,7 @@ def load(folder_or_name: str | Path, *, tokenizer: Any = None) -> Model:
         ValueError: the config, the weights and the tokenizer do not fit each other.
     """
     source = _folder(Path(folder_or_name)) if Path(folder_or_name).is_dir() else folder_or_name
-    net = SEDD.from_pretrained(source)
+    net = from_pretrained(source)
     config = net.sections
     for name in ("graph", "noise"):
         if not isinstance(config.get(name), dict) or "type" not in config[name]:
