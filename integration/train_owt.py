@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -242,7 +243,7 @@ for step in range(first, recipe.steps):
         look(step + 1)
     if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps or done.stop:
         try:
-            folder = save(step + 1)
+            save(step + 1)
         except checkpoint.CheckpointError as error:
             failure = str(error)
             break
@@ -259,14 +260,18 @@ if failure:
 
 average = ema.gather()
 if rank == 0:
-    checkpoint.export(output / "export", net, average, corpus.tokenizer, sections)
-    report.picture(
-        output / "log.jsonl",
-        output / "loss.png",
-        title=f"{output.name}: {parameters / 1e6:.1f} M parameters, {recipe.graph}",
-        unigram_entropy=unigram,
-        characters_per_token=corpus.valid.characters_per_token,
-    )
+    try:
+        checkpoint.export(output / "export", net, average, corpus.tokenizer, sections)
+        report.picture(
+            output / "log.jsonl",
+            output / "loss.png",
+            title=f"{output.name}: {parameters / 1e6:.1f} M parameters, {recipe.graph}",
+            unigram_entropy=unigram,
+            characters_per_token=corpus.valid.characters_per_token,
+        )
+    except OSError as error:
+        say(f"train_owt.py: error: {error}; the model is safe in the last checkpoint in {output / 'checkpoints'}")
+        launch.finish(1)
     last = [line for line in report.read(output / "log.jsonl") if line["kind"] == "valid"][-1]
     unigram_bits = unigram / math.log(2) / corpus.valid.characters_per_token
     summary = {
@@ -285,6 +290,6 @@ if rank == 0:
         f"checkpoints             {output / 'checkpoints'}\n"
         f"trained model           {output / 'export'}\n"
         f"sample from it with     python integration/sample.py --checkpoint {output / 'export'} "
-        f'--prefix "{corpus.tokenizer.decode(valid[0, :4].tolist()).strip()}"'
+        f"--prefix {shlex.quote(' '.join(corpus.tokenizer.decode(valid[0].tolist()).split()[:3]))}"
     )
 launch.finish()

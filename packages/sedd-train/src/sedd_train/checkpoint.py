@@ -26,7 +26,6 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sedd_train import shards
@@ -100,7 +99,7 @@ def save(
         try:
             _write(folder, engine.module.net, average, tensors, tokenizer, sections, counters | more)
             _prune(run, keep)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # of any type, or the other ranks would wait for a word that never comes
             failure = [str(error)]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Log", "picture"]
+__all__ = ["Log", "read", "picture"]
 
 
 class Log:
-    """One JSON object a line, flushed at once: `{"kind": "train", "step": 10, ...}`.
+    """One JSON object a line, written at once: `{"kind": "train", "step": 10, ...}`.
 
     Args:
         path: the file; what it holds of steps after `step` is removed, so that a resumed run's log has no step twice.
@@ -25,12 +26,18 @@ class Log:
         scratch = path.with_suffix(".tmp")
         scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
         scratch.replace(path)
-        self.file = path.open("a")
+        self.path, self.failing = path, False
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append a line."""
-        self.file.write(json.dumps({"kind": kind} | values) + "\n")
-        self.file.flush()
+        """Append a line. A full disk costs the run its log and a warning, not its work."""
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"kind": kind} | values) + "\n")
+            self.failing = False
+        except OSError as error:
+            if not self.failing:
+                warnings.warn(f"{self.path} cannot be written: {error.strerror}; training goes on", stacklevel=2)
+            self.failing = True
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -112,7 +119,8 @@ def picture(log: Path, path: Path, *, title: str, unigram_entropy: float, charac
     bits = axes.secondary_yaxis("right", functions=(scaled, unscaled))
     bits.set_ylabel("bits a character")
     bits.spines["right"].set_color("0.7")
-    axes.legend(frameon=False, loc="upper right" if len(train) else "best", fontsize=9)
+    if train or valid:
+        axes.legend(frameon=False, loc="upper right", fontsize=9)
     figure.savefig(path)
 
 
