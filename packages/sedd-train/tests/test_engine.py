@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
@@ -31,9 +33,12 @@ def batch(step, size=4):
 
 @pytest.fixture(scope="module", autouse=True)
 def process():
+    before = dict(os.environ)
     launch.start()
     yield
     torch.distributed.destroy_process_group()
+    os.environ.clear()  # a run that another test starts would take this process's place in the world
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
