@@ -101,7 +101,7 @@ def picture(log: Path, path: Path, *, title: str, unigram_entropy: float, charac
     axes.margins(x=0.02)
     axes.annotate(
         "unigram entropy of the held-out tokens", (0.99, unigram_entropy), xycoords=("axes fraction", "data"),
-        xytext=(0, 3), textcoords="offset points", ha="right", va="bottom", color="0.35", fontsize=8.5,
+        xytext=(0, -3), textcoords="offset points", ha="right", va="top", color="0.35", fontsize=8.5,
     )  # fmt: skip
     axes.set(xlabel="step", ylabel="nats a token")
     axes.set_title(title, loc="left", fontsize=11)
