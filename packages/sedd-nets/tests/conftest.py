@@ -8,6 +8,12 @@ from sedd_nets import SEDD
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same fresh weights in every run: networks initialise themselves from the global generator."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def golden():
     """Folder of one of the published formats, and what the published code computes from it."""
@@ -37,6 +43,13 @@ def randomise(net, seed=0):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=0.2)
+
+
+@pytest.fixture
+def wide(batch):
+    """The batch for a network in float64, where calls laid out differently agree to rounding."""
+    x, sigma = batch
+    return x, sigma.double()
 
 
 @pytest.fixture

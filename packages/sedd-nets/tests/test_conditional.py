@@ -146,22 +146,22 @@ def test_gradients_are_finite_and_reach_every_parameter(make, batch):
         assert parameter.grad.any(), name
 
 
-def test_where_gives_the_rows(make, batch):
-    x, sigma = batch
-    net = make()
+def test_where_gives_the_rows(make, wide):
+    x, sigma = wide
+    net = make().double()
     where = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.4
-    torch.testing.assert_close(net(x, sigma, where=where), net(x, sigma)[where], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(net(x, sigma, where=where), net(x, sigma)[where], atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(
-        net.log_conditional(x, sigma, where=where), net.log_conditional(x, sigma)[where], atol=1e-6, rtol=1e-6
+        net.log_conditional(x, sigma, where=where), net.log_conditional(x, sigma)[where], atol=1e-12, rtol=1e-12
     )
 
 
-def test_hidden_and_head_make_forward(make, batch):
-    x, sigma = batch
-    net = make()
+def test_hidden_and_head_make_forward(make, wide):
+    x, sigma = wide
+    net = make().double()
     hidden = net.hidden(x, sigma).flatten(0, 1)
     flat = net.head(hidden, x.flatten(), sigma.repeat_interleave(7))
-    torch.testing.assert_close(flat.view(3, 7, 11), net(x, sigma), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(flat.view(3, 7, 11), net(x, sigma), atol=1e-12, rtol=1e-12)
 
 
 def test_time_enters_where_it_is_asked_to(batch, randomise_):

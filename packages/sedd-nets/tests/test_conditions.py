@@ -24,17 +24,17 @@ def test_unconditional_path_is_untouched(make_sedd, batch, randomise_, embed, gi
     assert not torch.allclose(net(x, sigma, condition=given)[0], before[0], atol=1e-3)
 
 
-def test_each_sequence_has_its_own_label(make_sedd, batch, randomise_):
-    x, sigma = batch
-    net = make_sedd()
-    net.condition_embed = LabelCondition(5, 8)
+def test_each_sequence_has_its_own_label(make_sedd, wide, randomise_):
+    x, sigma = wide
+    net = make_sedd().double()
+    net.condition_embed = LabelCondition(5, 8).double()
     randomise_(net.condition_embed)
     together = net(x, sigma, condition=torch.tensor([4, -1, 0]))
-    torch.testing.assert_close(together[1], net(x, sigma)[1], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(together[1], net(x, sigma)[1], atol=1e-12, rtol=1e-12)
     alone = net(x[2:], sigma[2:], condition=torch.tensor([0]))
-    torch.testing.assert_close(together[2:], alone, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(together[2:], alone, atol=1e-12, rtol=1e-12)
     per_position = net(x, sigma[:, None].expand(3, 7), condition=torch.tensor([4, -1, 0]))
-    torch.testing.assert_close(per_position, together, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(per_position, together, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("embed", "given", "none"), conditions(), ids=["label", "prompt"])

@@ -55,43 +55,48 @@ def test_initialisation_is_the_papers():
         assert weight.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.03)
 
 
-def test_where_gives_the_rows(make_sedd, batch):
-    x, sigma = batch
-    net = make_sedd()
+def test_where_gives_the_rows(make_sedd, wide):
+    x, sigma = wide
+    net = make_sedd().double()
     where = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.4
-    torch.testing.assert_close(net(x, sigma, where=where), net(x, sigma)[where], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(net(x, sigma, where=where), net(x, sigma)[where], atol=1e-12, rtol=1e-12)
     assert net(x, sigma, where=torch.zeros_like(where)).shape == (0, 11)
 
 
-def test_hidden_and_head_make_forward(make_sedd, batch):
-    x, sigma = batch
-    net = make_sedd()
+def test_hidden_and_head_make_forward(make_sedd, wide):
+    x, sigma = wide
+    net = make_sedd().double()
     hidden = net.hidden(x, sigma)
     assert hidden.shape == (3, 7, 16)
     flat = net.head(hidden.flatten(0, 1), x.flatten(), sigma.repeat_interleave(7))
-    torch.testing.assert_close(flat.view(3, 7, 11), net(x, sigma), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(flat.view(3, 7, 11), net(x, sigma), atol=1e-12, rtol=1e-12)
 
 
-def test_sigma_per_position(make_sedd, batch):
-    x, sigma = batch
-    net = make_sedd()
+def test_sigma_per_position(make_sedd, wide):
+    x, sigma = wide
+    net = make_sedd().double()
     same = sigma[:, None].expand(3, 7)
-    torch.testing.assert_close(net(x, same), net(x, sigma), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(net(x, same), net(x, sigma), atol=1e-12, rtol=1e-12)
     differing = same.clone()
     differing[:, 3:] *= 2
     assert not torch.allclose(net.hidden(x, differing)[:, 3:], net.hidden(x, sigma)[:, 3:], atol=1e-3)
 
 
-def test_scalar_sigma_is_every_sequences(make_sedd, batch):
-    x, _ = batch
-    net = make_sedd()
-    torch.testing.assert_close(net(x, torch.tensor(0.7)), net(x, torch.full((3,), 0.7)), atol=1e-6, rtol=1e-6)
+def test_scalar_sigma_is_every_sequences(make_sedd, wide):
+    x, _ = wide
+    net = make_sedd().double()
+    torch.testing.assert_close(
+        net(x, torch.tensor(0.7, dtype=torch.float64)),
+        net(x, torch.full((3,), 0.7, dtype=torch.float64)),
+        atol=1e-12,
+        rtol=1e-12,
+    )
 
 
-def test_sequences_do_not_mix(make_sedd, batch):
-    x, sigma = batch
-    net = make_sedd()
-    torch.testing.assert_close(net(x[1:2], sigma[1:2]), net(x, sigma)[1:2], atol=1e-6, rtol=1e-6)
+def test_sequences_do_not_mix(make_sedd, wide):
+    x, sigma = wide
+    net = make_sedd().double()
+    torch.testing.assert_close(net(x[1:2], sigma[1:2]), net(x, sigma)[1:2], atol=1e-12, rtol=1e-12)
 
 
 def test_positions_matter(make_sedd, batch):
