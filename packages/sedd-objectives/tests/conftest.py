@@ -290,6 +290,12 @@ def _make_graphs(vocab_size):
     }
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same fresh weights in every run: networks initialise themselves from the global generator."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["uniform", "absorbing", "hybrid", "dense", "dense absorbing"])
 def graph(request):
     """One graph after another over a vocabulary of 5 tokens."""
