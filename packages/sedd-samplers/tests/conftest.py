@@ -33,9 +33,6 @@ class MatrixGraph:
     def rates_into(self, x):
         return self._row(self.Q[x])
 
-    def rates_out_of(self, x):
-        return self._row(self.Q.T[x])
-
     def transition_into(self, x, sigma):
         levels, level = torch.unique(sigma.expand(x.shape), return_inverse=True)
         return self._row(self.exp(levels)[level, x])
@@ -67,8 +64,6 @@ class StructuredUniform:
         N = self.num_states
         at_x = torch.full((*x.shape, 1), 1 / N - 1)
         return SimpleNamespace(base=torch.full(x.shape, 1 / N), index=x[..., None], value=at_x)
-
-    rates_out_of = rates_into
 
     def transition_into(self, x, sigma):
         base = (-torch.expm1(-sigma) / self.num_states).expand(x.shape)
@@ -102,10 +97,6 @@ class StructuredAbsorbing:
     def rates_into(self, x):
         masked = (x == self.mask_id).float()
         return self._row(x, masked, masked - 1, torch.zeros_like(masked))
-
-    def rates_out_of(self, x):
-        token = (x != self.mask_id).float()
-        return self._row(x, torch.zeros_like(token), -token, token)
 
     def transition_into(self, x, sigma):
         masked = x == self.mask_id

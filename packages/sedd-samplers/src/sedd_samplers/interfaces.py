@@ -46,9 +46,6 @@ class Graph(Protocol):
     def rates_into(self, x: Tensor, /) -> Row:
         """Q[x, .]: the rates of the jumps that lead into x; the diagonal entry is the negative rate of leaving."""
 
-    def rates_out_of(self, x: Tensor, /) -> Row:
-        """Q[., x]: the rates of the jumps that lead out of x; only corrector steps ask for it."""
-
     def transition_into(self, x: Tensor, sigma: Tensor, /) -> Row:
         """exp(sigma Q)[x, .]: the probability of x given each state before."""
 
