@@ -108,7 +108,7 @@ preemption = launch.Preemption()
 device = launch.start()
 averaged = new_net().to(device).eval().requires_grad_(False)  # holds the average for evaluation and samples
 if saved:
-    net.load_state_dict(saved.weights, strict=False)  # strict but for the buffers, which are constants
+    net.load_state_dict(checkpoint.with_buffers(net, saved.weights))
 engine = start_engine(
     Loss(net, graph, noise),
     batch_size=recipe.batch_size,
@@ -159,7 +159,7 @@ def batches(step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 def look(step: int) -> None:
     """Measure the averaged weights on held-out text, and let them write."""
-    averaged.load_state_dict(ema.gather(), strict=False)
+    averaged.load_state_dict(checkpoint.with_buffers(averaged, ema.gather()))
     found = evaluate(
         averaged,
         graph,
@@ -260,18 +260,6 @@ if failure:
 
 average = ema.gather()
 if rank == 0:
-    try:
-        checkpoint.export(output / "export", net, average, corpus.tokenizer, sections)
-        report.picture(
-            output / "log.jsonl",
-            output / "loss.png",
-            title=f"{output.name}: {parameters / 1e6:.1f} M parameters, {recipe.graph}",
-            unigram_entropy=unigram,
-            characters_per_token=corpus.valid.characters_per_token,
-        )
-    except OSError as error:
-        say(f"train_owt.py: error: {error}; the model is safe in the last checkpoint in {output / 'checkpoints'}")
-        launch.finish(1)
     last = [line for line in report.read(output / "log.jsonl") if line["kind"] == "valid"][-1]
     unigram_bits = unigram / math.log(2) / corpus.valid.characters_per_token
     summary = {
@@ -281,7 +269,19 @@ if rank == 0:
         "bits_per_character": last["bits_per_character"],
         "unigram_bits_per_character": unigram_bits,
     }
-    (output / "summary.json").write_text(json.dumps(summary, indent=1))
+    try:
+        checkpoint.export(output / "export", net, average, corpus.tokenizer, sections)
+        report.picture(
+            output / "log.jsonl",
+            output / "loss.png",
+            title=f"{output.name}: {parameters / 1e6:.1f} M parameters, {recipe.graph}",
+            unigram_entropy=unigram,
+            characters_per_token=corpus.valid.characters_per_token,
+        )
+        (output / "summary.json").write_text(json.dumps(summary, indent=1))
+    except OSError as error:
+        say(f"train_owt.py: error: {error}; the model is safe in the last checkpoint in {output / 'checkpoints'}")
+        launch.finish(1)
     say(
         f"\nheld-out bound          {last['bits_per_character']:.3f} bits a character  "
         f"({last['nats_per_token']:.3f} nats a token, perplexity {last['perplexity']:.1f})\n"

@@ -31,7 +31,10 @@ from torch import Tensor, nn
 from sedd_train import shards
 from sedd_train.ema import EMA
 
-__all__ = ["CheckpointError", "Checkpoint", "save", "export", "find", "last", "read", "restore", "check_space"]
+__all__ = [
+    *("CheckpointError", "Checkpoint", "save", "with_buffers", "export"),
+    *("find", "last", "read", "restore", "check_space"),
+]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -115,10 +118,15 @@ def save(
     return folder
 
 
+def with_buffers(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A whole state of the network, for a strict load: weights by name, and its own buffers, which are constants."""
+    kept = net.state_dict()
+    return {name: buffer for name, buffer in net.named_buffers() if name in kept} | weights
+
+
 def export(folder: Path, net: nn.Module, average: dict[str, Tensor], tokenizer: Any, sections: dict[str, Any]) -> None:
     """Write averaged weights in the published format with their tokenizer, for `sedd_train.load`."""
-    state = {name: value.cpu() for name, value in net.named_buffers()} | average
-    state = {name: state[name] for name in net.state_dict()}
+    state = {name: value.cpu() for name, value in with_buffers(net, average).items()}
     net.save_pretrained(folder, sections=sections, state_dict=state)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
