@@ -61,6 +61,9 @@ class DenseGraph:
     def rates_into(self, x):
         return every_state(self.matrix[x])
 
+    def rates_out_of(self, x):
+        return every_state(self.matrix.mT[x])
+
     def transition_from(self, x, sigma):
         columns = self.exp(spread(sigma, x)).mT
         return every_state(columns.gather(-2, x[..., None, None].expand(*x.shape, 1, self.num_states))[..., 0, :])
@@ -123,6 +126,15 @@ class HybridGraph:
         if not self.b:
             return self.row(base, (x, own))
         return self.row(base, (self.mask(x), 0 * one), (x, own))
+
+    def rates_out_of(self, x):
+        one = torch.ones(x.shape, dtype=torch.get_default_dtype())
+        masked = x == self.tokens
+        base = torch.where(masked, 0 * one, self.a / self.tokens * one)
+        own = torch.where(masked, 0 * one, base - self.a - self.b)
+        if not self.b:
+            return self.row(base, (x, own))
+        return self.row(base, (self.mask(x), torch.where(masked, 0 * one, self.b * one)), (x, own))
 
     def _stay(self, sigma):
         to_any = torch.exp(-self.b * sigma) * -torch.expm1(-self.a * sigma) / self.tokens
@@ -294,6 +306,14 @@ def _make_graphs(vocab_size):
 def seeded():
     """The same fresh weights in every run: networks initialise themselves from the global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64_rates():
+    """Rates in float64: graphs give them in torch's default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(params=["uniform", "absorbing", "hybrid", "dense", "dense absorbing"])

@@ -112,7 +112,13 @@ def denoising_loss(
 
 
 def score_rows(
-    score: ScoreModel, x: Tensor, sigma: Tensor, where: Tensor, num_states: int
+    score: ScoreModel,
+    x: Tensor,
+    sigma: Tensor,
+    where: Tensor,
+    num_states: int,
+    *,
+    demand: str = "the score model must return log_score",
 ) -> tuple[Tensor, Tensor | None]:
     """The score model's output at the true positions of `where`, from one call, computing no more rows than it offers.
 
@@ -122,6 +128,7 @@ def score_rows(
         sigma: total noise, as the score model takes it.
         where: (B, L) bool, M true positions.
         num_states: N.
+        demand: how an error about the output begins.
 
     Returns:
         log_score and positions: either rows (M, N) and None, or all rows (B, L, N) and the (M,) int64 flat positions.
@@ -132,7 +139,7 @@ def score_rows(
         log_score, shape, positions = score(x, sigma), (*x.shape, num_states), where.flatten().nonzero()[:, 0]
     if not isinstance(log_score, Tensor) or log_score.shape != shape:
         got = tuple(log_score.shape) if isinstance(log_score, Tensor) else type(log_score).__name__
-        raise ValueError(f"the score model must return log_score of shape {shape}, got {got}")
+        raise ValueError(f"{demand} of shape {shape}, got {got}")
     return log_score, positions
 
 

@@ -11,7 +11,17 @@ from typing import Any, Protocol
 
 from torch import Generator, Tensor
 
-__all__ = ["Row", "Graph", "LikelihoodGraph", "Noise", "ScoreModel"]
+__all__ = [
+    "Row",
+    "Graph",
+    "LikelihoodGraph",
+    "ImplicitGraph",
+    "DiscreteTimeGraph",
+    "Noise",
+    "ScoreModel",
+    "PosteriorModel",
+    "NextTokenModel",
+]
 
 
 class Row(Protocol):
@@ -64,6 +74,27 @@ class LikelihoodGraph(Graph, Protocol):
         """exp(sigma Q) v for dense vectors v (..., N), sigma (...) of either sign."""
 
 
+class ImplicitGraph(Protocol):
+    """What the implicit score entropy needs: the rates of the jumps into a state and out of it."""
+
+    @property
+    def num_states(self) -> int:
+        """N."""
+
+    def rates_into(self, x: Tensor, /) -> Row:
+        """Q[x, .]: the rates of the jumps that lead into x; the diagonal entry is the negative rate of leaving."""
+
+    def rates_out_of(self, x: Tensor, /) -> Row:
+        """Q[., x]: the rates of the jumps that lead out of x; the diagonal entry is the negative of their sum."""
+
+
+class DiscreteTimeGraph(LikelihoodGraph, Protocol):
+    """What the bound in T steps needs besides: the step back to an earlier time, told the clean state."""
+
+    def posterior(self, x: Tensor, x0: Tensor, sigma_s: Tensor, sigma_t: Tensor, /) -> Row:
+        """p(x_s | x_t = x, x_0 = x0) for sigma_s <= sigma_t, both of one shape."""
+
+
 class Noise(Protocol):
     """A noise schedule: total noise sigma(t) and its derivative, for t in [0, 1]."""
 
@@ -80,3 +111,21 @@ class ScoreModel(Protocol):
 
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Any:
         """Log-score at (B, L) int64 states and (B,) total noise."""
+
+
+class PosteriorModel(Protocol):
+    """Any callable (x, sigma) -> logits of the clean token p(x0 = y | x_t = x), one distribution a position.
+
+    Logits are (B, L, N), normalised or not; entries at states that cannot be the clean one are ignored. A model may
+    also accept `where=`, as a score model may.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Any:
+        """Logits at (B, L) int64 states and (B,) total noise."""
+
+
+class NextTokenModel(Protocol):
+    """Any causal callable x -> logits (B, L, N) of the next token: row i may depend on x[:, : i + 1] only."""
+
+    def __call__(self, x: Tensor, /) -> Any:
+        """Logits at (B, L) int64 states."""

@@ -20,7 +20,7 @@ from .checks import arithmetic_dtype, check_states
 from .interfaces import Row
 from .jumps import DenseRow, Jumps, merge
 
-__all__ = ["score_entropy", "sum_over_jumps", "check_not_nan"]
+__all__ = ["score_entropy", "jumps_between", "sum_over_jumps", "check_not_nan"]
 
 CHUNK_ELEMENTS = 1 << 22
 """Log-scores worked on at a time, 16 MiB of float32: several chunks' temporaries stay small next to any network."""
@@ -41,6 +41,15 @@ def score_entropy(log_score: Tensor, ratio: Row | Tensor, weight: Row | Tensor, 
     Raises:
         ValueError: shapes that do not fit, states out of range, or a sum that is not a number.
     """
+    with torch.autocast(log_score.device.type, enabled=False):
+        jumps = jumps_between(log_score, ratio, weight, x)
+        loss = sum_over_jumps(log_score.reshape(-1, log_score.shape[-1]), None, jumps)
+    check_not_nan(loss, log_score)
+    return loss.reshape(x.shape)
+
+
+def jumps_between(log_score: Tensor, ratio: Row | Tensor, weight: Row | Tensor, x: Tensor) -> Jumps:
+    """The ratios and weights that `score_entropy` takes, checked against log_score (..., N), as one set of jumps."""
     num_states = log_score.shape[-1]
     check_states("x", x, num_states, log_score.shape[:-1])
     rows = []
@@ -52,11 +61,7 @@ def score_entropy(log_score: Tensor, ratio: Row | Tensor, weight: Row | Tensor, 
         if row.base.shape != x.shape:
             raise ValueError(f"{name} must be rows of x's shape {tuple(x.shape)}, got rows of {tuple(row.base.shape)}")
         rows.append(DenseRow(row.base.flatten(), row.index.flatten(0, -2), row.value.flatten(0, -2)))
-    with torch.autocast(log_score.device.type, enabled=False):
-        jumps = merge(rows[1], rows[0], x.flatten(), arithmetic_dtype(log_score, rows[0].value))
-        loss = sum_over_jumps(log_score.reshape(-1, num_states), None, jumps)
-    check_not_nan(loss, log_score)
-    return loss.reshape(x.shape)
+    return merge(rows[1], rows[0], x.flatten(), arithmetic_dtype(log_score, rows[0].value))
 
 
 def sum_over_jumps(log_score: Tensor, positions: Tensor | None, jumps: Jumps) -> Tensor:
