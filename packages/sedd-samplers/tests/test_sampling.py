@@ -188,7 +188,7 @@ def test_the_bar_counts_every_step(ref, capsys):
         ({"times": [1.5, 0.7]}, "fall strictly"),
         ({"seeds": [1]}, "seeds must be 2 integers"),
         ({"seeds": [1, 2], "generator": seeded()}, "not both"),
-        ({"score": 3}, "score must be callable"),
+        ({"score": 3}, "the score model must be callable as score"),
         ({"score": flat(5)}, r"shape \(2, 3, 6\), got torch.float32 \(2, 3, 5\)"),
         ({"score": lambda x, sigma: [x]}, "got a list"),
         ({"score": lambda x, sigma: torch.zeros(*x.shape, 6).long()}, "float tensor"),

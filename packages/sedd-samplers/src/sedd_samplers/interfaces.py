@@ -65,6 +65,9 @@ class ScoreModel(Protocol):
 
     A score model may also accept `where=`, a (B, L) bool mask with M true positions, and return only those rows,
     (M, N), in row-major order. The samplers use it when it is offered and index when it is not.
+
+    It may also accept `rows=`, (B,) int64: which sequences of the run those of x are. Sequences with nothing left to
+    move are left out of the call, so that a model with a condition for each sequence has to be told.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:

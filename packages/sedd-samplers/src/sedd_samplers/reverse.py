@@ -7,19 +7,18 @@ float32 (float64 for a float64 score) under any autocast; a row's random numbers
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .asking import Asked, widened
 from .categorical import draw_categorical, draw_shared
 from .interfaces import Graph, Noise, ScoreModel
 from .kernels import denoise_probs
 from .randomness import uniforms
 
-__all__ = ["Reverse", "Kernel", "accepts_where"]
+__all__ = ["Reverse", "Kernel"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(log_score (m, N), x (m,), sequence (m,), position (m,)) -> unnormalised probabilities (m, N)."""
@@ -45,13 +44,13 @@ class Reverse:
         frozen: Tensor,
         seeds: Tensor,
     ) -> None:
-        self.score: Any = score
+        self.score = score
         self.graph = graph
         self.noise = noise
         self.frozen = frozen
         self._seeds = seeds
         self._drawn = torch.zeros_like(seeds)
-        self._offers_where = accepts_where(score)
+        self._asked = Asked(score, graph.num_states, "score model")
         into = graph.rates_into(torch.arange(graph.num_states, device=frozen.device))
         # a jump leads into x where the row Q[x, .] is positive; its one negative entry is the diagonal
         self._enterable = (into.base > 0) | (into.value > 0).any(-1)
@@ -87,7 +86,7 @@ class Reverse:
             for i in range(0, len(old), self._chunk):
                 part = slice(i, i + self._chunk)
                 log_score = rows[part] if pick is None else rows[pick[part]]
-                probs = kernel(_widened(log_score), old[part], sequence[part], position[part]).clamp_(min=0)
+                probs = kernel(widened(log_score), old[part], sequence[part], position[part]).clamp_(min=0)
                 try:
                     new[part] = draw_categorical(probs, uniform[part])
                 except ValueError as error:
@@ -107,36 +106,10 @@ class Reverse:
 
     def _evaluate(self, x: Tensor, sigma: Tensor, where: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's rows (R, N), and which of them belong to `where`, in order; None when all do, as they stand."""
-        active = where.any(1)
-        if not active.all():
-            x, sigma, where = x[active], sigma[active], where[active]
-        sigma = sigma.to(torch.float32)
-        if self._offers_where:
-            expected = (int(where.sum()), self.graph.num_states)
-            return _checked(self.score(x, sigma, where=where), expected), None
-        rows = _checked(self.score(x, sigma), (*x.shape, self.graph.num_states))
-        return rows.flatten(0, 1), where.flatten().nonzero()[:, 0]
-
-
-def accepts_where(score: Any) -> bool:
-    """Whether a score model has a parameter named `where`; a module is asked about its forward."""
-    score = getattr(score, "_orig_mod", score)  # what torch.compile wraps
-    function = score.forward if isinstance(score, torch.nn.Module) else score
-    try:
-        return "where" in inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-
-
-def _checked(rows: object, expected: tuple[int, ...]) -> Tensor:
-    if not isinstance(rows, Tensor) or tuple(rows.shape) != expected or not rows.is_floating_point():
-        got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
-        raise ValueError(f"the score model must return a float tensor of shape {expected}, got {got}")
-    return rows
-
-
-def _widened(log_score: Tensor) -> Tensor:
-    return log_score if log_score.dtype == torch.float64 else log_score.float()
+        rows = where.any(1).nonzero()[:, 0]
+        if len(rows) < len(x):
+            x, sigma, where = x[rows], sigma[rows], where[rows]
+        return self._asked(x, sigma.to(torch.float32), where, rows)
 
 
 def _named(

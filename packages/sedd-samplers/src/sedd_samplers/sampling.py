@@ -158,8 +158,6 @@ def trajectory(
         ValueError: for arguments that make no sense, before the first step; for a model that returns the wrong shape,
             NaN or infinity, or leaves no state to draw, at the step where it does.
     """
-    if not callable(score):
-        raise ValueError(f"score must be callable as score(x, sigma), got a {type(score).__name__}")
     _check_prompt(x, given, graph)
     grid = uniform_times(steps, t_min) if times is None else check_times(times)
     seeds = _row_seeds(seeds, generator, len(x)).to(x.device)
