@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .asking import Asked, widened
+from .asking import Asked, convert_rows, widened
 from .categorical import draw_categorical, draw_shared
 from .interfaces import Graph, Noise, ScoreModel
 from .kernels import denoise_probs
@@ -93,6 +93,42 @@ class Reverse:
                     raise _named(error, log_score, probs, sequence[part], position[part], sigma) from error
         x = x.clone()
         x[sequence, position] = new
+        return x
+
+    def evaluate(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel) -> Tensor:
+        """The kernel's rows (M, N) at `where` (B, L) bool, at noise sigma (B,), in row-major order; nothing is drawn.
+
+        For methods that choose by themselves what moves.
+
+        Raises:
+            ValueError: if a row holds NaN or infinity.
+        """
+        sequence, position = where.nonzero(as_tuple=True)
+        if not len(sequence):
+            return torch.empty(0, self.graph.num_states, device=x.device)
+        old = x[sequence, position]
+        answer, pick = self._evaluate(x, sigma, where)
+        rows = convert_rows(
+            answer, pick, lambda log_score, part: kernel(log_score, old[part], sequence[part], position[part])
+        )
+        bad = ~rows.sum(-1).isfinite()
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            b, i = int(sequence[row]), int(position[row])
+            log_score = answer[row if pick is None else int(pick[row])]
+            what = "NaN" if log_score.isnan().any() else f"a log-score of up to {float(log_score.max()):.6g}"
+            raise ValueError(
+                f"the score model returned {what} at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}, "
+                "which leaves no finite rates"
+            )
+        return rows
+
+    def flip(self, x: Tensor, where: Tensor, state: int, probability: Tensor) -> Tensor:
+        """X (B, L) with each position of `where` (B, L) bool set to `state` with its sequence's probability (B,)."""
+        sequence, position = where.nonzero(as_tuple=True)
+        flipped = self.uniforms(sequence, position) < probability[sequence]
+        x = x.clone()
+        x[sequence[flipped], position[flipped]] = state
         return x
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
