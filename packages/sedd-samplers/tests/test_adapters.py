@@ -1,10 +1,26 @@
-"""A model of clean tokens as a score model, and back by Tweedie's theorem."""
+"""Foreign models as score models, and back: in float64 the two undo each other."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from sedd_samplers import denoise_probs, from_posterior
+from sedd_samplers import (
+    Tweedie,
+    from_logits,
+    from_masked_lm,
+    from_posterior,
+    from_reverse,
+    from_velocity,
+    infill,
+    sample,
+    to_posterior,
+    to_reverse,
+    to_velocity,
+    tweedie_probs,
+    tweedie_score,
+)
 
 GRAPHS = {
     "absorbing": lambda ref: ref.StructuredAbsorbing(4),
@@ -13,6 +29,7 @@ GRAPHS = {
     "hybrid": lambda ref: ref.hybrid_matrix(4),
     "cycle": lambda ref: ref.cycle_matrix(5),
 }
+SIGMA = torch.tensor([0.3, 1.7], dtype=torch.float64)
 
 
 @pytest.fixture(params=GRAPHS)
@@ -20,41 +37,255 @@ def graph(request, ref):
     return GRAPHS[request.param](ref)
 
 
-def _posterior(graph, x, sigma):
-    """Any distribution over the clean tokens that can have become x."""
-    generator = torch.Generator().manual_seed(0)
-    p = torch.rand(*x.shape, 5, generator=generator, dtype=torch.float64)
-    reach = torch.linalg.matrix_exp(sigma[:, None, None] * graph.Q.double())
-    p *= reach.gather(1, x[..., None].expand(-1, -1, 5)) > 0
-    if graph.mask_id is not None:
+def states():
+    """(2, 5): every state once in each sequence."""
+    return torch.stack([torch.arange(5), torch.arange(5).flip(0)])
+
+
+def reach(graph, x, dose):
+    """exp(dose Q)[x, .], (B, L, N), dense."""
+    forward = torch.linalg.matrix_exp(dose[:, None, None] * graph.Q.double())
+    return forward.gather(1, x[..., None].expand(-1, -1, 5))
+
+
+def law_of(graph, x, dose, *, clean):
+    """Any distribution over the states, or over the clean tokens, that can have become x."""
+    p = torch.rand(*x.shape, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p *= reach(graph, x, dose) > 1e-12
+    if clean and graph.mask_id is not None:
         p[..., graph.mask_id] = 0
     return p / p.sum(-1, keepdim=True)
 
 
-def _states(graph):
-    return torch.arange(5).repeat(2, 1), torch.tensor([0.3, 1.7], dtype=torch.float64)
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)  # matrix_exp by eigenvectors, and cancellation
 
 
-def test_tweedie_leads_back(graph):
-    x, sigma = _states(graph)
-    p = _posterior(graph, x, sigma)
-    log_score = from_posterior(lambda x, sigma: p, graph)(x, sigma)
-    back = denoise_probs(log_score.flatten(0, 1), x.flatten(), graph, sigma.repeat_interleave(5))
-    torch.testing.assert_close(back.reshape(p.shape), p, rtol=1e-6, atol=1e-7)
+def test_a_posterior_there_and_back(graph):
+    p = law_of(graph, states(), SIGMA, clean=True)
+    score = from_posterior(lambda x, sigma: p, graph)
+    close(to_posterior(score, graph)(states(), SIGMA), p)
 
 
 def test_the_score_is_the_sum_over_clean_tokens(graph):
-    x, sigma = _states(graph)
-    p = _posterior(graph, x, sigma)
-    s = from_posterior(lambda x, sigma: p, graph)(x, sigma).exp()
+    x = states()
+    p = law_of(graph, x, SIGMA, clean=True)
+    s = from_posterior(lambda x, sigma: p, graph)(x, SIGMA).exp()
     for b in range(2):
-        transition = torch.linalg.matrix_exp(sigma[b] * graph.Q.double())
+        transition = torch.linalg.matrix_exp(SIGMA[b] * graph.Q.double())
         for i in range(5):
             clean = [x0 for x0 in range(5) if p[b, i, x0] > 0]
             expected = sum(p[b, i, x0] * transition[:, x0] / transition[x[b, i], x0] for x0 in clean)
-            torch.testing.assert_close(s[b, i], expected, rtol=1e-6, atol=1e-7)
+            close(s[b, i], expected)
 
 
-def test_the_shape_is_asked_for(graph):
-    with pytest.raises(ValueError, match=r"the posterior must return shape \(2, 5, 5\), got \(2, 5, 4\)"):
-        from_posterior(lambda x, sigma: torch.ones(2, 5, 4), graph)(*_states(graph))
+def test_a_score_there_and_back(graph):
+    """The score of a distribution of sequences, seen as each of the other kinds and taken back."""
+    x = states()
+    dose = 0.4 * SIGMA
+    p = law_of(graph, x, SIGMA, clean=True)
+    score = from_posterior(lambda x, sigma: p, graph)
+    s = score(x, SIGMA)
+    close(from_posterior(to_posterior(score, graph), graph)(x, SIGMA).exp(), s.exp())
+    steps = to_reverse(score, graph, lambda sigma: 0.4 * sigma)
+    close(steps(x, SIGMA).sum(-1), torch.ones(2, 5, dtype=torch.float64))
+    back = from_reverse(steps, graph, lambda sigma: 0.4 * sigma)(x, SIGMA)
+    can = reach(graph, x, dose) > 1e-12  # a step tells nothing of states that cannot have become x in its course
+    close(torch.where(can, back.exp(), 0.0), torch.where(can, s.exp(), 0.0))
+
+
+def test_a_reverse_model_there_and_back(graph):
+    """The model's own step is the Tweedie step of the score made from it, whatever the model says."""
+    x, dose = states(), 0.4 * SIGMA
+    p = law_of(graph, x, dose, clean=False)
+    score = from_reverse(lambda x, sigma: p, graph, lambda sigma: 0.4 * sigma)
+    close(to_reverse(score, graph, lambda sigma: 0.4 * sigma)(x, SIGMA), p)
+
+
+@pytest.mark.parametrize("name", ["absorbing", "absorbing, mask amid the tokens", "uniform"])
+def test_a_velocity_there_and_back(ref, name):
+    graph = GRAPHS[name](ref)
+    x = states()
+    p = law_of(graph, x, SIGMA, clean=True)
+    u = (p - torch.nn.functional.one_hot(x, 5)) / -torch.expm1(-SIGMA)[:, None, None]
+    close(u.sum(-1), torch.zeros(2, 5, dtype=torch.float64))
+    seen = []
+
+    def velocity(x, kappa):
+        seen.append(kappa)
+        return u
+
+    score = from_velocity(velocity, graph)
+    close(score(x, SIGMA).exp(), from_posterior(lambda x, sigma: p, graph)(x, SIGMA).exp())
+    close(seen[0], torch.exp(-SIGMA))
+    close(to_velocity(score, graph)(x, torch.exp(-SIGMA)), u)
+
+
+def test_the_velocity_of_an_absorbing_graph_is_its_reverse_rate(ref):
+    """Per unit of kappa the reverse process jumps at Q[x, y] s_y dsigma / dkappa, with dkappa = kappa dsigma."""
+    graph = ref.StructuredAbsorbing(4)
+    x = torch.full((2, 5), 4)
+    p = law_of(graph, x, SIGMA, clean=True)
+    score = from_posterior(lambda x, sigma: p, graph)
+    u = to_velocity(score, graph)(x, torch.exp(-SIGMA))
+    close(u[..., :4], score(x, SIGMA).exp()[..., :4] * SIGMA.exp()[:, None, None])
+
+
+@pytest.mark.parametrize("name", ["hybrid", "cycle"])
+def test_a_flow_along_another_path_is_refused(ref, name):
+    with pytest.raises(ValueError, match="transitions are no such mixture"):
+        from_velocity(lambda x, kappa: x, GRAPHS[name](ref))
+
+
+def test_tweedie_read_backwards_is_tweedie(graph):
+    x, dose = states().flatten(), SIGMA.repeat_interleave(5)
+    p = law_of(graph, states(), SIGMA, clean=False).flatten(0, 1)
+    close(tweedie_probs(tweedie_score(p, x, graph, dose), x, graph, dose), p)
+
+
+def test_logits_are_normalised_over_what_may_be_drawn(ref):
+    graph = ref.StructuredAbsorbing(4, 2)
+    x = torch.tensor([[2, 2, 2, 3, 0]])
+    logits = torch.randn(1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma = SIGMA[:1]
+
+    def posterior(**options):
+        return to_posterior(from_logits(lambda x, sigma: logits, graph, **options), graph)(x, sigma)
+
+    subs = logits.clone()
+    subs[..., 2] = -torch.inf
+    expected = subs.softmax(-1)
+    expected[0, 3:] = torch.nn.functional.one_hot(x[0, 3:], 5).double()  # a token is carried over
+    close(posterior(), expected)
+    subs[..., 1] = -torch.inf
+    expected[0, :3] = subs.softmax(-1)[0, :3]
+    close(posterior(banned=[1]), expected)
+    assert logits.isfinite().all()  # the network's answer is left alone
+
+
+def test_plain_logits_leave_to_the_mask_what_they_gave_it(ref):
+    """D3PM's softmax over all states: the jumps have the probabilities that it says, the mask keeps the rest."""
+    graph = ref.StructuredAbsorbing(4)
+    logits = torch.randn(1, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, sigma = torch.full((1, 3), 4), SIGMA[:1]
+    s = from_logits(lambda x, sigma: logits, graph, subs=False)(x, sigma).exp()
+    close(s[..., :4] * sigma.expm1(), logits.softmax(-1)[..., :4])
+
+
+def test_where_is_handed_on_or_indexed(graph):
+    """One answer, whether the model below offers `where` or not, and with `where` only its rows."""
+    x, where = states(), torch.tensor([[True, False, True, False, False], [False, True, True, True, False]])
+    p = law_of(graph, x, SIGMA, clean=True)
+    asked = []
+
+    def rows_of(x, sigma, where=None):
+        asked.append(where)
+        return p if where is None else p[where]
+
+    plain = from_posterior(lambda x, sigma: p, graph)
+    close(plain(x, SIGMA, where=where).exp(), plain(x, SIGMA)[where].exp())
+    close(from_posterior(rows_of, graph)(x, SIGMA, where=where).exp(), plain(x, SIGMA, where=where).exp())
+    assert torch.equal(asked[0], where)
+
+
+def test_sequences_are_named_when_others_are_finished(ref):
+    """A model with a condition for each sequence gets their indices through the wrappers."""
+    graph = ref.StructuredAbsorbing(3)
+    label = torch.tensor([0, 1, 2, 1])
+
+    def posterior(x, sigma, rows):
+        return torch.nn.functional.one_hot(label[rows], 4).double()[:, None].expand(*x.shape, 4)
+
+    x = torch.tensor([[2, 2], [0, 0], [0, 0], [0, 0]])
+    given = torch.tensor([[True, True], [False, False], [True, False], [False, False]])
+    score = from_posterior(to_posterior(from_posterior(posterior, graph), graph), graph)
+    out = infill(score, graph, ref.LogLinear(), x=x, given=given, steps=3, seeds=range(4))
+    assert out.tolist() == [[2, 2], [1, 1], [0, 2], [1, 1]]
+
+
+def test_steps_of_a_reverse_model_on_its_own_grid_are_its_own(ref):
+    """The chain of a D3PM-like model of three steps, sampled by Tweedie; a false alarm once in 10,000 seeds."""
+    graph = ref.StructuredUniform(3)
+    table = torch.rand(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1  # [x, y]
+    table /= table.sum(-1, keepdim=True)
+    score = from_reverse(lambda x, sigma: table[x], graph, lambda sigma: torch.full_like(sigma, 1.0))
+    x = sample(score, graph, ref.Linear(3.0), shape=(20_000, 1), steps=3, t_min=0.0, method=Tweedie(), denoise=False,
+               generator=torch.Generator().manual_seed(0))  # fmt: skip
+    law = torch.full((3,), 1 / 3, dtype=torch.float64) @ table @ table @ table
+    assert ref.chi_square(x, law) > 1e-4
+
+
+class TinyMaskedLM(torch.nn.Module):
+    """A bag-of-words masked language model with the surface of transformers' models."""
+
+    def __init__(self, vocab_size, *, head=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(vocab_size, 8)
+        self.decoder = torch.nn.Linear(8, vocab_size)
+        self.has_head, self.rows = head, 0
+
+    def get_output_embeddings(self):
+        return self.decoder if self.has_head else None
+
+    def forward(self, input_ids, attention_mask):
+        h = self.embed(input_ids) * attention_mask[..., None]
+        context = h.sum(1, keepdim=True) / attention_mask.sum(1)[:, None, None]
+        h = (h + context) @ self.embed.weight.T @ self.embed.weight
+        logits = self.decoder(h)
+        self.rows += logits.numel() // logits.shape[-1]
+        return SimpleNamespace(logits=logits)
+
+
+def test_a_masked_language_model_is_a_sampler(ref):
+    graph = ref.StructuredAbsorbing(9, 4)  # [PAD] 0, [CLS] 1, [SEP] 2, [MASK] 4
+    x = torch.tensor([[1, 5, 4, 4, 2, 0], [1, 4, 4, 4, 4, 2]])
+    given = x != 4
+    outs = []
+    for head in (True, False):
+        model = TinyMaskedLM(10, head=head)
+        score = from_masked_lm(model, graph, banned=[0, 1, 2, 4], pad_id=0)
+        outs.append(infill(score, graph, ref.LogLinear(), x=x, given=given, steps=20, seeds=[3, 4]))
+        assert torch.equal(outs[-1][given], x[given])
+        assert not torch.isin(outs[-1][~given], torch.tensor([0, 1, 2, 4])).any()
+        assert not model.decoder._forward_pre_hooks
+        assert (model.rows % 6 == 0) != head  # its head sees the positions asked for, or all of them
+    assert torch.equal(*outs)
+
+
+def test_padding_does_not_reach_a_masked_language_model(ref):
+    """The same sequence, alone and padded beside a longer one: the same sample."""
+    graph = ref.StructuredAbsorbing(9, 4)
+    score = from_masked_lm(TinyMaskedLM(10), graph, banned=[1, 2], pad_id=0)
+    x = torch.tensor([[1, 4, 4, 2, 0, 0], [1, 4, 4, 4, 4, 2]])
+    both = infill(score, graph, ref.LogLinear(), x=x, given=x != 4, steps=10, seeds=[3, 4])
+    alone = infill(score, graph, ref.LogLinear(), x=x[:1, :4], given=x[:1, :4] != 4, steps=10, seeds=[3])
+    assert torch.equal(both[:1, :4], alone)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda graph: from_posterior(3, graph), r"the posterior must be callable as posterior\(x, sigma\), got a int"),
+        (lambda graph: to_posterior(None, graph), "the score model must be callable"),
+        (lambda graph: from_masked_lm("bert", graph), "must be callable, got a str"),
+        (lambda graph: from_logits(torch.relu, graph, banned=[5]), "banned holds the state 5"),
+        (lambda graph: from_logits(torch.relu, graph, banned=[0, 1, 2, 3]), "banned holds every token"),
+        (
+            lambda graph: from_posterior(lambda x, sigma: torch.ones(2, 5, 4), graph)(states(), SIGMA),
+            r"the posterior must return a float tensor of shape \(2, 5, 5\), got torch.float32 \(2, 5, 4\)",
+        ),
+        (
+            lambda graph: from_masked_lm(TinyMaskedLM(7), graph)(states(), SIGMA),
+            r"the logits must return a float tensor of shape \(10, 5\), got torch.float32 \(10, 7\)",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(ref, make, told):
+    with pytest.raises(ValueError, match=told):
+        make(ref.StructuredAbsorbing(4))
+
+
+def test_a_masked_language_model_needs_a_mask(ref):
+    with pytest.raises(ValueError, match="needs a graph with a mask"):
+        from_masked_lm(TinyMaskedLM(5), ref.StructuredUniform(5))

@@ -1,50 +1,279 @@
-"""Score models out of models that predict something else.
+"""Score models out of models that predict something else, and back.
 
-A model of clean tokens, p(x0 | x_t) at each position, has the concrete score
+    posterior    p(x0 | x_t)               s(x)_y = sum_{x0} p(x0 | x) p(y | x0) / p(x | x0)
+    logits       of p(x0 | x_t)            their softmax
+    reverse      p(x_s | x_t), D3PM        the same sum with the law of a shorter step, sigma(t) - sigma(s)
+    velocity     of a discrete flow        u(y, x) = (p(x0 = y | x) - delta_x(y)) / (1 - kappa), kappa = e^-sigma
 
-    s(x)_y = sum_{x0} p(x0 | x) p(y | x0) / p(x | x0) = ( exp(sigma Q) [ p(. | x) / exp(sigma Q)[x, .] ] )_y
+All go through one pair of row kernels: `tweedie_score` (from the law of an earlier state to the score) and its inverse
+`tweedie_probs`. `from_...` wraps a foreign model as a score model, `to_...` wraps a score model as the other kind; the
+two undo each other. A wrapper offers `where` and `rows` (see `sedd_samplers.asking`), hands them on to a model that
+has them too, and indexes the answer of one that has not. It works in float32 (in float64 for float64 answers).
 
-and Tweedie's theorem (18) leads back: `denoise_probs` of this score is p(x0 | x) again.
+Sources: posterior and Tweedie's theorem, equations 18 and 19; SUBS, Sahoo et al. 2024 (arXiv 2406.07524), section 3.2;
+reverse model, Austin et al. 2021 (arXiv 2107.03006), section 3; velocity, Gat et al. 2024 (arXiv 2407.15595), eq. 14.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .asking import Asked, RowModel, convert_rows, row_model
 from .interfaces import Graph, ScoreModel
+from .kernels import denoise_probs, tweedie_probs, tweedie_score
 
-__all__ = ["from_posterior"]
+__all__ = [
+    "from_posterior",
+    "to_posterior",
+    "from_logits",
+    "from_masked_lm",
+    "from_reverse",
+    "to_reverse",
+    "from_velocity",
+    "to_velocity",
+]
+
+Model = Callable[..., Tensor]
+Levels = Callable[[Tensor], Tensor]
 
 
-def from_posterior(posterior: Callable[[Tensor, Tensor], Tensor], graph: Graph) -> ScoreModel:
+def from_posterior(posterior: Model, graph: Graph) -> RowModel:
     """The score model of a model that predicts the clean tokens.
 
     Args:
-        posterior: (x (B, L) int64, sigma (B,)) -> probabilities (B, L, N) of each position's clean token, such as the
-            softmax of a masked language model's logits; what it says of x0 that cannot have become x is ignored.
+        posterior: (x (B, L) int64, sigma (B,)) -> probabilities (B, L, N) of each position's clean token; what it says
+            of x0 that cannot have become x is ignored. It may offer `where` and `rows`.
         graph: the forward process.
 
     Returns:
         (x, sigma) -> log_score (B, L, N), float32 at least; 0 at y = x, -inf where no probability leads.
 
     Raises:
-        ValueError: when called, if the posterior returns another shape.
+        ValueError: the posterior is not callable; when called, if it returns another shape.
     """
+    return _from_law(Asked(posterior, graph.num_states, "posterior"), graph, lambda sigma: sigma)
 
-    def score(x: Tensor, sigma: Tensor, /) -> Tensor:
-        p = posterior(x, sigma)
-        if p.shape != (*x.shape, graph.num_states):
-            raise ValueError(f"the posterior must return shape {(*x.shape, graph.num_states)}, got {tuple(p.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
-            p = (p if p.dtype == torch.float64 else p.float()).flatten(0, 1)
-            level = sigma.to(p.dtype)[:, None].expand(x.shape).flatten()
-            into = graph.transition_into(x.flatten(), level)
-            reach = into.base[:, None].to(p.dtype).expand_as(p).scatter(1, into.index, into.value.to(p.dtype))
-            s = graph.propagate(torch.where(reach > 0, p / reach, 0.0), level).clamp_min(0)
-            at_x = s.gather(1, x.flatten()[:, None])  # 1 but for what the posterior says of impossible tokens
-            return (s / at_x).log().reshape(*x.shape, -1)
 
-    return score
+def to_posterior(score: ScoreModel, graph: Graph) -> RowModel:
+    """The model of clean tokens that a score model is: the law of its final denoise.
+
+    Args:
+        score: the score model.
+        graph: the forward process.
+
+    Returns:
+        (x, sigma) -> p(x0 | x_t = x) (B, L, N), normalised over the tokens, 0 at the mask; negative entries, which a
+        score of no distribution gives, are set to 0. At a position that holds a token of an absorbing graph it is the
+        certainty of that token.
+
+    Raises:
+        ValueError: the score model is not callable; when called, if it returns another shape.
+    """
+    return _to_law(Asked(score, graph.num_states, "score model"), graph, lambda sigma: sigma, denoise_probs)
+
+
+def from_logits(logits: Model, graph: Graph, *, subs: bool = True, banned: Sequence[int] = ()) -> RowModel:
+    """The score model of a network whose logits, normalised, are p(x0 | x_t).
+
+    Args:
+        logits: (x (B, L) int64, sigma (B,)) -> (B, L, N). It may offer `where` and `rows`.
+        graph: the forward process.
+        subs: whether the mask is taken out before the softmax, as in the SUBS parametrisation. Its other half, that a
+            token once there is carried over, needs no option: nothing leads into a token of an absorbing graph. With
+            False the softmax is over all states as they stand (D3PM's), and what falls on the mask keeps a position
+            masked until the final denoise.
+        banned: states that never are clean tokens, such as [CLS] and [PAD].
+
+    Returns:
+        A score model.
+
+    Raises:
+        ValueError: logits is not callable, or a banned state is none of the graph's; when called, if it returns
+            another shape.
+    """
+    wrong = [state for state in banned if not 0 <= state < graph.num_states]
+    if wrong:
+        raise ValueError(f"banned holds the state {wrong[0]}; states are 0..{graph.num_states - 1}")
+    out = {*banned} | ({graph.mask_id} if subs and graph.mask_id is not None else set())
+    if len(out | {graph.mask_id}) == graph.num_states + (graph.mask_id is None):
+        raise ValueError("banned holds every token: none is left to draw")
+    index = torch.tensor(sorted(out), dtype=torch.int64)
+    asked = Asked(logits, graph.num_states, "logits")
+
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+        answer, pick = asked(x, sigma, where, rows)
+
+        def softmax(part: Tensor, _: slice) -> Tensor:
+            return part.index_fill(1, index.to(part.device), -torch.inf).softmax(-1)
+
+        return convert_rows(answer, pick, softmax)
+
+    return from_posterior(row_model(at), graph)
+
+
+def from_masked_lm(model: Any, graph: Graph, *, banned: Sequence[int] = (), pad_id: int | None = None) -> RowModel:
+    """The score model of a masked language model, such as an `AutoModelForMaskedLM` of transformers.
+
+        graph = Absorbing(model.config.vocab_size - 1, mask_id=tokenizer.mask_token_id)
+        score = from_masked_lm(model, graph, banned=tokenizer.all_special_ids, pad_id=tokenizer.pad_token_id)
+
+    Args:
+        model: called as model(input_ids=x, attention_mask=...), its answer's `.logits` are (B, L, N). Where its output
+            embedding can be found by `get_output_embeddings()`, that runs only at the positions asked for. Put it into
+            evaluation mode first.
+        graph: an absorbing graph over its vocabulary, the mask where its tokenizer has it.
+        banned: states that are never drawn, such as the tokenizer's special tokens; the mask is banned anyway.
+        pad_id: the padding token: positions that hold it get an attention mask of 0, and it is banned.
+
+    Returns:
+        A score model that does not depend on sigma but by the factor of the graph.
+
+    Raises:
+        ValueError: see `from_logits`; the graph has no mask.
+    """
+    if graph.mask_id is None:
+        raise ValueError("a masked language model needs a graph with a mask: its mask_id is None")
+    if not callable(model):
+        raise ValueError(f"the masked language model must be callable, got a {type(model).__name__}")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+        attention_mask = torch.ones_like(x) if pad_id is None else (x != pad_id).long()
+        with _only_at(head, where):
+            answer: Tensor = model(input_ids=x, attention_mask=attention_mask).logits
+        return answer[where] if answer.ndim == 3 else answer
+
+    return from_logits(row_model(at), graph, banned=[*banned, *([] if pad_id is None else [pad_id])])
+
+
+def from_reverse(reverse: Model, graph: Graph, dose: Levels) -> RowModel:
+    """The score model of a model of reverse steps, p(x_s | x_t), as D3PM's.
+
+    A Tweedie step of the same length is the model's own step again, whatever the model.
+
+    Args:
+        reverse: (x (B, L) int64, sigma (B,)) -> probabilities (B, L, N) of each position's state one of its own steps
+            earlier. It may offer `where` and `rows`.
+        graph: the forward process.
+        dose: sigma (B,) -> (B,): how much of the total noise that step takes away, in (0, sigma].
+
+    Returns:
+        A score model.
+
+    Raises:
+        ValueError: reverse is not callable; when called, if it returns another shape.
+    """
+    return _from_law(Asked(reverse, graph.num_states, "reverse model"), graph, dose)
+
+
+def to_reverse(score: ScoreModel, graph: Graph, dose: Levels) -> RowModel:
+    """The model of reverse steps p(x_s | x_t) that a score model is by Tweedie's equation 19.
+
+    Arguments as for `from_reverse`; returns (x, sigma) -> probabilities (B, L, N), normalised, negatives set to 0.
+    """
+    return _to_law(Asked(score, graph.num_states, "score model"), graph, dose, tweedie_probs)
+
+
+def from_velocity(velocity: Model, graph: Graph) -> RowModel:
+    """The score model of a discrete flow along the path p(. | x0) = kappa delta_x0 + (1 - kappa) prior.
+
+    That is the graph's own path at the total noise at which kappa = e^-sigma. The flow's clock is kappa itself; of
+    another scheduler kappa(tau) the velocity is `lambda x, kappa: u(x, tau(kappa)) / slope(kappa)[:, None, None]`, with
+    the scheduler's inverse and its derivative d kappa / d tau.
+
+    Args:
+        velocity: (x (B, L) int64, kappa (B,)) -> u (B, L, N), the rate of the jump x -> y per unit of kappa, and minus
+            the sum of the others at y = x. It may offer `where` and `rows`.
+        graph: the forward process; each token keeps itself with probability e^-sigma and else forgets itself, as under
+            absorbing and uniform graphs.
+
+    Returns:
+        A score model.
+
+    Raises:
+        ValueError: the velocity is not callable or the graph's path is another; when called, if it returns another
+            shape.
+    """
+    _check_path(graph)
+    asked = Asked(velocity, graph.num_states, "velocity")
+
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+        answer, pick = asked(x, torch.exp(-sigma), where, rows)
+        here, left = x[where][:, None], -torch.expm1(-sigma)[where.nonzero()[:, 0], None]
+
+        def posterior(u: Tensor, part: slice) -> Tensor:
+            p = u * left[part].to(u.dtype)
+            return p.scatter_add_(1, here[part], torch.ones_like(p[:, :1])).clamp_min_(0)
+
+        return convert_rows(answer, pick, posterior)
+
+    return from_posterior(row_model(at), graph)
+
+
+def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
+    """The velocity (x, kappa (B,)) -> u (B, L, N) of the discrete flow that a score model is, 0 < kappa < 1.
+
+    Arguments and errors as for `from_velocity`.
+    """
+    _check_path(graph)
+    posterior = to_posterior(score, graph)
+
+    def at(x: Tensor, kappa: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+        p = posterior(x, -torch.log(kappa), where=where, rows=rows)
+        left = (1 - kappa)[where.nonzero()[:, 0], None]
+        return p.scatter_add_(1, x[where][:, None], -torch.ones_like(p[:, :1])).div_(left.to(p.dtype))
+
+    return row_model(at)
+
+
+def _from_law(asked: Asked, graph: Graph, dose: Levels) -> RowModel:
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+        answer, pick = asked(x, sigma, where, rows)
+        here, level = x[where], dose(sigma)[where.nonzero()[:, 0]]
+        return convert_rows(answer, pick, lambda p, part: tweedie_score(p, here[part], graph, level[part]))
+
+    return row_model(at)
+
+
+def _to_law(asked: Asked, graph: Graph, dose: Levels, kernel: Callable[..., Tensor]) -> RowModel:
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+        answer, pick = asked(x, sigma, where, rows)
+        here, level = x[where], dose(sigma)[where.nonzero()[:, 0]]
+
+        def normalised(log_score: Tensor, part: slice) -> Tensor:
+            p = kernel(log_score, here[part], graph, level[part].to(log_score.dtype)).clamp_min_(0)
+            return p.div_(p.sum(-1, keepdim=True))
+
+        return convert_rows(answer, pick, normalised)
+
+    return row_model(at)
+
+
+def _check_path(graph: Graph) -> None:
+    """That exp(sQ) v = e^-s v for every v with sum 0: tokens keep themselves with e^-s and else forget themselves."""
+    v = torch.randn(graph.num_states, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    v -= v.mean()
+    after = graph.propagate(v[None], torch.ones(1, dtype=torch.float64))[0]
+    if not torch.allclose(after, v / torch.e, rtol=0, atol=1e-6):
+        raise ValueError(
+            "a flow's path is kappa delta_x0 + (1 - kappa) prior; this graph's transitions are no such mixture with "
+            "kappa = e^-sigma, as those of absorbing and uniform graphs are. Adapt the posterior instead"
+        )
+
+
+@contextmanager
+def _only_at(head: Any, where: Tensor) -> Iterator[None]:
+    """While inside, a module sees the positions `where` of its input (B, L, D) only, as (M, D)."""
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][where], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -86,7 +86,7 @@ def row_model(at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> RowMode
     def model(x: Tensor, sigma: Tensor, /, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         everywhere = torch.ones_like(x, dtype=torch.bool) if where is None else where
         out = at(x, sigma, everywhere, torch.arange(len(x), device=x.device) if rows is None else rows)
-        return out.unflatten(0, x.shape) if where is None else out
+        return out.reshape(*x.shape, -1) if where is None else out
 
     return model
 

@@ -12,6 +12,10 @@ jump x -> y being Q[x, y] s(x)_y (3):
     Tweedie (19)           (exp(-D Q) s)_y exp(D Q)[x, y]                      D = sigma(t) - sigma(s)
     final denoise          Tweedie with D = sigma(t), restricted to tokens
 
+Tweedie's equation can be read backwards: whoever knows the law p(x_s | x_t = x) of a step knows the score,
+
+    s = exp(D Q) [ p(. | x) / exp(D Q)[x, .] ]
+
 Euler is tau-leaping to first order in the step; tau-leaping never leaves the simplex: each jump has a clock with its
 rate held fixed, and the state at the end of the step is where the clock that rang last leads. With the exact score
 Tweedie gives each position its true reverse marginal whatever the step's length.
@@ -24,7 +28,15 @@ from torch import Tensor
 
 from .interfaces import Graph, Row
 
-__all__ = ["euler_probs", "tau_leaping_probs", "tweedie_probs", "denoise_probs", "reverse_rates", "leap"]
+__all__ = [
+    "euler_probs",
+    "tau_leaping_probs",
+    "tweedie_probs",
+    "tweedie_score",
+    "denoise_probs",
+    "reverse_rates",
+    "leap",
+]
 
 
 def euler_probs(log_score: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> Tensor:
@@ -66,6 +78,27 @@ def tweedie_probs(log_score: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> T
     """
     dose = dose.to(log_score.dtype)
     return _scale(graph.propagate(_concrete_score(log_score, x), -dose), graph.transition_into(x, dose))
+
+
+def tweedie_score(probs: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> Tensor:
+    """The log-score whose Tweedie step is `probs`: equation 19 read backwards.
+
+    Args:
+        probs: (M, N) float, non-negative, the law of the state a noise D earlier; rows need not sum to 1. What it says
+            of states that cannot have become x is ignored.
+        x: (M,) int64.
+        graph: the forward process.
+        dose: (M,) D > 0; with D = sigma, `probs` is the posterior p(x0 | x_t = x).
+
+    Returns:
+        (M, N): 0 at y = x, -inf where no probability leads, NaN where no state of positive probability can become x.
+    """
+    dose = dose.to(probs.dtype)
+    into = graph.transition_into(x, dose)
+    reach = into.base[:, None].to(probs.dtype).expand_as(probs).scatter(1, into.index, into.value.to(probs.dtype))
+    s = graph.propagate(torch.where(reach > 0, probs / reach, 0.0), dose).clamp_min(0)
+    at_x = s.gather(1, x[:, None])  # 1, had every row the sum 1 over the states that can have become x
+    return s.div_(at_x).log_()
 
 
 def denoise_probs(log_score: Tensor, x: Tensor, graph: Graph, sigma: Tensor) -> Tensor:
