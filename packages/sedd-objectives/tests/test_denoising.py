@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from sedd_objectives import denoising_loss, denoising_score_entropy
 from torch import nn
+
+score_entropy_module = importlib.import_module("sedd_objectives.score_entropy")  # the name is the function's, too
 
 
 class TinyNet(nn.Module):
@@ -68,6 +72,54 @@ def test_nothing_can_move_still_calls_the_net_once_and_keeps_the_graph(make_grap
         assert (loss == 0).all()
         loss.sum().backward()
         assert all((p.grad == 0).all() for p in net.head.parameters())
+
+
+class Counting:
+    """A graph, with the largest number of entries that its rows had in one answer, and how often it was asked."""
+
+    def __init__(self, graph):
+        self.graph, self.num_states, self.sample = graph, graph.num_states, graph.sample
+        self.calls, self.largest = {"rates_into": 0, "ratio": 0}, {"rates_into": 0, "ratio": 0}
+
+    def _ask(self, name, *arguments):
+        row = getattr(self.graph, name)(*arguments)
+        self.calls[name] += 1
+        self.largest[name] = max(self.largest[name], row.value.numel())
+        return row
+
+    def rates_into(self, x):
+        return self._ask("rates_into", x)
+
+    def ratio(self, x, x0, sigma):
+        return self._ask("ratio", x, x0, sigma)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "dense"])
+def test_asks_for_rates_once_and_for_ratios_a_chunk_at_a_time(kind, make_graphs, log_linear, generator, monkeypatch):
+    """300 positions of a graph with some 30 states, 300 log-scores at a time: no answer is larger than needed."""
+    monkeypatch.setattr(score_entropy_module, "CHUNK_ELEMENTS", 300)
+    graph = make_graphs(30)[kind]
+    x0 = torch.randint(30, (3, 100), generator=generator)
+    t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    xt = graph.sample(x0, log_linear(t)[0], generator=generator)
+    log_score = torch.randn(3, 100, graph.num_states, generator=generator, dtype=torch.float64)
+    counting = Counting(graph)
+    loss = denoising_loss(lambda x, sigma: log_score, counting, log_linear, x0, t, xt=xt)
+    assert counting.calls["rates_into"] == 1
+    assert counting.calls["ratio"] >= 30
+    assert counting.largest["ratio"] <= 300
+    assert counting.largest["rates_into"] <= graph.num_states**2
+    monkeypatch.undo()
+    torch.testing.assert_close(
+        loss, denoising_loss(lambda x, sigma: log_score, graph, log_linear, x0, t, xt=xt), rtol=1e-12, atol=0
+    )
+
+
+def test_learnt_rates_are_refused_rather_than_left_without_a_gradient(make_graphs, log_linear, x0):
+    graph = make_graphs(5)["uniform"]
+    graph.a = torch.tensor(1.0, requires_grad=True)
+    with pytest.raises(ValueError, match="rates that require a gradient"):
+        denoising_loss(TinyNet(5), graph, log_linear, x0, torch.full((3,), 0.5), xt=x0)
 
 
 def test_weights_multiply_positions_and_padding_never_reaches_the_head(graph, log_linear, x0, generator):

@@ -20,9 +20,9 @@ import torch
 from torch import Generator, Tensor
 
 from .checks import check_states, check_weight, expand_leading, sum_dtype
-from .denoising import denoising_loss, score_rows
+from .denoising import denoising_loss, score_rows, spread
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
-from .jumps import can_move
+from .jumps import RatesInto
 from .score_entropy import CHUNK_ELEMENTS, check_not_nan
 
 __all__ = ["Bound", "likelihood_bound", "reconstruction_loss"]
@@ -146,7 +146,7 @@ def reconstruction_loss(
     per_position = expand_leading("sigma", sigma, x0)
     if xt is None:
         xt = graph.sample(x0, sigma, generator=generator)
-    live = can_move(graph.rates_into(xt), xt, graph.num_states)
+    live = RatesInto.of(graph, xt).can_move(xt, graph.num_states)
     factor = None if weight is None else check_weight(weight, x0)
     if factor is not None:
         live = live & (factor > 0)
@@ -161,7 +161,7 @@ def reconstruction_loss(
             rows = log_score[chunk] if positions is None else log_score[positions[chunk]]
             loss[chunk] = -_log_decoder(rows.to(loss.dtype), graph, x[chunk], clean[chunk], sigma[chunk].to(loss.dtype))
     check_not_nan(loss, log_score)
-    full = loss.new_zeros(x0.shape).masked_scatter(live, loss)
+    full = spread(loss, live)
     return (full if factor is None else full * factor).sum(-1)
 
 

@@ -53,7 +53,7 @@ def divergence(log_score: Tensor, ratio: Tensor) -> Divergence:
 
     Args:
         log_score: log s, float; -inf is allowed.
-        ratio: r >= 0, of a shape that broadcasts against log_score's.
+        ratio: r >= 0, of a shape that broadcasts against log_score's; its dtype may be wider.
     """
     positive = ratio > 0
     score = log_score.exp()
@@ -61,8 +61,8 @@ def divergence(log_score: Tensor, ratio: Tensor) -> Divergence:
         return Divergence(score, score, log_score)
     # log r in two parts: one rounding of it is up to 1e-6 in float32, more than d itself near the optimum.
     exact = torch.where(positive, ratio, 1).to(sum_dtype(ratio.device)).log()
-    log_ratio = exact.to(ratio.dtype)
-    d = (log_score - log_ratio).sub_((exact - log_ratio).to(ratio.dtype))
+    log_ratio, ratio = exact.to(log_score.dtype), ratio.to(log_score.dtype)
+    d = (log_score - log_ratio).sub_((exact - log_ratio).to(log_score.dtype))
     slope = torch.where(d < 1, ratio * d.expm1(), score - ratio)
     slope = torch.where(positive, slope, score)
     value = torch.where(d.abs() < _NEAR, ratio * _half_square_series(d), slope - ratio * d)

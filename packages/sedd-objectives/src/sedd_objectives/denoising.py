@@ -15,13 +15,13 @@ import inspect
 import torch
 from torch import Generator, Tensor, nn
 
-from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading
+from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, sum_dtype
 from .interfaces import Graph, Noise, ScoreModel
-from .jumps import can_move, merge
-from .score_entropy import check_not_nan, sum_over_jumps
+from .jumps import Jumps, RatesInto, merge
+from .score_entropy import JumpsAt, check_not_nan, sum_over_chunks
 from .times import stratified_times
 
-__all__ = ["denoising_score_entropy", "denoising_loss", "score_rows"]
+__all__ = ["denoising_score_entropy", "denoising_loss", "denoising_jumps", "score_rows", "spread"]
 
 
 def denoising_score_entropy(log_score: Tensor, graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
@@ -48,10 +48,10 @@ def denoising_score_entropy(log_score: Tensor, graph: Graph, x: Tensor, x0: Tens
     check_states("x0", x0, num_states, x.shape)
     check_sigma("sigma", sigma)
     sigma = expand_leading("sigma", sigma, x)
-    rates = graph.rates_into(x)
-    live = can_move(rates, x, num_states)
+    rates = RatesInto.of(graph, x)
+    live = rates.can_move(x, num_states)
     positions = None if bool(live.all()) else live.flatten().nonzero()[:, 0]
-    return _spread(_live_loss(log_score, positions, graph, x, x0, sigma, live), live)
+    return spread(_live_loss(log_score, positions, graph, rates, x[live], x0[live], sigma[live]), live)
 
 
 def denoising_loss(
@@ -101,14 +101,15 @@ def denoising_loss(
         xt = graph.sample(x0, sigma, generator=generator)
     else:
         check_states("xt", xt, graph.num_states, x0.shape)
-    live = can_move(graph.rates_into(xt), xt, graph.num_states)
+    rates = RatesInto.of(graph, xt)
+    live = rates.can_move(xt, graph.num_states)
     if weight is not None:
         weight = check_weight(weight, x0)
         live = live & (weight > 0)
     log_score, positions = score_rows(score, xt, sigma, live, graph.num_states)
-    loss = _live_loss(log_score, positions, graph, xt, x0, per_position, live)
+    loss = _live_loss(log_score, positions, graph, rates, xt[live], x0[live], per_position[live])
     factor = dsigma if weight is None else dsigma * weight
-    return _spread(loss * factor[live].to(loss.dtype), live).sum(-1)
+    return spread(loss * factor[live].to(loss.dtype), live).sum(-1)
 
 
 def score_rows(
@@ -147,19 +148,31 @@ def _offers_where(score: ScoreModel) -> bool:
     return "where" in inspect.signature(score.forward if isinstance(score, nn.Module) else score).parameters
 
 
-def _live_loss(
-    log_score: Tensor, positions: Tensor | None, graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor, live: Tensor
-) -> Tensor:
-    """Denoising score entropy (M,) at the true positions of `live`, with log_score's rows found at `positions`."""
-    x, x0, sigma = x[live], x0[live], sigma[live]
-    with torch.autocast(x.device.type, enabled=False):
-        ratio = graph.ratio(x, x0, sigma)
-        jumps = merge(graph.rates_into(x), ratio, x, arithmetic_dtype(log_score, ratio.value))
-        loss = sum_over_jumps(log_score.reshape(-1, graph.num_states), positions, jumps)
-    check_not_nan(loss, log_score)
-    return loss
+def denoising_jumps(graph: Graph, rates: RatesInto, x: Tensor, x0: Tensor, dtype: torch.dtype) -> JumpsAt:
+    """(part, sigma (m,)) -> the jumps into x[part] with the ratios given x0[part], of the positions x, x0 (M,).
+
+    The ratios are as precise as sigma: near the optimum the loss is r d^2 / 2 with d = log s - log r, and what rounds r
+    is an error in d itself.
+    """
+
+    def jumps_at(part: slice, sigma: Tensor) -> Jumps:
+        states = x[part]
+        return merge(rates.at(states), graph.ratio(states, x0[part], sigma), states, dtype, graph.num_states)
+
+    return jumps_at
 
 
-def _spread(values: Tensor, where: Tensor) -> Tensor:
+def spread(values: Tensor, where: Tensor) -> Tensor:
     """Values (M,) put at the true positions of `where`, 0 elsewhere."""
     return values.new_zeros(where.shape).masked_scatter(where, values)
+
+
+def _live_loss(
+    log_score: Tensor, positions: Tensor | None, graph: Graph, rates: RatesInto, x: Tensor, x0: Tensor, sigma: Tensor
+) -> Tensor:
+    """Denoising score entropy (M,) at the positions x, x0, sigma (M,), with log_score's rows found at `positions`."""
+    rows, dtype = log_score.reshape(-1, graph.num_states), arithmetic_dtype(log_score, sigma)
+    jumps_at = denoising_jumps(graph, rates, x, x0, dtype)
+    loss = sum_over_chunks(rows, positions, jumps_at, sigma.to(sum_dtype(x.device)), dtype=dtype)
+    check_not_nan(loss, log_score)
+    return loss

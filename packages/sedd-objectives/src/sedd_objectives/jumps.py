@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .interfaces import Row
+from .interfaces import Graph, Row
 
-__all__ = ["Jumps", "DenseRow", "value_at", "can_move", "merge"]
+__all__ = ["Jumps", "DenseRow", "RatesInto", "value_at", "can_move", "merge"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Jumps:
     weight: Tensor
     """(M, K) float, >= 0."""
     ratio: Tensor
-    """(M, K) float, >= 0."""
+    """(M, K) float, >= 0; it and base_ratio may be wider than the weights, which bear the dtype of the arithmetic."""
 
-    def rows(self, start: int, stop: int) -> Jumps:
-        """The jumps of the rows start .. stop - 1."""
-        return Jumps(*(field[start:stop] for field in self.fields()))
+    def detach(self) -> Jumps:
+        """The same numbers, cut off from what they were computed from."""
+        return Jumps(*(field.detach() for field in self.fields()))
 
     def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The five tensors, in the order of the constructor."""
@@ -60,6 +60,41 @@ class DenseRow:
         return cls(torch.zeros_like(value[..., 0]), index, value)
 
 
+@dataclass(frozen=True)
+class RatesInto:
+    """Q[x, .] for all the states x of a batch, asked of the graph once: a row depends on its state alone.
+
+    A dense graph's rows are N numbers each. Kept once for each distinct state they are no larger than its own matrix,
+    where one for each position would be a tensor of the size of the score.
+    """
+
+    states: Tensor
+    """(U,) int64, distinct and ascending."""
+    rows: Row
+    """Of the U states."""
+
+    @classmethod
+    def of(cls, graph: Graph, x: Tensor) -> RatesInto:
+        """The rates into every state that occurs in x (...). Raises ValueError if they require a gradient."""
+        states = torch.unique(x)
+        rows = graph.rates_into(states)
+        if rows.base.requires_grad or rows.value.requires_grad:
+            raise ValueError(
+                "graph.rates_into returned rates that require a gradient, and this loss would not pass it on: call "
+                "score_entropy with the graph's rows, or rates_into under torch.no_grad()"
+            )
+        return cls(states, rows)
+
+    def at(self, x: Tensor) -> DenseRow:
+        """The rows of the states x (...), each of which must be among `states`."""
+        place = torch.searchsorted(self.states, x)
+        return DenseRow(self.rows.base[place], self.rows.index[place], self.rows.value[place])
+
+    def can_move(self, x: Tensor, num_states: int) -> Tensor:
+        """Whether any jump leads into x, (...) bool."""
+        return can_move(self.rows, self.states, num_states)[torch.searchsorted(self.states, x)]
+
+
 def value_at(row: Row, states: Tensor) -> Tensor:
     """The row's values (..., S) at the states (..., S) int64."""
     if row.index.shape[-1] == 0:
@@ -76,16 +111,29 @@ def can_move(rates_into: Row, x: Tensor, num_states: int) -> Tensor:
     return listed | ((rates_into.base > 0) & (num_states > rates_into.index.shape[-1]))
 
 
-def merge(weight: Row, ratio: Row, x: Tensor, dtype: torch.dtype) -> Jumps:
-    """The jumps into x (M,) whose rates are the row `weight` and whose ratios are the row `ratio`, both of M rows."""
-    index = torch.cat([x[:, None], weight.index, ratio.index], -1).sort(-1).values
-    repeated = torch.zeros_like(index, dtype=torch.bool)
-    repeated[:, 1:] = index[:, 1:] == index[:, :-1]
-    unwanted = repeated | (index == x[:, None])
+def merge(weight: Row, ratio: Row, x: Tensor, dtype: torch.dtype, num_states: int | None = None) -> Jumps:
+    """The jumps into x (M,) whose rates are the row `weight` and whose ratios are the row `ratio`, both of M rows.
+
+    The weights come in `dtype`, the ratios in their own if it is wider. Given num_states, rows that list all states are
+    merged without sorting them.
+    """
+    ratio_dtype = torch.promote_types(dtype, ratio.value.dtype)
+    base_weight, base_ratio = weight.base.to(dtype), ratio.base.to(ratio_dtype)
+    if num_states in (weight.index.shape[-1], ratio.index.shape[-1]):
+        index = torch.arange(num_states, device=x.device).expand(len(x), -1)
+        weights, ratios = (
+            row.base[:, None].expand(index.shape).scatter(-1, row.index, row.value) for row in (weight, ratio)
+        )
+        unwanted, base_weight = index == x[:, None], torch.zeros_like(base_weight)
+    else:
+        index = torch.cat([x[:, None], weight.index, ratio.index], -1).sort(-1).values
+        weights, ratios = value_at(weight, index), value_at(ratio, index)
+        unwanted = index == x[:, None]
+        unwanted[:, 1:] |= index[:, 1:] == index[:, :-1]
     return Jumps(
-        base_weight=weight.base.to(dtype),
-        base_ratio=ratio.base.to(dtype),
+        base_weight=base_weight,
+        base_ratio=base_ratio,
         index=index,
-        weight=value_at(weight, index).to(dtype).masked_fill(unwanted, 0),
-        ratio=value_at(ratio, index).to(dtype),
+        weight=weights.to(dtype).masked_fill(unwanted, 0),
+        ratio=ratios.to(ratio_dtype),
     )

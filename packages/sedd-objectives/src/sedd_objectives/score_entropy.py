@@ -9,6 +9,7 @@ of total noise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,21 @@ from .checks import arithmetic_dtype, check_states
 from .interfaces import Row
 from .jumps import DenseRow, Jumps, merge
 
-__all__ = ["score_entropy", "jumps_between", "sum_over_jumps", "check_not_nan"]
+__all__ = [
+    "JumpsAt",
+    "score_entropy",
+    "jumps_between",
+    "sum_over_jumps",
+    "sum_over_chunks",
+    "with_gradients",
+    "check_not_nan",
+]
 
 CHUNK_ELEMENTS = 1 << 22
 """Log-scores worked on at a time, 16 MiB of float32: several chunks' temporaries stay small next to any network."""
+
+JumpsAt = Callable[..., Jumps]
+"""(part, *inputs) -> the jumps of the rows `part`, a slice; the inputs hold one entry for each of these rows."""
 
 
 def score_entropy(log_score: Tensor, ratio: Row | Tensor, weight: Row | Tensor, x: Tensor) -> Tensor:
@@ -61,13 +73,47 @@ def jumps_between(log_score: Tensor, ratio: Row | Tensor, weight: Row | Tensor, 
         if row.base.shape != x.shape:
             raise ValueError(f"{name} must be rows of x's shape {tuple(x.shape)}, got rows of {tuple(row.base.shape)}")
         rows.append(DenseRow(row.base.flatten(), row.index.flatten(0, -2), row.value.flatten(0, -2)))
-    return merge(rows[1], rows[0], x.flatten(), arithmetic_dtype(log_score, rows[0].value))
+    return merge(rows[1], rows[0], x.flatten(), arithmetic_dtype(log_score, rows[0].value), num_states)
 
 
 def sum_over_jumps(log_score: Tensor, positions: Tensor | None, jumps: Jumps) -> Tensor:
     """Score entropy (M,) of the rows `positions` (M,) of log_score (R, N), or of all rows if None. Differentiable."""
-    loss: Tensor = _SumOverJumps.apply(log_score, positions, *jumps.fields())  # type: ignore[no-untyped-call]
+    dtype = jumps.weight.dtype
+    return sum_over_chunks(log_score, positions, lambda _, *fields: Jumps(*fields), *jumps.fields(), dtype=dtype)
+
+
+def sum_over_chunks(
+    log_score: Tensor, positions: Tensor | None, jumps_at: JumpsAt, *inputs: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`sum_over_jumps` for jumps that are made a chunk of rows at a time, forward and again backward.
+
+    Args:
+        log_score: (R, N) float.
+        positions: (M,) int64, which rows of log_score; all of them in order if None.
+        jumps_at: (part, *inputs[part]) -> the jumps of the rows `part`, a slice of 0 .. M - 1.
+        inputs: (M, ...) what the jumps depend on and a gradient may be asked for.
+        dtype: of the arithmetic, that of the jumps' weights.
+
+    Returns:
+        (M,) of that dtype, differentiable once by log_score and by the inputs.
+    """
+    loss: Tensor = _SumOverChunks.apply(log_score, positions, jumps_at, dtype, *inputs)  # type: ignore[no-untyped-call]
     return loss
+
+
+def with_gradients(rows: Tensor, jumps: Jumps, scale: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Those fields of the jumps that require a gradient, and the rows' sums' derivatives by them, times scale (m,)."""
+    fields = (jumps.base_weight, jumps.base_ratio, jumps.weight, jumps.ratio)
+    if not any(field.requires_grad for field in fields):
+        return [], []
+    with torch.no_grad():
+        slopes = jump_gradients(rows, jumps)
+        pairs = [
+            (field, (slope * scale.reshape(-1, *[1] * (slope.ndim - 1))).to(field.dtype))
+            for field, slope in zip(fields, slopes, strict=True)
+            if field.requires_grad
+        ]
+    return [field for field, _ in pairs], [slope for _, slope in pairs]
 
 
 def check_not_nan(loss: Tensor, log_score: Tensor) -> None:
@@ -79,56 +125,67 @@ def check_not_nan(loss: Tensor, log_score: Tensor) -> None:
         raise ValueError(f"the loss is NaN at {int(loss.isnan().sum())} of {loss.numel()} positions: {at_fault}")
 
 
-class _SumOverJumps(torch.autograd.Function):
+class _SumOverChunks(torch.autograd.Function):
     """Row sums of the divergence; backward works the gradient out again, chunk by chunk, rather than keep it.
 
     The gradient of the loss has the shape of the log-score, and autograd would keep several more tensors of that shape.
     """
 
     @staticmethod
-    def forward(ctx: Any, log_score: Tensor, positions: Tensor | None, *fields: Tensor) -> Tensor:
-        jumps = Jumps(*fields)
-        ctx.save_for_backward(log_score, positions, *fields)
-        loss = jumps.base_weight.new_empty(len(jumps.base_weight))
-        for start, stop in _chunks(log_score, len(loss)):
-            rows = _rows(log_score, positions, start, stop, loss.dtype)
-            loss[start:stop], _ = row_divergence(rows, jumps.rows(start, stop), want_slope=False)
+    def forward(
+        ctx: Any,
+        log_score: Tensor,
+        positions: Tensor | None,
+        jumps_at: JumpsAt,
+        dtype: torch.dtype,
+        *inputs: Tensor,
+    ) -> Tensor:
+        ctx.jumps_at = jumps_at
+        ctx.save_for_backward(log_score, positions, *inputs)
+        loss = log_score.new_empty(len(log_score if positions is None else positions), dtype=dtype)
+        with torch.autocast(log_score.device.type, enabled=False):
+            for part in _chunks(log_score, len(loss)):
+                jumps = jumps_at(part, *(value[part] for value in inputs))
+                loss[part], _ = row_divergence(_rows(log_score, positions, part, dtype), jumps, want_slope=False)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        log_score, positions, *fields = ctx.saved_tensors
-        jumps = Jumps(*fields)
+        log_score, positions, *inputs = ctx.saved_tensors
         by_score = None
         if ctx.needs_input_grad[0]:
             by_score = torch.empty_like(log_score) if positions is None else torch.zeros_like(log_score)
-        by_jumps: list[Tensor | None] = [None] * len(fields)
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        for i in wanted:
-            by_jumps[i] = torch.empty_like(fields[i])
-        for start, stop in _chunks(log_score, len(grad)):
-            rows, chunk = _rows(log_score, positions, start, stop, grad.dtype), jumps.rows(start, stop)
-            if by_score is not None:
-                _, slope = row_divergence(rows, chunk, scale=grad[start:stop], want_slope=True)
-                assert slope is not None
-                by_score[slice(start, stop) if positions is None else positions[start:stop]] = slope.to(by_score.dtype)
-            if wanted:
-                gradients = jump_gradients(rows, chunk)
-                by_field = (gradients[0], gradients[1], None, gradients[2], gradients[3])
-                for i in wanted:
-                    field = by_field[i]
-                    assert field is not None
-                    factor = grad[start:stop].reshape(-1, *[1] * (field.ndim - 1))
-                    by_jumps[i][start:stop] = field * factor  # type: ignore[index]
-        return by_score, None, *by_jumps
+        wanted = ctx.needs_input_grad[4:]
+        by_inputs = [torch.zeros_like(value) if want else None for value, want in zip(inputs, wanted, strict=True)]
+        with torch.autocast(log_score.device.type, enabled=False):
+            for part in _chunks(log_score, len(grad)):
+                rows = _rows(log_score, positions, part, grad.dtype)
+                leaves = [value[part].detach() for value in inputs]
+                with torch.set_grad_enabled(any(wanted)):
+                    for leaf, want in zip(leaves, wanted, strict=True):
+                        leaf.requires_grad_(want)
+                    jumps = ctx.jumps_at(part, *leaves)
+                if by_score is not None:
+                    _, slope = row_divergence(rows, jumps.detach(), scale=grad[part], want_slope=True)
+                    assert slope is not None
+                    by_score[part if positions is None else positions[part]] = slope.to(by_score.dtype)
+                if any(wanted):
+                    outputs, slopes = with_gradients(rows, jumps, grad[part])
+                    asked = [leaf for leaf in leaves if leaf.requires_grad]
+                    found = iter(torch.autograd.grad(outputs, asked, slopes, allow_unused=True))
+                    for total in by_inputs:
+                        slope = None if total is None else next(found)
+                        if total is not None and slope is not None:
+                            total[part] = slope
+        return by_score, None, None, None, *by_inputs
 
 
-def _chunks(log_score: Tensor, num_rows: int) -> list[tuple[int, int]]:
+def _chunks(log_score: Tensor, num_rows: int) -> list[slice]:
     size = max(1, CHUNK_ELEMENTS // max(1, log_score.shape[-1]))
-    return [(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-def _rows(log_score: Tensor, positions: Tensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    rows = log_score[start:stop] if positions is None else log_score[positions[start:stop]]
+def _rows(log_score: Tensor, positions: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
+    rows = log_score[part] if positions is None else log_score[positions[part]]
     return rows.to(dtype)
