@@ -33,6 +33,9 @@ class MatrixGraph:
     def rates_into(self, x):
         return self._row(self.Q[x])
 
+    def rates_out_of(self, x):
+        return self._row(self.Q.T[x])
+
     def transition_into(self, x, sigma):
         levels, level = torch.unique(sigma.expand(x.shape), return_inverse=True)
         return self._row(self.exp(levels)[level, x])
@@ -64,6 +67,8 @@ class StructuredUniform:
         N = self.num_states
         at_x = torch.full((*x.shape, 1), 1 / N - 1)
         return SimpleNamespace(base=torch.full(x.shape, 1 / N), index=x[..., None], value=at_x)
+
+    rates_out_of = rates_into  # Q is symmetric
 
     def transition_into(self, x, sigma):
         base = (-torch.expm1(-sigma) / self.num_states).expand(x.shape)
@@ -97,6 +102,10 @@ class StructuredAbsorbing:
     def rates_into(self, x):
         masked = (x == self.mask_id).float()
         return self._row(x, masked, masked - 1, torch.zeros_like(masked))
+
+    def rates_out_of(self, x):
+        moves = (x != self.mask_id).float()
+        return self._row(x, torch.zeros_like(moves), -moves, moves)
 
     def transition_into(self, x, sigma):
         masked = x == self.mask_id
@@ -189,6 +198,43 @@ class ExactScore:
         return p[level[:, None, None], there].log() - p[level, here].log()[:, None, None]
 
 
+class SpectralScore(ExactScore):
+    """The same score, fast where every sequence has its own noise level: p_sigma is a sum of few exponentials."""
+
+    def __init__(self, p0, Q):
+        super().__init__(p0, Q)
+        N, L = p0.shape[0], p0.ndim
+        vectors, inverse = self.exact._vectors, self.exact._inverse
+        coefficients = self.p0.to(vectors.dtype)
+        for axis in range(L):
+            coefficients = (coefficients.movedim(axis, -1) @ inverse.T).movedim(-1, axis)
+        terms = coefficients.flatten().diag().reshape(-1, *[N] * L)
+        for axis in range(1, L + 1):
+            terms = (terms.movedim(axis, -1) @ vectors.T).movedim(-1, axis)
+        exponents = self.exact._values[all_states(N, L)].sum(1)
+        distinct, group = torch.unique(torch.view_as_real(exponents).round(decimals=9), dim=0, return_inverse=True)
+        terms = torch.zeros(len(distinct), N**L, dtype=terms.dtype).index_add_(0, group, terms.reshape(N**L, -1))
+        self.real = not distinct[:, 1].any()
+        self.exponents = distinct[:, 0] if self.real else torch.view_as_complex(distinct)
+        self.terms = terms.real.contiguous() if self.real else terms
+        stride = N ** torch.arange(L - 1, -1, -1)
+        self.stride = stride
+        states = all_states(N, L)
+        self.neighbours = (states @ stride)[:, None, None] + (torch.arange(N) - states[..., None]) * stride[:, None]
+
+    def marginal(self, sigma):
+        p = torch.exp(sigma.double()[:, None] * self.exponents) @ self.terms
+        return p.real.clamp(min=0).reshape(-1, *self.p0.shape)
+
+    def __call__(self, x, sigma):
+        self.calls += 1
+        self.rows += len(x)
+        p = self.marginal(sigma).flatten(1).log_()
+        here = x @ self.stride
+        there = self.neighbours[here]
+        return (p.gather(1, there.flatten(1)) - p.gather(1, here[:, None])).view(there.shape)
+
+
 class ExactRows(ExactScore):
     """The same score, which offers `where`."""
 
@@ -221,6 +267,16 @@ class Enumerator(Reverse):
         log_score = self.score(x, sigma.double())[sequence, position].double()
         probs = kernel(log_score, x[sequence, position], sequence, position).clamp(min=0)
         rows[sequence, position] = probs / probs.sum(-1, keepdim=True)
+        return self._stage(rows, x)
+
+    def flip(self, x, where, state, probability):
+        rows = torch.nn.functional.one_hot(x, self.graph.num_states).double()
+        sequence, position = where.nonzero(as_tuple=True)
+        rows[sequence, position] *= 1 - probability[sequence, None]
+        rows[sequence, position, state] += probability[sequence]
+        return self._stage(rows, x)
+
+    def _stage(self, rows, x):
         self.stages.append(rows)
         return self.outcomes.pop(0) if self.outcomes else x
 

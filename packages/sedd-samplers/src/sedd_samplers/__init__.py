@@ -14,13 +14,22 @@ from .adapters import (
     to_reverse,
     to_velocity,
 )
+from .adaptive import adaptive_times
+from .ancestral import Ancestral, ancestral_probs
 from .categorical import draw_categorical
-from .grids import uniform_times
+from .corrector import PredictorCorrector, correct, corrector_probs
+from .first_hitting import FirstHitting
+from .grids import level_times, uniform_times
 from .interfaces import Graph, Noise, Row, ScoreModel
 from .kernels import denoise_probs, euler_probs, tau_leaping_probs, tweedie_probs, tweedie_score
+from .masking import mask_probability
 from .methods import Euler, Method, TauLeaping, Tweedie
+from .ordered import Order, Ordered, chance, confidence, entropy, margin
+from .remasking import Remasking, RemaskSchedule, at_rate, capped, rescaled
 from .reverse import Reverse
 from .sampling import State, infill, sample, trajectory
+from .trapezoidal import Trapezoidal
+from .uniformization import Uniformization
 
 __all__ = [
     "sample",
@@ -31,10 +40,29 @@ __all__ = [
     "Euler",
     "TauLeaping",
     "Tweedie",
+    "Ancestral",
+    "Trapezoidal",
+    "FirstHitting",
+    "Uniformization",
+    "PredictorCorrector",
+    "correct",
+    "Remasking",
+    "RemaskSchedule",
+    "capped",
+    "rescaled",
+    "at_rate",
+    "Ordered",
+    "Order",
+    "confidence",
+    "entropy",
+    "margin",
+    "chance",
     "euler_probs",
     "tau_leaping_probs",
     "tweedie_probs",
     "denoise_probs",
+    "ancestral_probs",
+    "corrector_probs",
     "tweedie_score",
     "from_posterior",
     "to_posterior",
@@ -46,6 +74,9 @@ __all__ = [
     "to_velocity",
     "draw_categorical",
     "uniform_times",
+    "level_times",
+    "mask_probability",
+    "adaptive_times",
     "Reverse",
     "Row",
     "Graph",

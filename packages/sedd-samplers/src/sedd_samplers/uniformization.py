@@ -1,0 +1,118 @@
+"""Uniformization: the reverse process of any graph without discretisation.
+
+Chen & Ying, *Convergence analysis of discrete diffusion model: exact implementation through uniformization* (2024). In
+the variable sigma the reverse process jumps from x to y, which differ at one position, at the rate Q[x, y] s_y (3),
+R(x, sigma) in total. As long as R <= M, it is the same process as this: candidates arrive as a Poisson process of the
+constant rate M; a candidate at noise sigma is a jump with probability R(x, sigma) / M, to y in proportion to its rate,
+and nothing otherwise.
+
+Where M comes from decides whether that is exact. Here the state stands still until a candidate is accepted, so that
+R(x, .) is then a function of sigma alone, and no random number has to do with it: M is `slack` times the larger of its
+values at both ends of a window [shrink sigma, sigma], and a window ends when x moves. Rates grow like 1 / sigma at most
+as sigma falls, at most by 1 / shrink over a window. At every candidate R <= M is verified.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .categorical import draw_categorical
+from .kernels import reverse_rates
+from .reverse import Reverse
+
+__all__ = ["Uniformization"]
+
+
+@dataclass(frozen=True)
+class Uniformization:
+    """Exact for any graph, on any grid that ends above zero noise.
+
+    Each jump costs some four evaluations of the score: two to bound the rate, `slack` or a little more candidates. The
+    sequences of a batch have their own events; each call of the model is for all that need one. The grid only sets when
+    states are shown.
+
+    Args:
+        slack: what the bound is above the rates at a window's ends; at least 1.
+        shrink: how far sigma falls in a window, as a fraction in (0, 1).
+
+    Raises:
+        ValueError: for such a slack or shrink as is out of range; when called, for noise levels that are not finite and
+            positive, and where a candidate finds the total rate above the bound: what was drawn would not be exact.
+    """
+
+    slack: float = 1.5
+    shrink: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.slack >= 1:
+            raise ValueError(f"slack must be at least 1, got {self.slack!r}")
+        if not 0 < self.shrink < 1:
+            raise ValueError(f"shrink must lie in (0, 1), got {self.shrink!r}")
+
+    def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """All jumps between t and s; see `Method`."""
+        now, end = reverse.noise(t)[0].clone(), reverse.noise(s)[0]
+        if not (bool((end > 0).all()) and bool(now.isfinite().all())):
+            raise ValueError(
+                f"Uniformization needs finite noise levels above 0, got sigma = {float(now.max()):.6g} to "
+                f"{float(end.min()):.6g}; end the grid at t_min > 0"
+            )
+        x, stop, bound = x.clone(), now.clone(), torch.zeros_like(now)
+        while bool((now > end).any()):
+            opening = (now > end) & (now <= stop)
+            if opening.any():
+                goal = torch.maximum(now * self.shrink, end)
+                rates = torch.maximum(*(_rates(reverse, x, sigma, opening)[0][:, -1] for sigma in (now, goal)))
+                bound, stop = torch.where(opening, self.slack * rates, bound), torch.where(opening, goal, stop)
+            row = _next_candidate(reverse, now, end, stop, bound)
+            row = _jump(reverse, x, now, bound, row)
+            stop[row] = now[row]  # x has moved
+        return x
+
+
+def _next_candidate(reverse: Reverse, now: Tensor, end: Tensor, stop: Tensor, bound: Tensor) -> Tensor:
+    """Moves `now` on to the next candidates, or to where their window stops; the rows that have one."""
+    row = (now > end).nonzero()[:, 0]
+    wait = -torch.log1p(-reverse.uniforms(row, torch.zeros_like(row))) / bound[row]
+    inside = now[row] - wait > stop[row]
+    now[row] = torch.where(inside, now[row] - wait, stop[row])
+    return row[inside]
+
+
+def _jump(reverse: Reverse, x: Tensor, sigma: Tensor, bound: Tensor, row: Tensor) -> Tensor:
+    """Moves x at the candidates that are accepted; their rows."""
+    candidate = torch.zeros_like(sigma, dtype=torch.bool)
+    candidate[row] = True
+    cumulative, rates, slot = _rates(reverse, x, sigma, candidate)
+    above = (cumulative[:, -1] > bound) & candidate
+    if above.any():
+        b = int(above.nonzero()[0])
+        raise ValueError(
+            f"the reverse process of sequence {b} leaves its state at the rate {float(cumulative[b, -1]):.6g} at "
+            f"sigma = {float(sigma[b]):.6g}, above the bound {float(bound[b]):.6g} relied on: the sample would "
+            "not be exact; raise Uniformization's slack, or its shrink towards 1"
+        )
+    mark = reverse.uniforms(row, torch.zeros_like(row)) * bound[row]
+    accepted = mark < cumulative[row, -1]
+    row, mark = row[accepted], mark[accepted]
+    position = torch.searchsorted(cumulative[row], mark[:, None], right=True)[:, 0]
+    if len(row):
+        x[row, position] = draw_categorical(rates[slot[row, position]], reverse.uniforms(row, position))
+    return row
+
+
+def _rates(reverse: Reverse, x: Tensor, sigma: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The reverse rates of the active sequences (B,) at noise sigma (B,).
+
+    Returns:
+        (B, L) their sums up to each position, 0 for the other sequences; (M, N) those of each position that can move;
+        (B, L) which row of these is whose.
+    """
+    where = reverse.movable(x) & active[:, None]
+    rates = reverse.evaluate(x, sigma, where, lambda log_score, x, *_: reverse_rates(log_score, x, reverse.graph))
+    total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    total[where] = rates.sum(-1, dtype=torch.float64)
+    return total.cumsum(1), rates, where.flatten().cumsum(0).view_as(where) - 1
