@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from sedd_nets import SEDD
+from sedd_nets import SEDD, begin_with_frequencies, look_at_neighbours
 from sedd_samplers import sample
 from sedd_train import checkpoint, data, evaluate, launch, pretrained, randomness, recipes, report
 from sedd_train.ema import EMA
@@ -94,6 +94,9 @@ try:
 
     torch.manual_seed(recipe.seed)
     net = new_net()
+    if recipe.informed_start and not args.resume:
+        begin_with_frequencies(net, corpus.train.counts(graph.num_states))
+        look_at_neighbours(net)
     net.checkpoint_activations = recipe.activation_checkpointing
     parameters = sum(p.numel() for p in net.parameters())
     checkpoint.check_space(output / "checkpoints", parameters, recipe.keep)

@@ -135,3 +135,8 @@ def test_prompts_that_leave_nothing_to_do(coder):
         prompts.with_blanks(coder, "We the", 40)
     with pytest.raises(ValueError, match="blanks included"):
         prompts.with_blanks(coder, "We the ______", 4)
+
+
+def test_counts_are_of_every_state():
+    tokens = data.Tokens(np.array([3, 1, 3, 0], np.uint16), characters=4)
+    assert tokens.counts(6).tolist() == [1, 1, 0, 2, 0, 0]

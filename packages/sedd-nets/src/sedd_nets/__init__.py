@@ -10,6 +10,7 @@ from sedd_nets.attention import Attention, FlashAttention, FlexAttention, sdpa
 from sedd_nets.conditioning import LabelCondition, PromptCondition
 from sedd_nets.documents import Documents
 from sedd_nets.families import from_pretrained
+from sedd_nets.initialisation import begin_with_frequencies, look_at_neighbours
 from sedd_nets.mdlm import MDLM
 from sedd_nets.pretrained import read_config
 from sedd_nets.radd import RADD
@@ -21,6 +22,8 @@ __all__ = [
     "MDLM",
     "from_pretrained",
     "read_config",
+    "begin_with_frequencies",
+    "look_at_neighbours",
     "Attention",
     "sdpa",
     "FlexAttention",

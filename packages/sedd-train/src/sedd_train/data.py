@@ -237,6 +237,13 @@ class Tokens:
         """The blocks of these numbers, (len(numbers), length) int64."""
         return torch.from_numpy(np.stack([self.flat[n * length : (n + 1) * length] for n in numbers]).astype(np.int64))
 
+    def counts(self, num_states: int) -> Tensor:
+        """How often each state occurs, (num_states,) int64."""
+        counts = np.zeros(num_states, np.int64)
+        for start in range(0, len(self.flat), 1 << 24):
+            counts += np.bincount(self.flat[start : start + (1 << 24)], minlength=num_states)
+        return torch.from_numpy(counts)
+
     @property
     def characters_per_token(self) -> float:
         """Characters of text a token; the end-of-text tokens count as tokens of no characters."""

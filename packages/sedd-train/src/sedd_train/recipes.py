@@ -43,6 +43,9 @@ class Recipe:
     cond_dim: int = _value(128, "features of the noise embedding")
     dropout: float = _value(0.1, "dropout probability")
     scale_by_sigma: bool = _value(True, "subtract log(expm1 sigma) and log(N - 1) from the logits (absorb)")
+    informed_start: bool = _value(
+        False, "begin with the tokens' frequencies and with attention on the neighbours (absorb)"
+    )
 
     steps: int = _value(400_000, "optimiser steps")
     batch_size: int = _value(512, "blocks a step, over all ranks")
@@ -95,6 +98,8 @@ class Recipe:
         _require(self.noise in ("loglinear", "geometric"), "noise", self.noise, "loglinear or geometric")
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        informed = self.informed_start and self.graph != "absorb"
+        _require(not informed, "informed_start", True, "false for another graph than absorb")
         _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads = {self.heads}")
         return self
 
