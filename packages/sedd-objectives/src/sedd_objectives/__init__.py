@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from .bound import Bound, likelihood_bound, reconstruction_loss
 from .denoising import denoising_loss, denoising_score_entropy
+from .fused import FusedLoss, fused_denoising_loss
 from .score_entropy import score_entropy
 from .times import low_discrepancy_times, stratified_times, uniform_times
 
@@ -13,6 +14,8 @@ __all__ = [
     "score_entropy",
     "denoising_score_entropy",
     "denoising_loss",
+    "fused_denoising_loss",
+    "FusedLoss",
     "likelihood_bound",
     "reconstruction_loss",
     "Bound",
