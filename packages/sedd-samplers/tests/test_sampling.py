@@ -175,6 +175,54 @@ def test_the_bar_counts_every_step(ref, capsys):
     assert "5/5" in capsys.readouterr().err
 
 
+def test_finished_sequences_stop_and_all_finished_end_the_loop(ref):
+    """A sequence freezes as it is once `until` says so, mask or not, and the model does not see it again."""
+    graph, rows = ref.StructuredAbsorbing(5), []
+
+    def score(x, sigma):
+        rows.append(len(x))
+        return (-sigma.expm1().log() - math.log(5))[:, None, None].expand(*x.shape, 6)
+
+    def until(state):
+        return torch.tensor([state.step >= 2, state.step >= 4, False])
+
+    x, given = torch.zeros(3, 400).long(), torch.zeros(3, 400).bool()
+    options = {"x": x, "given": given, "steps": 8, "seeds": range(3)}
+    states = list(trajectory(score, graph, ref.LogLinear(), until=until, **options))
+    assert len(states) == 10
+    assert rows == [3, 3, 2, 2, 1, 1, 1, 1]  # by the denoise none is left to call for
+    assert torch.equal(states[2].x[0], states[-1].x[0])
+    assert (states[-1].x == 5).sum(1).gt(0).tolist() == [True, True, False]
+    free = list(trajectory(score, graph, ref.LogLinear(), **options))
+    assert torch.equal(free[-1].x[2], states[-1].x[2])  # the others' end is nothing to it
+    ended = list(trajectory(score, graph, ref.LogLinear(), until=lambda s: torch.tensor([s.step > 2] * 3), **options))
+    assert [state.step for state in ended] == [0, 1, 2, 3]
+
+
+def test_until_must_answer_for_every_sequence(ref):
+    for answer in (True, torch.tensor([True]), torch.tensor([1.0, 0.0])):
+        with pytest.raises(ValueError, match=r"until must return bool of shape \(2,\)"):
+            sample(flat(6), ref.StructuredUniform(6), ref.LogLinear(), shape=(2, 3), until=lambda state, a=answer: a)
+
+
+def test_an_error_names_the_step_it_happened_in(ref):
+    calls = []
+
+    def score(x, sigma):
+        calls.append(1)
+        return torch.full((*x.shape, 6), math.nan if len(calls) == 3 else 0.0)
+
+    with pytest.raises(ValueError, match=r"^step 3 of 5, from t = 0.5 to 0.25: the score model returned NaN"):
+        sample(score, ref.StructuredUniform(6), ref.LogLinear(), shape=(1, 4), steps=4, t_min=0.0)
+
+    def broken(x, sigma):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory") as raised:
+        sample(broken, ref.StructuredUniform(6), ref.LogLinear(), shape=(1, 4), steps=4)
+    assert raised.value.__notes__ == ["raised in step 1 of 5, from t = 1 to 0.75 of a sampling loop"]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

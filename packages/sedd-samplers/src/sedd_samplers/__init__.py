@@ -17,6 +17,7 @@ from .adapters import (
 from .adaptive import adaptive_times
 from .ancestral import Ancestral, ancestral_probs
 from .categorical import draw_categorical
+from .controls import Control, allowed, controlled, temperature, top_k, top_p
 from .corrector import PredictorCorrector, correct, corrector_probs
 from .first_hitting import FirstHitting
 from .grids import level_times, uniform_times
@@ -25,11 +26,14 @@ from .kernels import denoise_probs, euler_probs, tau_leaping_probs, tweedie_prob
 from .masking import mask_probability
 from .methods import Euler, Method, TauLeaping, Tweedie
 from .ordered import Order, Ordered, chance, confidence, entropy, margin
+from .prompts import prompted
 from .remasking import Remasking, RemaskSchedule, at_rate, capped, rescaled
+from .remembering import remembered
 from .reverse import Reverse
 from .sampling import State, infill, sample, trajectory
 from .trapezoidal import Trapezoidal
 from .uniformization import Uniformization
+from .unmasking import Unmasking
 
 __all__ = [
     "sample",
@@ -57,6 +61,7 @@ __all__ = [
     "entropy",
     "margin",
     "chance",
+    "Unmasking",
     "euler_probs",
     "tau_leaping_probs",
     "tweedie_probs",
@@ -72,6 +77,14 @@ __all__ = [
     "to_reverse",
     "from_velocity",
     "to_velocity",
+    "remembered",
+    "Control",
+    "controlled",
+    "temperature",
+    "top_k",
+    "top_p",
+    "allowed",
+    "prompted",
     "draw_categorical",
     "uniform_times",
     "level_times",

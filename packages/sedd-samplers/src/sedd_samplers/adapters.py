@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from .asking import Asked, RowModel, convert_rows, row_model
+from .controls import Control, apply_controls
 from .interfaces import Graph, ScoreModel
-from .kernels import denoise_probs, tweedie_probs, tweedie_score
+from .kernels import denoise_probs, possible, tweedie_probs, tweedie_score
 
 __all__ = [
     "from_posterior",
@@ -42,13 +43,14 @@ Model = Callable[..., Tensor]
 Levels = Callable[[Tensor], Tensor]
 
 
-def from_posterior(posterior: Model, graph: Graph) -> RowModel:
+def from_posterior(posterior: Model, graph: Graph, *, controls: Sequence[Control] = ()) -> RowModel:
     """The score model of a model that predicts the clean tokens.
 
     Args:
         posterior: (x (B, L) int64, sigma (B,)) -> probabilities (B, L, N) of each position's clean token; what it says
             of x0 that cannot have become x is ignored. It may offer `where` and `rows`.
         graph: the forward process.
+        controls: temperature and the like, applied to the posterior in this order (see `sedd_samplers.controls`).
 
     Returns:
         (x, sigma) -> log_score (B, L, N), float32 at least; 0 at y = x, -inf where no probability leads.
@@ -56,7 +58,7 @@ def from_posterior(posterior: Model, graph: Graph) -> RowModel:
     Raises:
         ValueError: the posterior is not callable; when called, if it returns another shape.
     """
-    return _from_law(Asked(posterior, graph.num_states, "posterior"), graph, lambda sigma: sigma)
+    return _from_law(Asked(posterior, graph.num_states, "posterior"), graph, lambda sigma: sigma, controls)
 
 
 def to_posterior(score: ScoreModel, graph: Graph) -> RowModel:
@@ -77,7 +79,14 @@ def to_posterior(score: ScoreModel, graph: Graph) -> RowModel:
     return _to_law(Asked(score, graph.num_states, "score model"), graph, lambda sigma: sigma, denoise_probs)
 
 
-def from_logits(logits: Model, graph: Graph, *, subs: bool = True, banned: Sequence[int] = ()) -> RowModel:
+def from_logits(
+    logits: Model,
+    graph: Graph,
+    *,
+    subs: bool = True,
+    banned: Sequence[int] = (),
+    controls: Sequence[Control] = (),
+) -> RowModel:
     """The score model of a network whose logits, normalised, are p(x0 | x_t).
 
     Args:
@@ -88,6 +97,7 @@ def from_logits(logits: Model, graph: Graph, *, subs: bool = True, banned: Seque
             False the softmax is over all states as they stand (D3PM's), and what falls on the mask keeps a position
             masked until the final denoise.
         banned: states that never are clean tokens, such as [CLS] and [PAD].
+        controls: as for `from_posterior`.
 
     Returns:
         A score model.
@@ -113,10 +123,17 @@ def from_logits(logits: Model, graph: Graph, *, subs: bool = True, banned: Seque
 
         return convert_rows(answer, pick, softmax)
 
-    return from_posterior(row_model(at), graph)
+    return from_posterior(row_model(at), graph, controls=controls)
 
 
-def from_masked_lm(model: Any, graph: Graph, *, banned: Sequence[int] = (), pad_id: int | None = None) -> RowModel:
+def from_masked_lm(
+    model: Any,
+    graph: Graph,
+    *,
+    banned: Sequence[int] = (),
+    pad_id: int | None = None,
+    controls: Sequence[Control] = (),
+) -> RowModel:
     """The score model of a masked language model, such as an `AutoModelForMaskedLM` of transformers.
 
         graph = Absorbing(model.config.vocab_size - 1, mask_id=tokenizer.mask_token_id)
@@ -129,6 +146,7 @@ def from_masked_lm(model: Any, graph: Graph, *, banned: Sequence[int] = (), pad_
         graph: an absorbing graph over its vocabulary, the mask where its tokenizer has it.
         banned: states that are never drawn, such as the tokenizer's special tokens; the mask is banned anyway.
         pad_id: the padding token: positions that hold it get an attention mask of 0, and it is banned.
+        controls: as for `from_posterior`.
 
     Returns:
         A score model that does not depend on sigma but by the factor of the graph.
@@ -148,7 +166,7 @@ def from_masked_lm(model: Any, graph: Graph, *, banned: Sequence[int] = (), pad_
             answer: Tensor = model(input_ids=x, attention_mask=attention_mask).logits
         return answer[where] if answer.ndim == 3 else answer
 
-    return from_logits(row_model(at), graph, banned=[*banned, *([] if pad_id is None else [pad_id])])
+    return from_logits(row_model(at), graph, banned=[*banned, *([] if pad_id is None else [pad_id])], controls=controls)
 
 
 def from_reverse(reverse: Model, graph: Graph, dose: Levels) -> RowModel:
@@ -231,11 +249,19 @@ def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
     return row_model(at)
 
 
-def _from_law(asked: Asked, graph: Graph, dose: Levels) -> RowModel:
+def _from_law(asked: Asked, graph: Graph, dose: Levels, controls: Sequence[Control] = ()) -> RowModel:
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
         answer, pick = asked(x, sigma, where, rows)
-        here, level = x[where], dose(sigma)[where.nonzero()[:, 0]]
-        return convert_rows(answer, pick, lambda p, part: tweedie_score(p, here[part], graph, level[part]))
+        index, position = where.nonzero(as_tuple=True)
+        here, level, sequence = x[where], dose(sigma)[index], rows[index]
+
+        def convert(p: Tensor, part: slice) -> Tensor:
+            if controls:
+                p = possible(p, here[part], graph, level[part])
+                p = apply_controls(controls, p, sequence[part], position[part])
+            return tweedie_score(p, here[part], graph, level[part])
+
+        return convert_rows(answer, pick, convert)
 
     return row_model(at)
 

@@ -94,11 +94,15 @@ def tweedie_score(probs: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> Tenso
         (M, N): 0 at y = x, -inf where no probability leads, NaN where no state of positive probability can become x.
     """
     dose = dose.to(probs.dtype)
-    into = graph.transition_into(x, dose)
-    reach = into.base[:, None].to(probs.dtype).expand_as(probs).scatter(1, into.index, into.value.to(probs.dtype))
+    reach = _reach(probs, x, graph, dose)
     s = graph.propagate(torch.where(reach > 0, probs / reach, 0.0), dose).clamp_min(0)
     at_x = s.gather(1, x[:, None])  # 1, had every row the sum 1 over the states that can have become x
     return s.div_(at_x).log_()
+
+
+def possible(probs: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> Tensor:
+    """The probabilities (M, N) of earlier states without those of states that cannot have become x; a new tensor."""
+    return torch.where(_reach(probs, x, graph, dose.to(probs.dtype)) > 0, probs, 0.0)
 
 
 def denoise_probs(log_score: Tensor, x: Tensor, graph: Graph, sigma: Tensor) -> Tensor:
@@ -122,6 +126,12 @@ def leap(doses: Tensor, x: Tensor) -> Tensor:
     expected = doses.sum(-1, keepdim=True)
     doses.mul_(torch.where(expected > 0, -torch.expm1(-expected) / expected, 1.0))
     return doses.scatter_(1, x[:, None], torch.exp(-expected))
+
+
+def _reach(like: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> Tensor:
+    """Exp(dose Q)[x, .], dense (M, N)."""
+    into = graph.transition_into(x, dose)
+    return into.base[:, None].to(like.dtype).expand_as(like).scatter(1, into.index, into.value.to(like.dtype))
 
 
 def _concrete_score(log_score: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -57,6 +58,7 @@ class Options(TypedDict, total=False):
     times: Tensor | None
     t_min: float
     denoise: bool
+    until: Callable[[State], Tensor] | None
 
 
 def sample(
@@ -78,8 +80,8 @@ def sample(
         shape: (B, L).
         device: where the states live; the device of the model's first parameter when None, else the CPU.
         progress: whether to show a bar.
-        **options: `steps=128`, `method=Tweedie()`, `generator`, `seeds`, `times`, `t_min=1e-5`, `denoise=True`;
-            and the errors: see `trajectory`.
+        **options: `steps=128`, `method=Tweedie()`, `generator`, `seeds`, `times`, `t_min=1e-5`, `denoise=True`,
+            `until`; and the errors: see `trajectory`.
 
     Returns:
         (B, L) int64.
@@ -132,6 +134,7 @@ def trajectory(
     times: Tensor | None = None,
     t_min: float = 1e-5,
     denoise: bool = True,
+    until: Callable[[State], Tensor] | None = None,
 ) -> Iterator[State]:
     """The states on the way, from the prior (step 0) to the sample; nothing is kept of those that were yielded.
 
@@ -150,13 +153,16 @@ def trajectory(
         times: a grid (steps + 1,) of the caller's own, instead of `steps` and `t_min`.
         t_min: the time at which the last step ends.
         denoise: whether to take the final step to t = 0; without it a mask may be left.
+        until: State -> (B,) bool, which sequences are finished. Asked after every step. A finished sequence does not
+            change any more, and keeps the masks it still has; when all are finished the loop ends.
 
     Yields:
-        `State`, steps + 1 of them, one more with the final denoise.
+        `State`, steps + 1 of them, one more with the final denoise; fewer when `until` ends the loop.
 
     Raises:
         ValueError: for arguments that make no sense, before the first step; for a model that returns the wrong shape,
-            NaN or infinity, or leaves no state to draw, at the step where it does.
+            NaN or infinity, or leaves no state to draw, at the step where it does, which the message names. What else
+            the model raises carries the step as a note.
     """
     _check_prompt(x, given, graph)
     grid = uniform_times(steps, t_min) if times is None else check_times(times)
@@ -165,13 +171,41 @@ def trajectory(
     x = torch.where(given, x, reverse.prior())
 
     total = len(grid) - 1 + denoise
+    ends = [*itertools.pairwise(grid.to(x.device)), *([(grid[-1], torch.zeros(()))] if denoise else [])]
     yield State(x, float(grid[0]), 0, total)
-    for step, (t, s) in enumerate(itertools.pairwise(grid.to(x.device)), 1):
-        x = method(reverse, x, t.expand(len(x)), s.expand(len(x)))
-        yield State(x, float(s), step, total)
-    if denoise:
-        x = reverse.denoise(x, grid[-1].to(x.device).expand(len(x)))
-        yield State(x, 0.0, total, total)
+    for step, (t, s) in enumerate(ends, 1):
+        with _named(step, total, float(t), float(s)):
+            if step <= len(grid) - 1:
+                x = method(reverse, x, t.expand(len(x)), s.expand(len(x)))
+            else:
+                x = reverse.denoise(x, t.to(x.device).expand(len(x)))
+        state = State(x, float(s), step, total)
+        yield state
+        if until is not None and _finish(reverse, until(state)):
+            return
+
+
+def _finish(reverse: Reverse, finished: object) -> bool:
+    """Freeze the finished sequences; whether all are."""
+    batch = len(reverse.frozen)
+    if not isinstance(finished, Tensor) or finished.shape != (batch,) or finished.dtype != torch.bool:
+        got = f"{finished.dtype} {tuple(finished.shape)}" if isinstance(finished, Tensor) else f"{finished!r}"
+        raise ValueError(f"until must return bool of shape ({batch},), one a sequence, got {got}")
+    reverse.frozen = reverse.frozen | finished[:, None]
+    return bool(reverse.frozen.all())
+
+
+@contextmanager
+def _named(step: int, total: int, t: float, s: float) -> Iterator[None]:
+    """What goes wrong inside says in which step."""
+    where = f"step {step} of {total}, from t = {t:.4g} to {s:.4g}"
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except Exception as error:
+        error.add_note(f"raised in {where} of a sampling loop")
+        raise
 
 
 def _last(states: Iterator[State], progress: bool) -> Tensor:

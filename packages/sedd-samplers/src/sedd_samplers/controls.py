@@ -1,0 +1,159 @@
+"""Controls: what may be done to p(x0 | x_t) before a token is drawn from it.
+
+Temperature, top-k, top-p and constraints are statements about tokens, and p(x0 | x_t) is the one place in a diffusion
+model where there is a distribution over tokens. Applied to the states on the way, or to the score, they would act on
+the mask and on noise as well. So a control changes the posterior, and the score follows from that (equation 18 read
+backwards): whatever the graph, each step then draws from sum_{x0} p'(x0 | x_t) p(x_s | x_t, x0) with the controlled p'.
+
+What that is exactly, and what not:
+
+- One position, everything else known: exact, the controlled conditional.
+- Several: each position's conditional is controlled as it comes, as in any left-to-right model. The samples' joint law
+  is not p0 to the power 1/temperature, nor p0 restricted to a set.
+- `allowed`: every finished sample obeys, for every graph. But a position that is drawn now does not look ahead to the
+  constraints of those still open. The law is p0 given the constraint where tokens do not depend on each other, or where
+  every constrained position is constrained to one token, which then belongs into the prompt: there the network sees it.
+
+A control is a callable (p (M, N), sequence (M,), position (M,)) -> (M, N), non-negative; rows need not sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .asking import Asked, RowModel, convert_rows, row_model
+from .interfaces import Graph, ScoreModel
+from .kernels import tweedie_score
+from .masking import clean_posterior
+
+__all__ = ["Control", "controlled", "temperature", "top_k", "top_p", "allowed", "apply_controls"]
+
+Control = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(p(x0 | x_t) (M, N), sequence (M,), position (M,)) -> (M, N), non-negative."""
+
+
+def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
+    """A score model whose posterior p(x0 | x_t) is controlled.
+
+    The posterior is recovered from the score by Tweedie's theorem. That is well conditioned for absorbing graphs. Where
+    tokens themselves are noised it amplifies the score's rounding by e^sigma: a model that has a posterior to begin
+    with is better controlled there, by the `controls` of `from_posterior` and `from_logits`.
+
+    Without any control it makes a score's posterior sum to 1.
+
+    Args:
+        score: the score model.
+        graph: the forward process.
+        *controls: applied in this order.
+
+    Returns:
+        A score model that offers `where` and `rows`.
+
+    Raises:
+        ValueError: the score model is not callable; when called, if it returns another shape, or if the controls leave
+            no token to a position.
+    """
+    asked = Asked(score, graph.num_states, "score model")
+
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+        answer, pick = asked(x, sigma, where, rows)
+        index, position = where.nonzero(as_tuple=True)
+        here, level, sequence = x[where], sigma[index], rows[index]
+
+        def convert(log_score: Tensor, part: slice) -> Tensor:
+            p = clean_posterior(log_score, here[part], graph, level[part])
+            p = apply_controls(controls, p, sequence[part], position[part])
+            return tweedie_score(p, here[part], graph, level[part])
+
+        return convert_rows(answer, pick, convert)
+
+    return row_model(at)
+
+
+def apply_controls(controls: Sequence[Control], p: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+    """One control after another, each on rows that sum to 1; ValueError where one leaves nothing."""
+    p = p / p.sum(-1, keepdim=True)
+    for control in controls:
+        p = control(p, sequence, position)
+        total = p.sum(-1, keepdim=True)
+        if (total == 0).any():
+            row = int((total[:, 0] == 0).nonzero()[0])
+            raise ValueError(
+                f"the controls leave no token at sequence {int(sequence[row])}, position {int(position[row])}: "
+                "the model gives those that they allow no probability"
+            )
+        p = p / total
+    return p
+
+
+def temperature(value: float) -> Control:
+    """P to the power 1 / value: below 1 for likelier tokens. ValueError unless positive and finite."""
+    if not 0 < value < float("inf"):
+        raise ValueError(
+            f"temperature must be positive and finite, got {value!r}; for the likeliest token use top_k(1)"
+        )
+    return lambda p, sequence, position: (p.log() / value).softmax(-1)
+
+
+def top_k(count: int) -> Control:
+    """The `count` likeliest tokens. ValueError unless a positive integer."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"top_k must be a positive integer, got {count!r}")
+
+    def keep(p: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+        top = p.topk(min(count, p.shape[-1]))
+        return torch.zeros_like(p).scatter_(1, top.indices, top.values)
+
+    return keep
+
+
+def top_p(mass: float) -> Control:
+    """The likeliest tokens that together have at least the probability `mass`: nucleus sampling.
+
+    Holtzman et al., *The curious case of neural text degeneration* (2020). ValueError unless 0 < mass <= 1.
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {mass!r}")
+
+    def keep(p: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+        falling, order = p.sort(-1, descending=True)
+        before = falling.cumsum(-1).roll(1, -1)  # the mass of the likelier ones
+        before[:, 0] = 0
+        return torch.zeros_like(p).scatter_(1, order, torch.where(before < mass, falling, 0.0))
+
+    return keep
+
+
+def allowed(tokens: Tensor) -> Control:
+    """Only the tokens that are allowed at each position; see above for when the law is exact.
+
+    Args:
+        tokens: (L, N) bool, or (B, L, N) with other constraints for each sequence of the run.
+
+    Raises:
+        ValueError: another shape or dtype, or a position without any token; when called, if the run has another shape.
+    """
+    if tokens.ndim not in (2, 3) or tokens.dtype != torch.bool:
+        raise ValueError(
+            f"allowed tokens must be bool of shape (L, N) or (B, L, N), got {tokens.dtype} {tuple(tokens.shape)}"
+        )
+    empty = (~tokens.any(-1)).nonzero()
+    if len(empty):
+        raise ValueError(f"no token is allowed at {'position' if tokens.ndim == 2 else 'sequence, position'} "
+                         f"{', '.join(str(i) for i in empty[0].tolist())}")  # fmt: skip
+
+    def restrict(p: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+        at = (position,) if tokens.ndim == 2 else (sequence, position)
+        if p.shape[-1] != tokens.shape[-1] or any(
+            int(i.max()) >= n for i, n in zip(at, tokens.shape[:-1], strict=True)
+        ):
+            raise ValueError(
+                f"allowed tokens have the shape {tuple(tokens.shape)}: too small for sequence {int(sequence.max())}, "
+                f"position {int(position.max())} and {p.shape[-1]} states"
+            )
+        return p * tokens[at]
+
+    return restrict

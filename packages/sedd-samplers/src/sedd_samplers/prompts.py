@@ -1,0 +1,55 @@
+"""Prompts of different lengths, and sequences of different lengths, as one batch of given and free positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["prompted"]
+
+
+def prompted(
+    prompts: Sequence[Sequence[int]],
+    length: int | Sequence[int],
+    *,
+    pad_id: int | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `infill` needs to continue prompts.
+
+        x, given = prompted([[5, 7], [5]], [8, 12], pad_id=0)
+        x = infill(score, graph, noise, x=x, given=given)
+
+    Padding is given, so that it never moves, and the model sees it as the tokens `pad_id`. To a model that knows
+    padding, as that of `from_masked_lm(..., pad_id=)` does, it is nothing: a sequence's sample is the one that it would
+    have alone.
+
+    Args:
+        prompts: for each sequence the tokens that it begins with; none is an empty list.
+        length: of all sequences, or of each.
+        pad_id: the token after a sequence's end; needed where lengths differ.
+        device: where the result lives.
+
+    Returns:
+        x (B, L) int64 and given (B, L) bool, L being the longest length.
+
+    Raises:
+        ValueError: a prompt is longer than its sequence, lengths differ and there is no `pad_id`, or there are not as
+            many lengths as prompts.
+    """
+    lengths = [length] * len(prompts) if isinstance(length, int) else list(length)
+    if len(lengths) != len(prompts) or not prompts:
+        raise ValueError(f"there must be one length for each prompt, got {len(lengths)} for {len(prompts)} prompts")
+    for i, (prompt, own) in enumerate(zip(prompts, lengths, strict=True)):
+        if own < 1 or len(prompt) > own:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which do not fit into a sequence of length {own}")
+    if pad_id is None and len(set(lengths)) > 1:
+        raise ValueError(f"lengths differ, from {min(lengths)} to {max(lengths)}: name the token that pads, pad_id=")
+    x = torch.full((len(prompts), max(lengths)), 0 if pad_id is None else pad_id, dtype=torch.int64)
+    given = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+    for i, prompt in enumerate(prompts):
+        x[i, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
+        given[i, : len(prompt)] = True
+    return x.to(device), given.to(device)

@@ -1,0 +1,185 @@
+"""Controls on the posterior: what they do to a row, and to samples."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sedd_samplers import (
+    allowed,
+    controlled,
+    from_posterior,
+    infill,
+    prompted,
+    sample,
+    temperature,
+    to_posterior,
+    top_k,
+    top_p,
+)
+
+ROW = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]], dtype=torch.float64)
+NOWHERE = torch.zeros(1, dtype=torch.int64)
+GRAPHS = {
+    "absorbing": lambda ref: ref.StructuredAbsorbing(4),
+    "uniform": lambda ref: ref.StructuredUniform(5),
+    "hybrid": lambda ref: ref.hybrid_matrix(4),
+}
+
+
+def on_row(control):
+    p = control(ROW.clone(), NOWHERE, NOWHERE)
+    return (p / p.sum())[0].tolist()
+
+
+def test_temperature_is_a_power():
+    assert on_row(temperature(0.5)) == pytest.approx([p**2 / 0.285 for p in ROW[0].tolist()])
+    assert on_row(temperature(1.0)) == pytest.approx(ROW[0].tolist())
+
+
+def test_top_k_keeps_the_likeliest():
+    assert on_row(top_k(2)) == pytest.approx([0, 4 / 7, 0, 3 / 7, 0])
+    assert on_row(top_k(99)) == pytest.approx(ROW[0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("mass", "kept"), [(1e-9, [1]), (0.4, [1]), (0.41, [1, 3]), (0.8, [1, 3, 4]), (1.0, [0, 1, 2, 3, 4])]
+)
+def test_top_p_keeps_the_fewest_that_reach_the_mass(mass, kept):
+    assert [i for i, p in enumerate(on_row(top_p(mass))) if p] == kept
+
+
+def test_allowed_is_by_position_and_sequence():
+    tokens = torch.ones(2, 3, 5, dtype=torch.bool)
+    tokens[1, 2, [1, 3]] = False
+    p = allowed(tokens)(ROW.expand(3, 5), torch.tensor([0, 1, 1]), torch.tensor([2, 2, 1]))
+    assert (p == 0).nonzero().tolist() == [[1, 1], [1, 3]]
+    p = allowed(tokens[1])(ROW.expand(2, 5), torch.tensor([0, 7]), torch.tensor([1, 2]))
+    assert (p == 0).nonzero().tolist() == [[1, 1], [1, 3]]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_controlled_score_has_the_controlled_posterior(ref, name):
+    """On the posterior or through the score, one control or several in their order: p' is what comes back."""
+    graph = GRAPHS[name](ref)
+    x = torch.arange(5).repeat(2, 1)
+    sigma = torch.tensor([0.3, 1.7], dtype=torch.float64)
+    p = torch.rand(2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if graph.mask_id is not None:
+        p[..., graph.mask_id] = 0
+    plain = to_posterior(from_posterior(lambda x, sigma: p, graph), graph)(x, sigma)
+    hot = plain ** (1 / 1.5)
+    expected = hot * (hot >= hot.topk(2).values[..., 1:])
+    expected /= expected.sum(-1, keepdim=True)
+    controls = [temperature(1.5), top_k(2)]
+    for score in (
+        from_posterior(lambda x, sigma: p, graph, controls=controls),
+        controlled(from_posterior(lambda x, sigma: p, graph), graph, *controls),
+    ):
+        torch.testing.assert_close(to_posterior(score, graph)(x, sigma), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_without_controls_a_score_is_normalised(ref):
+    graph = ref.StructuredAbsorbing(4)
+    x, sigma = torch.full((1, 3), 4), torch.tensor([0.7], dtype=torch.float64)
+    score = lambda x, sigma: torch.zeros(*x.shape, 5, dtype=torch.float64)  # noqa: E731
+    s = controlled(score, graph)(x, sigma).exp()
+    torch.testing.assert_close(s[..., :4] * sigma.expm1(), torch.full((1, 3, 4), 0.25).double())
+
+
+def test_one_position_is_sampled_at_its_temperature(ref):
+    """Exact with everything else given; a false alarm once in 10,000 seeds."""
+    graph = ref.StructuredAbsorbing(3)
+    p0 = ref.random_data(3, 2, 4, 3)
+    score = controlled(ref.ExactRows(p0, graph.Q), graph, temperature(0.5))
+    x = torch.tensor([[1, 0]]).expand(20_000, 2)
+    out = infill(score, graph, ref.LogLinear(), x=x, given=torch.tensor([[True, False]]).expand(20_000, 2), steps=4,
+                 generator=torch.Generator().manual_seed(0))  # fmt: skip
+    law = torch.zeros_like(p0)
+    law[1] = p0[1] ** 2
+    assert ref.chi_square(out, law) > 1e-4
+
+
+def constraints(graph, mask_id):
+    tokens = torch.ones(3, 5, dtype=torch.bool)
+    tokens[0, [0, 1]] = False
+    tokens[2] = False
+    tokens[2, [0, 2, 3]] = True
+    if mask_id is not None:
+        tokens[:, mask_id] = False
+    return tokens
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_constraints_hold_in_every_sample_of_every_graph(ref, name):
+    graph = GRAPHS[name](ref)
+    p0 = ref.random_data(5 - (graph.mask_id is not None), 3, 5, graph.mask_id)
+    tokens = constraints(graph, graph.mask_id)
+    posterior = to_posterior(ref.ExactRows(p0, graph.Q), graph)
+    score = from_posterior(posterior, graph, controls=[allowed(tokens)])
+    x = sample(score, graph, ref.Linear(4.0), shape=(2000, 3), steps=8, generator=torch.Generator().manual_seed(0))
+    assert tokens[torch.arange(3), x].all()
+    assert len(x.unique(dim=0)) > 10
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+def test_constraints_on_independent_tokens_are_exact(ref, name):
+    """The law is p0 given the constraint; a false alarm once in 10,000 seeds."""
+    graph = GRAPHS[name](ref)
+    tokens = constraints(graph, graph.mask_id)
+    rows = torch.rand(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.2
+    if graph.mask_id is not None:
+        rows[:, graph.mask_id] = 0
+    rows /= rows.sum(-1, keepdim=True)
+    p0 = torch.einsum("a,b,c->abc", *rows)
+    posterior = to_posterior(ref.ExactRows(p0, graph.Q), graph)
+    score = from_posterior(posterior, graph, controls=[allowed(tokens)])
+    x = sample(score, graph, ref.Linear(12.0), shape=(20_000, 3), steps=16, t_min=1e-3,
+               generator=torch.Generator().manual_seed(0))  # fmt: skip
+    law = torch.einsum("a,b,c->abc", *(rows * tokens))
+    assert ref.chi_square(x, law) > 1e-4
+
+
+def test_a_constraint_that_the_model_excludes_is_named(ref):
+    graph = ref.StructuredAbsorbing(4)
+    tokens = torch.ones(3, 5, dtype=torch.bool)
+    tokens[1] = torch.tensor([False, False, True, False, False])
+    p = torch.tensor([0.5, 0.5, 0, 0, 0]).expand(2, 3, 5)
+    score = from_posterior(lambda x, sigma: p, graph, controls=[allowed(tokens)])
+    with pytest.raises(
+        ValueError, match=r"step 1 of 5, from t = 1 to .*: the controls leave no token at sequence 0, pos"
+    ):
+        sample(score, graph, ref.LogLinear(), shape=(2, 3), steps=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: temperature(0), r"top_k\(1\)"),
+        (lambda: temperature(math.nan), "temperature must be positive and finite, got nan"),
+        (lambda: top_k(0), "top_k must be a positive integer, got 0"),
+        (lambda: top_k(1.5), "top_k must be a positive integer"),
+        (lambda: top_p(0), r"top_p must lie in \(0, 1\], got 0"),
+        (lambda: top_p(1.1), "top_p must lie in"),
+        (lambda: allowed(torch.ones(3, 5)), "must be bool of shape"),
+        (lambda: allowed(torch.zeros(3, 5).bool()), "no token is allowed at position 0"),
+        (lambda: allowed(torch.ones(3, 4).bool())(ROW, NOWHERE, NOWHERE), "too small for .* 5 states"),
+        (lambda: allowed(torch.ones(3, 5).bool())(ROW, NOWHERE, NOWHERE + 3), "too small for .* position 3"),
+        (lambda: prompted([[1, 2], [1]], [4]), "one length for each prompt, got 1 for 2 prompts"),
+        (lambda: prompted([[1, 2, 3]], 2), "prompt 0 has 3 tokens, which do not fit into a sequence of length 2"),
+        (lambda: prompted([[1], [2]], [4, 5]), "lengths differ, from 4 to 5: name the token that pads"),
+        (lambda: prompted([], 4), "one length for each prompt"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+def test_prompts_and_sequences_of_different_lengths():
+    x, given = prompted([[5, 7], [], [6]], [2, 3, 4], pad_id=9)
+    assert x.tolist() == [[5, 7, 9, 9], [9, 9, 9, 9], [6, 9, 9, 9]]
+    assert given.int().tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 0, 0]]
+    x, given = prompted([[5], []], 2)
+    assert given.int().tolist() == [[1, 0], [0, 0]]

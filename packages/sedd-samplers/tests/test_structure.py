@@ -1,0 +1,177 @@
+"""Speed by structure: the work that is left out, counted, and the samples it does not change."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from sedd_samplers import (
+    Euler,
+    Tweedie,
+    Unmasking,
+    from_logits,
+    from_posterior,
+    infill,
+    remembered,
+    sample,
+    trajectory,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ALARM = 1e-4
+
+
+class Counting:
+    """A stand-in for a time-free network: its logits depend on every token in the open. Counts what is asked of it."""
+
+    def __init__(self, num_states, *, dtype=torch.float64):
+        self.weight = torch.randn(num_states, num_states, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        self.calls = self.sequences = self.head_rows = 0
+
+    def __call__(self, x, sigma, where):
+        self.calls += 1
+        self.sequences += len(x)
+        self.head_rows += int(where.sum())
+        place = torch.linspace(0.5, 1.5, x.shape[1], dtype=self.weight.dtype)
+        context = torch.einsum("bln,l->bn", self.weight[x], place) / x.shape[1] ** 0.5
+        return context[where.nonzero()[:, 0]] * place[where.nonzero()[:, 1], None]
+
+
+@pytest.mark.parametrize(("length", "share"), [(1024, 0.63), (256, 0.22)])
+def test_calls_and_head_rows_are_those_of_the_moves(ref, length, share):
+    """Calls within 5 % of N (1 - (1 - 1/N)^L) of N = 1024 steps, and L rows of the head in the whole run.
+
+    Two sequences' mean number of calls has a standard deviation of about 1 %; fixed seeds.
+    """
+    network, steps = Counting(4, dtype=torch.float32), 1024
+    graph = ref.StructuredAbsorbing(3)
+    x = sample(from_logits(network, graph), graph, ref.LogLinear(), shape=(2, length), steps=steps,
+               method=Unmasking(), seeds=range(2))  # fmt: skip
+    assert not (x == 3).any()
+    expected = steps * (1 - (1 - 1 / steps) ** length)
+    assert expected / steps == pytest.approx(share, abs=0.01)
+    assert network.sequences / 2 == pytest.approx(expected, rel=0.05)
+    assert network.head_rows == 2 * length
+
+
+def test_unmasking_follows_the_law_of_tweedies_steps(ref):
+    """Three steps on an enumerable problem, each joint transition; a false alarm once in 10,000 seeds."""
+    graph = ref.StructuredAbsorbing(3, 1)
+    p0 = ref.random_data(3, 3, 4, 1)
+    noise, times = ref.Linear(2.0), torch.tensor([1.0, 0.6, 0.3, 0.1], dtype=torch.float64)
+    score = ref.ExactRows(p0, graph.Q)
+    start = torch.zeros(64, dtype=torch.float64)
+    start[21] = 1  # (1, 1, 1), all masked
+    law = ref.law_of_chain(score, graph, noise, Tweedie(), times, start, denoise=True).reshape(p0.shape)
+    x = sample(score, graph, noise, shape=(50_000, 3), times=times, method=Unmasking(),
+               generator=torch.Generator().manual_seed(0))  # fmt: skip
+    assert ref.chi_square(x, law) > ALARM
+
+
+def test_which_positions_move_does_not_depend_on_the_model(ref):
+    graph = ref.StructuredAbsorbing(5)
+
+    def masks(level):
+        states = trajectory(lambda x, sigma: level * torch.arange(6.0).expand(*x.shape, 6), graph, ref.LogLinear(),
+                            x=torch.zeros(3, 20).long(), given=torch.zeros(3, 20).bool(), steps=7, seeds=range(3),
+                            method=Unmasking())  # fmt: skip
+        return [state.x == 5 for state in states]
+
+    for one, other in zip(masks(0.0), masks(3.0), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_unmasking_refuses_graphs_in_which_tokens_move(ref):
+    with pytest.raises(ValueError, match="Unmasking needs an absorbing graph"):
+        sample(lambda x, sigma: torch.zeros(*x.shape, 5), ref.hybrid_matrix(4), ref.LogLinear(), shape=(1, 2),
+               method=Unmasking())  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [Tweedie(), Euler(), Unmasking()])
+def test_what_is_remembered_changes_no_sample(ref, method):
+    """Five sequences at different places in their course, some finished early, 60 steps."""
+    graph, network, spared = ref.StructuredAbsorbing(5), Counting(6), Counting(6)
+    given = torch.rand(5, 12, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, 0.9, 5)[:, None]
+    x = torch.randint(5, (5, 12), generator=torch.Generator().manual_seed(2))
+
+    def run(logits):
+        return infill(from_logits(logits, graph), graph, ref.LogLinear(), x=x, given=given, steps=60, method=method,
+                      seeds=range(5))  # fmt: skip
+
+    assert torch.equal(run(network), run(remembered(spared)))
+    assert spared.sequences <= network.sequences
+    if method != Unmasking():
+        assert spared.sequences < 0.5 * network.sequences
+        assert spared.sequences <= 5 + int((~given).sum())  # one call at first, then one after each move
+
+
+def test_what_is_remembered_belongs_to_a_sequence_and_its_states(ref):
+    seen = []
+
+    def model(x, sigma, where, rows):
+        seen.append(rows.tolist())
+        return (x * 10 + rows[:, None]).double()[..., None].expand(*x.shape, 2)[where]
+
+    ask = remembered(model)
+    everywhere = torch.ones(3, 2, dtype=torch.bool)
+    x, sigma = torch.tensor([[0, 1], [0, 1], [1, 1]]), torch.ones(3)
+    first = ask(x, sigma, everywhere, torch.arange(3))
+    assert torch.equal(first, ask(x, sigma, everywhere, torch.arange(3)))
+    x = x.clone()
+    x[1, 0] = 1
+    assert ask(x[1:], sigma[1:], everywhere[1:], torch.tensor([1, 2]))[:, 0].tolist() == [11, 11, 12, 12]
+    part = torch.tensor([[True, False], [True, True]])
+    assert ask(x[[2, 1]], sigma[1:], part, torch.tensor([2, 1]))[:, 0].tolist() == [12, 11, 11]
+    assert ask(x[:1], sigma[:1], everywhere[:1], torch.tensor([0]))[:, 0].tolist() == [0, 10]
+    assert seen == [[0, 1, 2], [1], [2], [0]]
+
+
+class Peak(TorchDispatchMode):
+    """The largest number of bytes at one time in the storages that were made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.holders, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                storage = tensor.untyped_storage()
+                self._hold(storage._cdata, storage.nbytes())
+                weakref.finalize(tensor, self._release, storage._cdata, storage.nbytes())
+        return out
+
+    def _hold(self, key, size):
+        self.holders[key] = self.holders.get(key, 0) + 1
+        if self.holders[key] == 1:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _release(self, key, size):
+        self.holders[key] -= 1
+        if self.holders[key] == 0:
+            del self.holders[key]
+            self.now -= size
+
+
+@pytest.mark.parametrize(("adapted", "buffers"), [(False, 0.6), (True, 1.6)])
+def test_memory_is_one_buffer_at_most_whatever_the_number_of_steps(ref, adapted, buffers):
+    """Beside the network's answer an adapter makes one tensor of its size, the sampler none; both work in pieces.
+
+    The pieces' temporaries are allowed 0.6 of the answer's size, which is 16 pieces here.
+    """
+    num_states, shape = 4096, (8, 512)
+    graph = ref.StructuredAbsorbing(num_states - 1)
+    answer = torch.rand(8 * 512, num_states)
+    peaks = []
+    for steps in (1, 4):
+        network = lambda x, sigma, where: answer[: int(where.sum())]  # noqa: E731, nothing allocated here
+        score = from_posterior(network, graph) if adapted else network
+        with Peak() as memory:
+            sample(score, graph, ref.LogLinear(), shape=shape, steps=steps, seeds=range(8), denoise=False)
+        peaks.append(memory.peak / (answer.numel() * 4))
+    assert max(peaks) < buffers
+    assert peaks[1] < 1.02 * peaks[0]
+    assert min(peaks) > buffers - 0.6 + 0.02  # the meter runs
