@@ -21,6 +21,7 @@ from .controls import Control, allowed, controlled, temperature, top_k, top_p
 from .corrector import PredictorCorrector, correct, corrector_probs
 from .first_hitting import FirstHitting
 from .grids import level_times, uniform_times
+from .guidance import classifier_free, classifier_guided, first_order_ratios, neighbour_ratios
 from .interfaces import Graph, Noise, Row, ScoreModel
 from .kernels import denoise_probs, euler_probs, tau_leaping_probs, tweedie_probs, tweedie_score
 from .masking import mask_probability
@@ -85,6 +86,10 @@ __all__ = [
     "top_p",
     "allowed",
     "prompted",
+    "classifier_free",
+    "classifier_guided",
+    "neighbour_ratios",
+    "first_order_ratios",
     "draw_categorical",
     "uniform_times",
     "level_times",

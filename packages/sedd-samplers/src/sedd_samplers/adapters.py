@@ -10,8 +10,8 @@ All go through one pair of row kernels: `tweedie_score` (from the law of an earl
 two undo each other. A wrapper offers `where` and `rows` (see `sedd_samplers.asking`), hands them on to a model that
 has them too, and indexes the answer of one that has not. It works in float32 (in float64 for float64 answers).
 
-Sources: posterior and Tweedie's theorem, equations 18 and 19; SUBS, Sahoo et al. 2024 (arXiv 2406.07524), section 3.2;
-reverse model, Austin et al. 2021 (arXiv 2107.03006), section 3; velocity, Gat et al. 2024 (arXiv 2407.15595), eq. 14.
+Sources: posterior and Tweedie's theorem, equations 18 and 19; SUBS, Sahoo et al. 2024 (arXiv 2406.07524); reverse
+model, Austin et al. 2021 (arXiv 2107.03006); velocity, Gat et al. 2024 (arXiv 2407.15595).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ a sequence in which none moves is left out of the call, which leaves of N steps 
 
     N (1 - (1 - 1/N)^L)
 
-calls a sequence of L tokens: 0.63 of them for N = L = 1024. Sahoo et al. 2024 (arXiv 2406.07524, section 3.2.3) save
+calls a sequence of L tokens: 0.63 of them for N = L = 1024. Sahoo et al. 2024 (arXiv 2406.07524) save
 the calls by keeping the last answer, for networks that do not know the time; decided in this order there is nothing to
 keep, and the network may know it.
 """
