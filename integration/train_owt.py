@@ -2,7 +2,7 @@
 
 deepspeed integration/train_owt.py                                  the paper's SEDD small, absorbing, on OpenWebText
 deepspeed integration/train_owt.py --recipe tiny                    a small model on two CPU cores, in minutes
-deepspeed --num_gpus 8 integration/train_owt.py --stage 2           on eight GPUs, with ZeRO 2
+deepspeed --num_gpus 8 integration/train_owt.py --zero-stage 2      on eight GPUs, with ZeRO 2
 torchrun --standalone --nproc_per_node 2 integration/train_owt.py --recipe tiny --steps 500
 python integration/train_owt.py --recipe tiny --corpus my-texts/ --output runs/mine
 python integration/train_owt.py --recipe tiny --resume              continue from the last checkpoint
@@ -46,9 +46,6 @@ parser.add_argument(
     default=Path("runs/cache"),
     metavar="DIR",
     help="folder of tokenised text, shared by runs (default: %(default)s)",
-)
-parser.add_argument(
-    "--stage", dest="zero_stage", type=int, metavar="N", default=argparse.SUPPRESS, help="as --zero-stage"
 )
 parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
 recipes.add_arguments(parser)

