@@ -4,21 +4,39 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from .autoregressive import autoregressive_loss
 from .bound import Bound, likelihood_bound, reconstruction_loss
+from .concrete import concrete_score_matching
+from .constant import denoising_score_entropy_without_constant, score_entropy_constant
+from .cross_entropy import any_order_loss, cross_entropy_loss, denoising_cross_entropy, lambda_cross_entropy_loss
 from .denoising import denoising_loss, denoising_score_entropy
+from .estimate import Estimate, monte_carlo
 from .fused import FusedLoss, fused_denoising_loss
+from .implicit import enumerated_implicit_score_entropy, implicit_score_entropy
 from .score_entropy import score_entropy
 from .times import low_discrepancy_times, stratified_times, uniform_times
 
 __all__ = [
     "score_entropy",
     "denoising_score_entropy",
+    "denoising_score_entropy_without_constant",
+    "score_entropy_constant",
+    "concrete_score_matching",
+    "implicit_score_entropy",
+    "enumerated_implicit_score_entropy",
     "denoising_loss",
     "fused_denoising_loss",
     "FusedLoss",
     "likelihood_bound",
     "reconstruction_loss",
     "Bound",
+    "denoising_cross_entropy",
+    "cross_entropy_loss",
+    "lambda_cross_entropy_loss",
+    "any_order_loss",
+    "autoregressive_loss",
+    "monte_carlo",
+    "Estimate",
     "uniform_times",
     "stratified_times",
     "low_discrepancy_times",

@@ -1,0 +1,60 @@
+"""The autoregressive likelihood: -log p(x) = -sum_i log p(x_i | x_1 ... x_{i-1}), exact, for comparison with bounds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import arithmetic_dtype, check_states, check_weight
+from .interfaces import NextTokenModel
+from .rowwise import each_row
+
+__all__ = ["autoregressive_loss"]
+
+
+def autoregressive_loss(
+    model: NextTokenModel, x: Tensor, *, start: int | Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """-log p(x) given a starting token, in nats a sequence. Nothing is drawn: it has no standard error.
+
+    The model reads (start, x_1, ..., x_{L-1}) and its row i predicts x_i, so that all L tokens count. To leave out the
+    first token, as is often done, pass x[:, 1:] with start=x[:, 0].
+
+    Args:
+        model: the causal model; called once, with (B, L) states.
+        x: (B, L) int64, tokens, less than N of the model's logits (B, L, N).
+        start: the token before the first, for all sequences or (B,) int64: GPT-2's is its end-of-text.
+        weight: (B,) or (B, L) factor >= 0 of each token's term, bool or float; 0 for padding.
+
+    Returns:
+        (B,) nats a sequence, float32, or float64 if the logits are.
+
+    Raises:
+        ValueError: shapes that do not fit, states out of range, NaN logits, a weight that is negative somewhere or 0
+            everywhere.
+    """
+    if x.ndim != 2 or x.is_floating_point():
+        raise ValueError(f"x must be integers of shape (B, L), got {x.dtype} of shape {tuple(x.shape)}")
+    first = start if isinstance(start, Tensor) else torch.full_like(x[:, 0], start)
+    if first.shape != x.shape[:1]:
+        raise ValueError(f"start must be one token or have shape (B,), {tuple(x.shape[:1])}, got {tuple(first.shape)}")
+    logits = model(torch.cat([first[:, None], x[:, :-1]], -1))
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != x.shape:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model must return logits of shape {(*x.shape, 'N')}, got {got}")
+    check_states("x", x, logits.shape[-1])
+    factor = None if weight is None else check_weight(weight, x)
+    rows = logits.reshape(-1, logits.shape[-1])
+    counted = None if factor is None else factor.flatten().nonzero()[:, 0]
+    tokens = x.flatten() if counted is None else x.flatten()[counted]
+    surprise = each_row(_negative_log, rows, counted, tokens, dtype=arithmetic_dtype(logits))
+    if bool(surprise.isnan().any()):
+        raise ValueError(f"logits are NaN, or all -inf, at {int(surprise.isnan().sum())} of {len(surprise)} tokens")
+    if factor is None or counted is None:
+        return surprise.reshape(x.shape).sum(-1)
+    terms = surprise * factor.flatten()[counted].to(surprise.dtype)
+    return surprise.new_zeros(x.shape).masked_scatter(factor > 0, terms).sum(-1)
+
+
+def _negative_log(logits: Tensor, x: Tensor) -> Tensor:
+    return logits.logsumexp(-1) - logits.gather(-1, x[:, None])[:, 0]
