@@ -35,6 +35,7 @@ from .sampling import State, infill, sample, trajectory
 from .trapezoidal import Trapezoidal
 from .uniformization import Uniformization
 from .unmasking import Unmasking
+from .views import live, record
 
 __all__ = [
     "sample",
@@ -86,6 +87,8 @@ __all__ = [
     "top_p",
     "allowed",
     "prompted",
+    "live",
+    "record",
     "classifier_free",
     "classifier_guided",
     "neighbour_ratios",
