@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from sedd_samplers import Euler, TauLeaping, Tweedie, sample, uniform_times
@@ -70,27 +68,3 @@ def test_one_token_is_exact_in_any_number_of_steps(ref, name, method):
     )  # fmt: skip
     exact = ref.chi_square(x, p0) > ALARM
     assert exact == (method == Tweedie() or name == "absorbing")
-
-
-def errors(ref, name, method, counts, *, stages=1, start=1.0, end=0.2):
-    """Total variation between the chain's law and the true p_t, started at the true p_t, for several step counts."""
-    graph, p0 = problem(ref, name)
-    score, noise = ref.ExactScore(p0, graph.Q), ref.Linear(1.5)
-    begin, true = (score.marginal(noise(torch.tensor([t]).double())[0])[0].flatten() for t in (start, end))
-    out = []
-    for n in counts:
-        times = torch.linspace(start, end, n + 1, dtype=torch.float64)
-        law = ref.law_of_chain(score, graph, noise, method, times, begin, stages=stages)
-        out.append(float((law - true).abs().sum()) / 2)
-    return out
-
-
-def slope(counts, values):
-    return -math.log(values[-1] / values[0]) / math.log(counts[-1] / counts[0])
-
-
-@pytest.mark.parametrize("method", ONE_STAGE)
-@pytest.mark.parametrize("name", ["absorbing", "uniform", "hybrid", "cycle"])
-def test_first_order(ref, name, method):
-    counts = [32, 64, 128]
-    assert slope(counts, errors(ref, name, method, counts)) == pytest.approx(1, abs=0.15)

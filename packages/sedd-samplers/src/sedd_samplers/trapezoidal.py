@@ -12,6 +12,11 @@ state that is a label knows only where it jumps *to*. At a position that has mov
 no longer there, and subtracting it costs the second order: with rates a_xy, the chance of the path x -> y -> z in one
 step is a_xy a_yz h^2 / 2, which is theta h a_xy times (1 - theta) h alpha_1 a_yz, with nothing subtracted. So alpha_2
 takes part only at positions that stood still; at those that moved the rates are alpha_1 a(x*, t - theta h).
+
+The positive part costs the second order where it binds. What is subtracted makes up for pairs of positions that moved
+in the same stage and did not see each other; if a rate at one position falls to less than alpha_2 / alpha_1 of itself
+when another moves, there is more to make up for than can be taken away, with any theta. The ratio is smallest, 1/2, at
+theta = 1/2.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ __all__ = ["Trapezoidal"]
 
 @dataclass(frozen=True)
 class Trapezoidal:
-    """Second order where the extrapolated rates stay positive, first order where that has to be seen to.
+    """Second order where the extrapolated rates stay positive; where they do not, first order with a small error.
 
     Keeps the first stage's rates (M, N) for the second.
 
