@@ -119,11 +119,11 @@ class Blocks(Graph):
 
 
 def _members(block: Tensor, sizes: Tensor) -> Tensor:
-    """The states of each block, (number of blocks, largest size); short blocks are filled up with states of others."""
-    width = int(sizes.max())
+    """The states of each block, (number of blocks, largest size); short blocks are filled up with states of others.
+
+    In the order of blocks, the states after a block's own are others', and no state comes twice within one round.
+    """
     by_block = block.argsort(stable=True)
-    rows = []
-    for own in torch.split(by_block, sizes.tolist()):
-        few = torch.arange(min(len(block), width + len(own)), device=block.device)  # enough to find width others
-        rows.append(torch.cat([own, few[~torch.isin(few, own)]])[:width])
-    return torch.stack(rows)
+    start = sizes.cumsum(0) - sizes
+    step = torch.arange(int(sizes.max()), device=block.device)
+    return by_block[(start[:, None] + step) % len(block)]

@@ -1,0 +1,295 @@
+"""10,000 random cases in float32 against closed forms in float64 that are written down here and nowhere else.
+
+Every structured graph, from 2 to 262,144 states, at noise from 1e-6 to 50: each value of every row is finite and within
+1e-5 of the right one, relative to itself; values below 1e-37, which float32 cannot hold, absolutely. A case is three
+pairs of a clean and a noised state, a level of noise for each, in the ratio and in one other of what a graph offers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import ive
+from sedd_graphs import Absorbing, Blocks, Hybrid, Masked, Ordinal, Uniform
+
+MOST = 262_144
+SIZES = [2, 3, 4, 27, 257, 50_258, 151_936, MOST]
+EXAMPLES = {"absorbing": 2_500, "uniform": 2_500, "hybrid": 2_500, "blocks": 1_200, "masked": 900, "ordinal": 400}
+PAIRS = 3
+SHAPES = [  # of blocks: states, states a block but perhaps in the last, and the two rates
+    (2, 1, 1.0, 0.1),
+    (4, 2, 5.0, 1e-3),
+    (5, 3, 0.3, 1.0),
+    (27, 9, 1.0, 0.1),
+    (1000, 30, 1.0, 0.0),
+    (50_257, 50, 0.3, 1.0),
+    (MOST, 7, 5.0, 1e-3),
+]
+
+
+# The references: p(y, x, s) is the probability of x -> y at noise s, elementwise; alike(x) names states (M, C) that
+# stand for all, and how many states each of them stands for, (M, C).
+
+
+def kept(rate, s):
+    return (-rate * s).exp()
+
+
+def lost(rate, s):
+    return -(-rate * s).expm1()
+
+
+@dataclass
+class UniformReference:
+    num_states: int
+
+    def p(self, y, x, s):
+        return lost(1.0, s) / self.num_states + torch.where(y == x, kept(1.0, s), 0)
+
+    def alike(self, x):
+        count = torch.ones_like(x)
+        return torch.stack([x, (x + 1) % self.num_states], -1), torch.stack([count, self.num_states - count], -1)
+
+    def prior(self, y, s):
+        return torch.full_like(s * y, 1 / self.num_states)
+
+
+@dataclass
+class StillReference(UniformReference):
+    """Tokens that do not move."""
+
+    def p(self, y, x, s):
+        return torch.where(y == x, torch.ones_like(s), 0)
+
+
+@dataclass
+class BlocksReference(UniformReference):
+    size: int
+    within: float
+    between: float
+
+    def first_and_size(self, x):
+        first = x // self.size * self.size
+        return first, (self.num_states - first).clamp(max=self.size)
+
+    def p(self, y, x, s):
+        own = y // self.size == x // self.size
+        near = torch.where(own, kept(self.between, s) * lost(self.within, s) / self.first_and_size(x)[1], 0)
+        still = torch.where(y == x, kept(self.between + self.within, s), 0)
+        return lost(self.between, s) / self.num_states + near + still
+
+    def alike(self, x):
+        first, size = self.first_and_size(x)
+        states = [x, first + (x - first + 1) % size, (first + size) % self.num_states]
+        return torch.stack(states, -1), torch.stack([torch.ones_like(x), size - 1, self.num_states - size], -1)
+
+
+@functools.cache
+def waves(n):
+    """cos(k pi (y + 1/2) / n) and the rates 2 - 2 cos(k pi / n), for 0 < k < n."""
+    k = torch.arange(1, n, dtype=torch.float64) * math.pi / n
+    return ((torch.arange(n)[:, None] + 0.5) * k).cos(), 2 - 2 * k.cos()
+
+
+@dataclass
+class OrdinalReference(UniformReference):
+    """Images of a walk on the endless line, e^-z I_n(z), and their Fourier sum when there would be many."""
+
+    def p(self, y, x, s):
+        n = self.num_states
+        rate = 1 / (2 - 2 * math.cos(math.pi / n))
+        cosine, modes = waves(n)
+        late = (1 + 2 * (cosine[y] * cosine[x] * (-rate * s[..., None] * modes).exp()).sum(-1)) / n
+        laps = 2 * n * torch.arange(-2, 3)
+        y, x, s = (part[..., None] for part in torch.broadcast_tensors(y, x, s))
+        orders = torch.cat([y - x + laps, y + x + 1 + laps], -1).abs().double()
+        early = torch.from_numpy(ive(orders.numpy(), 2 * rate * s.clamp(max=0.3).numpy())).sum(-1)
+        return torch.where(s[..., 0] < 0.3, early, late)
+
+    def alike(self, x):
+        states = torch.arange(self.num_states).expand(*x.shape, -1)
+        return states, torch.ones_like(states)
+
+
+@dataclass
+class MaskedReference:
+    tokens: UniformReference
+    rate: float
+    mask_rate: float
+    mask: int
+
+    def token(self, x):
+        return torch.where(x == self.mask, 0, x - (x > self.mask).long())
+
+    def p(self, y, x, s):
+        stays = kept(self.mask_rate, s) * self.tokens.p(self.token(y), self.token(x), self.rate * s)
+        from_token = torch.where(y == self.mask, lost(self.mask_rate, s), stays)
+        return torch.where(x == self.mask, torch.where(y == self.mask, 1.0, 0.0), from_token)
+
+    def alike(self, x):
+        states, count = self.tokens.alike(self.token(x))
+        mask = torch.full_like(x, self.mask)[..., None]
+        states = states + (states >= self.mask).long()
+        return torch.cat([states, mask], -1), torch.cat([count, torch.ones_like(mask)], -1)
+
+    def prior(self, y, s):
+        spread = kept(self.mask_rate, s) * self.tokens.prior(self.token(y), s)
+        return torch.where(y == self.mask, lost(self.mask_rate, s), spread)
+
+
+# The graphs
+
+
+sizes = st.one_of(st.integers(2, MOST), st.sampled_from(SIZES))
+rates = st.one_of(st.floats(1e-3, 1.5), st.sampled_from([0.0, 1.0]))  # at 88 / 50 float32 could not hold e^(rate s)
+places = st.floats(0, 1)  # of the mask, from first to last
+
+
+@functools.cache
+def blocks(n, size, within, between):
+    graph = Blocks(torch.arange(n) // size, within=within, between=between)
+    return graph, BlocksReference(n, size, within, between)
+
+
+@st.composite
+def some_blocks(draw):
+    return blocks(*draw(st.sampled_from(SHAPES)))
+
+
+@st.composite
+def some_ordinal(draw):
+    n = draw(st.integers(2, 48))
+    return Ordinal(n), OrdinalReference(n)
+
+
+@st.composite
+def some_uniform(draw):
+    n = draw(sizes)
+    return Uniform(n), UniformReference(n)
+
+
+@st.composite
+def some_absorbing(draw):
+    tokens = draw(sizes) - 1
+    mask = round(draw(places) * tokens)
+    return Absorbing(tokens, mask_id=mask), MaskedReference(StillReference(tokens), 1.0, 1.0, mask)
+
+
+@st.composite
+def some_hybrid(draw):
+    tokens, rate, mask_rate = max(2, draw(sizes) - 1), draw(rates), draw(rates)
+    mask = round(draw(places) * tokens)
+    graph = Hybrid(tokens, uniform_rate=rate, mask_rate=mask_rate, mask_id=mask)
+    return graph, MaskedReference(UniformReference(tokens), rate, mask_rate, mask)
+
+
+@st.composite
+def some_masked(draw):
+    tokens, reference = draw(st.one_of(some_blocks(), some_ordinal()))
+    rate, mask_rate = draw(rates), draw(rates)
+    mask = round(draw(places) * tokens.num_states)
+    graph = Masked(tokens, rate=rate, mask_rate=mask_rate, mask_id=mask)
+    return graph, MaskedReference(reference, rate, mask_rate, mask)
+
+
+KINDS = {
+    "absorbing": some_absorbing(),
+    "uniform": some_uniform(),
+    "hybrid": some_hybrid(),
+    "blocks": some_blocks(),
+    "ordinal": some_ordinal(),
+    "masked": some_masked(),
+}
+
+
+# The comparison
+
+
+def assert_close(found, expected, what, floor=1e-37):
+    assert found.dtype == torch.float32
+    assert found.isfinite().all(), f"{what} is not finite: {found}"
+    error = (found.double() - expected).abs() - floor
+    wrong = error > 1e-5 * expected.abs()
+    assert not wrong.any(), f"{what}: {found[wrong]} instead of {expected[wrong]}"
+
+
+def assert_row(row, expected, candidates, what):
+    """Named states have their values; candidates (M, C) that are not named have the base."""
+    assert_close(row.value, expected(row.index), what)
+    unnamed = (candidates[..., None] != row.index[..., None, :]).all(-1)
+    base = row.base[..., None].expand(unnamed.shape)
+    assert_close(base[unnamed], expected(candidates)[unnamed], f"{what} (base)")
+
+
+def pairs(graph, reference, sigma, seed):
+    """Clean tokens and noised states (M,): one that stayed, one drawn, and any one that could have come about."""
+    random = torch.Generator().manual_seed(seed)
+    x0 = torch.randint(graph.num_states - (graph.mask_id is not None), (PAIRS,), generator=random)
+    if graph.mask_id is not None:
+        x0 = x0 + (x0 >= graph.mask_id).long()
+    x = graph.sample(x0, sigma, generator=random)
+    x[2:] = torch.randint(graph.num_states, (PAIRS - 2,), generator=random)
+    x[0] = x0[0]
+    possible = reference.p(x, x0, sigma.double()) > 1e-30
+    return torch.where(possible, x, x0), x0, torch.randint(graph.num_states, (PAIRS, 2), generator=random)
+
+
+OTHERS = ("transition_from", "transition_into", "posterior", "prior", "prior_kl")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_lost_in_single_precision(kind):
+    level = st.floats(math.log(1e-6), math.log(50))
+    levels = st.lists(level, min_size=PAIRS, max_size=PAIRS)
+
+    @settings(max_examples=EXAMPLES[kind], deadline=None, database=None, derandomize=True)
+    @given(KINDS[kind], st.sampled_from(OTHERS), levels, places, st.integers(0, 2**31))
+    def check(both, other, log_sigma, earlier, seed):
+        graph, reference = both
+        sigma = torch.tensor(log_sigma).exp().clamp(1e-6, 50)
+        before = sigma * earlier
+        s, s0 = sigma.double()[:, None], before.double()[:, None]
+        x, x0, others = pairs(graph, reference, sigma, seed)
+        a, a0 = x[:, None], x0[:, None]
+        candidates = torch.cat([a, a0, torch.full_like(a, graph.mask_id or 0), others], -1)
+        p = reference.p
+        of_x = p(a, a0, s)
+
+        assert_row(graph.ratio(x, x0, sigma), lambda y: p(y, a0, s) / of_x, candidates, "ratio")
+        if other == "transition_from":
+            assert_row(graph.transition_from(x, sigma), lambda y: p(y, a, s), candidates, other)
+        elif other == "transition_into":
+            assert_row(graph.transition_into(x, sigma), lambda y: p(a, y, s), candidates, other)
+        elif other == "posterior":
+            row = graph.posterior(x, x0, before, sigma)
+            assert_row(row, lambda y: p(y, a0, s0) * p(a, y, s - s0) / of_x, candidates, other)
+        elif other == "prior":
+            assert_row(graph.prior(sigma), lambda y: reference.prior(y, s), candidates, other)
+        else:
+            y, count = reference.alike(x0)
+            q, r = p(y, a0, s), reference.prior(y, s)
+            kl = (count * torch.where(q > 0, q * (q / r).log(), 0)).sum(-1)
+            assert_close(graph.prior_kl(x0, sigma), kl, other, floor=1e-14)
+
+    check()
+
+
+def test_long_ordinal_rows_keep_their_digits():
+    """262,144 states in a row: early, when images on the endless line make the sum, and late, when waves do."""
+    graph, x0 = Ordinal(MOST), 1000
+    rate = 1 / (4 * math.sin(math.pi / (2 * MOST)) ** 2)
+    y = x0 + torch.tensor([-1000, -300, -1, 0, 1, 100, 900])
+    images = torch.stack([y - x0, y + x0 + 1]).abs().double()
+    early = torch.from_numpy(ive(images.numpy(), 2 * rate * float(torch.tensor(1e-6)))).sum(0)
+    k = torch.arange(1, 9) * math.pi / MOST
+    waves = (k * (y[:, None] + 0.5)).cos() * (k * (x0 + 0.5)).cos() * (-2.0 * rate * 5 * (1 - k.double().cos())).exp()
+    late = (1 + 2 * waves.sum(-1)) / MOST
+    for sigma, expected in ((1e-6, early), (5.0, late)):
+        p = graph.transition_from(torch.tensor(x0), torch.tensor(sigma)).dense()
+        assert_close(p[y], expected, f"transition_from at {sigma}")
