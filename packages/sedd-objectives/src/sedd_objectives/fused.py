@@ -62,6 +62,7 @@ def fused_denoising_loss(
     dsigma: Tensor,
     *,
     weight: Tensor | None = None,
+    refuse_nan: bool = True,
 ) -> FusedLoss:
     """`denoising_loss` from the hidden states on: the same number and gradients, one chunk of log-scores at a time.
 
@@ -82,13 +83,15 @@ def fused_denoising_loss(
         dsigma: (B,) or (B, L), its derivative by time.
         weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which then never
             reaches the head. Weights (B,) also serve times that were not drawn uniformly.
+        refuse_nan: whether to raise where a loss is NaN. False returns it: for a caller that counts such sequences, and
+            that cannot raise on one of several ranks while the others go on to their next exchange.
 
     Returns:
         The sum over the batch and its parts, float32, or float64 if hidden or sigma is.
 
     Raises:
-        ValueError: shapes that do not fit, states out of range, negative sigma, a NaN score, a weight that is negative
-            somewhere or 0 everywhere.
+        ValueError: shapes that do not fit, states out of range, negative sigma, a weight that is negative
+            somewhere or 0 everywhere, a NaN score unless `refuse_nan` is False.
     """
     if hidden.ndim != 3 or hidden.shape[:-1] != x.shape:
         raise ValueError(f"hidden must have shape (B, L, D) for x of shape (B, L), got {tuple(hidden.shape)}")
@@ -105,7 +108,8 @@ def fused_denoising_loss(
     jumps_at = denoising_jumps(graph, rates, x[live], x0[live], dtype)
     num_chunks = max(1, math.ceil(live.numel() * graph.num_states / CHUNK_ELEMENTS))
     total, loss = _in_chunks(
-        head, jumps_at, graph.num_states, num_chunks, x[live], hidden[live], sigma[live], factor[live].to(dtype)
+        *(head, jumps_at, graph.num_states, num_chunks, refuse_nan),
+        *(x[live], hidden[live], sigma[live], factor[live].to(dtype)),
     )
     return FusedLoss(total, spread(loss, live).sum(-1))
 
@@ -116,6 +120,7 @@ def _in_chunks(
     jumps_at: JumpsAt,
     num_states: int,
     num_chunks: int,
+    refuse_nan: bool,
     x: Tensor,
     hidden: Tensor,
     sigma: Tensor,
@@ -125,7 +130,7 @@ def _in_chunks(
     parameters = _parameters(head, hidden, x, sigma) if torch.is_grad_enabled() else []
     parts = [slice(i * len(x) // num_chunks, (i + 1) * len(x) // num_chunks) for i in range(num_chunks)]
     both: tuple[Tensor, Tensor] = _HeadAndLoss.apply(  # type: ignore[no-untyped-call]
-        head, jumps_at, num_states, parts, x, hidden, sigma, factor, *parameters
+        head, jumps_at, num_states, parts, refuse_nan, x, hidden, sigma, factor, *parameters
     )
     return both
 
@@ -157,13 +162,14 @@ class _HeadAndLoss(torch.autograd.Function):
         jumps_at: JumpsAt,
         num_states: int,
         parts: list[slice],
+        refuse_nan: bool,
         x: Tensor,
         hidden: Tensor,
         sigma: Tensor,
         factor: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        by_hidden, by_sigma, by_factor = ctx.needs_input_grad[5:8]
+        by_hidden, by_sigma, by_factor = ctx.needs_input_grad[6:9]
         needed = by_hidden or by_sigma or bool(parameters)
         loss = torch.empty_like(factor)
         hidden_slope, sigma_slope = torch.zeros_like(hidden), torch.zeros_like(sigma)
@@ -180,6 +186,8 @@ class _HeadAndLoss(torch.autograd.Function):
                 with torch.set_grad_enabled(by_sigma):
                     jumps = jumps_at(part, noise.to(sum_dtype(x.device)))
                 loss[part], outputs, slopes = _loss_and_slopes(log_score, jumps, factor[part])
+                if refuse_nan:
+                    check_not_nan(loss[part], log_score)
             if outputs:
                 wanted = [(rows, hidden_slope[part]), (noise, sigma_slope[part]), *zip(parameters, sums, strict=True)]
                 wanted = [(leaf, total) for leaf, total in wanted if leaf.requires_grad]
@@ -204,14 +212,13 @@ class _HeadAndLoss(torch.autograd.Function):
         if ctx.slopes is None:
             raise RuntimeError("the gradients of fused_denoising_loss have been handed out: it goes backward only once")
         slopes, ctx.slopes = ctx.slopes, None
-        return (None,) * 5 + tuple(None if slope is None else slope.mul_(grad) for slope in slopes)
+        return (None,) * 6 + tuple(None if slope is None else slope.mul_(grad) for slope in slopes)
 
 
 def _loss_and_slopes(log_score: Tensor, jumps: Jumps, factor: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The loss (m,) of rows; what of log_score and jumps requires a gradient, and the slopes of factor * loss by it."""
     values = log_score.detach().to(factor.dtype)
     loss, slope = row_divergence(values, jumps.detach(), scale=factor, want_slope=log_score.requires_grad)
-    check_not_nan(loss, values)
     outputs, slopes = with_gradients(values, jumps, factor)
     if slope is not None:
         outputs, slopes = [log_score, *outputs], [slope.to(log_score.dtype), *slopes]
