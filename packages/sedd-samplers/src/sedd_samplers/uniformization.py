@@ -9,7 +9,9 @@ and nothing otherwise.
 Where M comes from decides whether that is exact. Here the state stands still until a candidate is accepted, so that
 R(x, .) is then a function of sigma alone, and no random number has to do with it: M is `slack` times the larger of its
 values at both ends of a window [shrink sigma, sigma], and a window ends when x moves. Rates grow like 1 / sigma at most
-as sigma falls, at most by 1 / shrink over a window. At every candidate R <= M is verified.
+as sigma falls, by 1 / shrink over a window. At every candidate R <= M is verified, and an excess is an error: to go on
+with another M, because of where a candidate fell, would not be exact either. What no candidate meets is not seen: it
+takes a rate that rises by more than `slack` within a window and falls again before a candidate comes.
 """
 
 from __future__ import annotations

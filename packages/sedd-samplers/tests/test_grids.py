@@ -1,0 +1,150 @@
+"""Grids by noise level, and the grid that a pilot run chooses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sedd_samplers import TauLeaping, adaptive_times, level_times, mask_probability, trajectory, uniform_times
+
+
+class Geometric:
+    def __call__(self, t):
+        sigma = 1e-3 ** (1 - t) * 20.0**t
+        return sigma, sigma * math.log(20.0 / 1e-3)
+
+
+class Cosine:
+    """Mask probability sin^2(pi t / 2): infinite noise at t = 1."""
+
+    def __call__(self, t):
+        return -2 * torch.log(torch.cos(math.pi / 2 * t)), math.pi * torch.tan(math.pi / 2 * t)
+
+
+class Endless:
+    """Mask probability t."""
+
+    def __call__(self, t):
+        return -torch.log1p(-t), 1 / (1 - t)
+
+
+LEVELS = {"sigma": lambda sigma: sigma, "log": torch.log, "root": torch.sqrt, "mask probability": mask_probability}
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+@pytest.mark.parametrize("schedule", ["linear", "log-linear", "geometric"])
+@pytest.mark.parametrize("steps", [1, 2, 17])
+def test_steps_are_equally_long_in_the_level(ref, schedule, level, steps):
+    noise = {"linear": ref.Linear(4.0), "log-linear": ref.LogLinear(), "geometric": Geometric()}[schedule]
+    times = level_times(noise, steps, level, t_min=0.01)
+    assert times.dtype == torch.float64
+    assert times.shape == (steps + 1,)
+    assert times[[0, -1]].tolist() == [1.0, 0.01]
+    lengths = -level(noise(times)[0]).diff()
+    torch.testing.assert_close(lengths, lengths.mean().expand(steps), rtol=1e-9, atol=1e-9)
+
+
+def test_known_grids(ref):
+    """Equal steps in time are equal steps in sigma when it is linear, in mask probability when it is log-linear."""
+    torch.testing.assert_close(level_times(ref.Linear(3.0), 7, lambda sigma: sigma), uniform_times(7))
+    torch.testing.assert_close(level_times(ref.LogLinear(), 7), uniform_times(7))
+    torch.testing.assert_close(level_times(Geometric(), 7, torch.log), uniform_times(7))
+    # infinite noise at t = 1 is mask probability 1; equal steps of it are the times of the inverse
+    times = level_times(Cosine(), 4, t_min=0.0)
+    torch.testing.assert_close(
+        times, 2 / math.pi * torch.asin(torch.linspace(1, 0, 5).double().sqrt()), atol=1e-7, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"steps": 0}, "steps must be a positive integer"),
+        ({"t_min": 1.0}, "t_min must lie in"),
+        ({"level": torch.log, "t_min": 0.0}, "it is -inf at t = 0"),
+        ({"noise": Endless(), "level": lambda sigma: sigma}, "inf at t = 1"),
+        ({"level": torch.neg}, "rise with sigma"),
+    ],
+)
+def test_levels_that_make_no_grid_are_refused(ref, change, told):
+    with pytest.raises(ValueError, match=told):
+        level_times(**{"noise": ref.Linear(2.0), "steps": 4, **change})
+
+
+def pilot(ref, target, *, t_min=1e-3, **options):
+    graph = ref.StructuredAbsorbing(3)
+    score = ref.SpectralScore(ref.random_data(3, 3, 4, 3), graph.Q)
+    x = torch.zeros(400, 3, dtype=torch.int64)
+    options = {"x": x, "given": x > 0, **options}
+    return adaptive_times(score, graph, ref.LogLinear(), target=target, t_min=t_min, **options)
+
+
+def test_a_quarter_of_the_target_takes_twice_the_steps(ref):
+    """The error of a step grows like its square."""
+    few, many = pilot(ref, 0.02), pilot(ref, 0.005)
+    for times in (few, many):
+        assert times.dtype == torch.float64
+        assert times[[0, -1]].tolist() == [1.0, 1e-3]
+        assert (times.diff() < 0).all()
+    assert (len(many) - 1) / (len(few) - 1) == pytest.approx(2, abs=0.3)
+
+
+def test_the_pilot_alone_decides_the_grid(ref):
+    assert torch.equal(pilot(ref, 0.02), pilot(ref, 0.02))
+    assert not torch.equal(pilot(ref, 0.02), pilot(ref, 0.02, seed=1000))
+
+
+def test_the_adaptive_grid_beats_the_uniform_one(ref):
+    """Tau-leaping where rates grow like 1 / t: the law of the chain, by enumeration, with equally many steps."""
+    graph, noise = ref.StructuredAbsorbing(3), ref.LogLinear()
+    score = ref.SpectralScore(ref.random_data(3, 3, 4, 3), graph.Q)
+    times = pilot(ref, 0.01)
+    begin, true = score.marginal(noise(times[[0, -1]])[0]).flatten(1)
+    adaptive, uniform = (
+        float((ref.law_of_chain(score, graph, noise, TauLeaping(), grid, begin) - true).abs().sum()) / 2
+        for grid in (times, uniform_times(len(times) - 1, 1e-3))
+    )
+    assert adaptive < uniform / 2
+
+
+def test_the_error_of_all_steps_bounds_the_law(ref):
+    """The sum of the targets, to leading order."""
+    graph, noise = ref.StructuredAbsorbing(3), ref.LogLinear()
+    score = ref.SpectralScore(ref.random_data(3, 3, 4, 3), graph.Q)
+    for target in (0.02, 0.005):
+        times = pilot(ref, target)
+        begin, true = score.marginal(noise(times[[0, -1]])[0]).flatten(1)
+        law = ref.law_of_chain(score, graph, noise, TauLeaping(), times, begin)
+        assert float((law - true).abs().sum()) / 2 < target * (len(times) - 1)
+
+
+def test_nothing_to_sample_takes_no_care(ref):
+    """With every position given there is no error, and steps grow to the end."""
+    x = torch.zeros(2, 3, dtype=torch.int64)
+    times = pilot(ref, 0.01, x=x, given=x == 0)
+    assert len(times) < 10
+
+
+def test_a_sample_on_the_grid(ref):
+    times = pilot(ref, 0.05)
+    graph = ref.StructuredAbsorbing(3)
+    score = ref.SpectralScore(ref.random_data(3, 3, 4, 3), graph.Q)
+    x = torch.zeros(4, 3, dtype=torch.int64)
+    states = trajectory(score, graph, ref.LogLinear(), x=x, given=x > 0, times=times, method=TauLeaping())
+    assert [state.t for state in states] == [*times.tolist(), 0.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"target": 0.0}, "target must be finite and positive, got 0.0"),
+        ({"target": math.nan}, "target must be finite and positive"),
+        ({"t_min": 0.0}, r"t_min must lie in \(0, 1\), got 0.0"),
+        ({"most": 0}, "most must be a positive integer, got 0"),
+        ({"most": 3}, "3 steps only lead to t = "),
+    ],
+)
+def test_pilots_that_make_no_sense_are_refused(ref, change, told):
+    with pytest.raises(ValueError, match=told):
+        pilot(ref, **{"target": 0.01, **change})
