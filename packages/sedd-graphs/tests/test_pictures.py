@@ -63,6 +63,17 @@ def test_a_distribution_is_that_of_the_graph():
     assert saved(figure).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("num_states", [2, 33, 1000])
+def test_a_distribution_is_seen_when_it_is_spread_out(num_states):
+    """The share that each state has in the end keeps away from the darkest colour, and from the brightest."""
+    figure = draw_distribution(Uniform(num_states), Geometric(), torch.eye(num_states)[0], steps=3)
+    image = figure.axes[0].images[0]
+    assert 0.3 < image.norm(1 / num_states) < 0.9
+    assert image.norm(1.0) == 1
+    dark = image.cmap(0.0)
+    assert image.cmap(image.norm(0.0)) == dark
+
+
 def test_schedules_are_drawn_as_they_are():
     schedules = {"log-linear": LogLinear(), "geometric": Geometric()}
     figure = draw_schedules(schedules, steps=10)
@@ -73,7 +84,7 @@ def test_schedules_are_drawn_as_they_are():
         torch.testing.assert_close(torch.tensor(total.lines[i].get_ydata()), sigma)
         torch.testing.assert_close(torch.tensor(rate.lines[i].get_ydata()), dsigma)
         torch.testing.assert_close(torch.tensor(masked.lines[i].get_ydata()), 1 - (-sigma).exp())
-    assert [text.get_text() for text in masked.get_legend().get_texts()] == list(schedules)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(schedules)
     assert saved(figure).startswith(b"\x89PNG")
 
 

@@ -6,9 +6,13 @@ to no window and to no global state: `figure.savefig("noise.png")`.
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 import torch
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
@@ -68,6 +72,9 @@ def draw_sentence(
 def draw_distribution(graph: Graph, noise: Noise | Learned, p0: Tensor, *, steps: int = 200) -> Figure:
     """The distribution over states as time goes on: exp(sigma(t) Q) p0, states upwards, time to the right.
 
+    Colours are logarithmic, from 1 down to a hundredth of what each state would have if all were equal: one sees both
+    where a token is sure and where it may be anything.
+
     Args:
         graph: how states move.
         noise: how fast.
@@ -81,11 +88,17 @@ def draw_distribution(graph: Graph, noise: Noise | Learned, p0: Tensor, *, steps
     sigma = noise(t)[0].detach()
     p = graph.propagate(p0.double().expand(steps, -1), sigma)
     figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="t", ylabel="state", title=repr(graph))
+    axes = figure.add_subplot(xlabel="t", ylabel="state", title=textwrap.fill(repr(graph), 60))
+    dark = matplotlib.colormaps["viridis"].with_extremes(bad=matplotlib.colormaps["viridis"](0))  # no log of 0
     image = axes.imshow(
-        p.T.numpy(force=True), origin="lower", aspect="auto", extent=(0, 1, -0.5, graph.num_states - 0.5)
+        p.T.numpy(force=True),
+        cmap=dark,
+        norm=LogNorm(vmin=0.01 / graph.num_states, vmax=1),
+        origin="lower",
+        aspect="auto",
+        extent=(0, 1, -0.5, graph.num_states - 0.5),
     )
-    figure.colorbar(image, label="probability")
+    figure.colorbar(image, label="probability", extend="min")
     return figure
 
 
@@ -102,15 +115,16 @@ def draw_schedules(schedules: Mapping[str, Noise | Learned], *, steps: int = 400
     if not schedules:
         raise ValueError("schedules must name at least one schedule, got none")
     t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    figure = Figure(figsize=(10, 3), layout="constrained")
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
     total = figure.add_subplot(131, xlabel="t", yscale="log", title="total noise sigma")
     rate = figure.add_subplot(132, xlabel="t", yscale="log", title="rate dsigma/dt")
     masked = figure.add_subplot(133, xlabel="t", title="1 - exp(-sigma)")
-    for name, noise in schedules.items():
+    styles = itertools.cycle(("-", "--", ":", "-."))  # so that one sees curves that lie on each other
+    for (name, noise), style in zip(schedules.items(), styles, strict=False):
         sigma, dsigma = (values.detach() for values in noise(t))
         for axes, values in [(total, sigma), (rate, dsigma), (masked, -(-sigma).expm1())]:
-            axes.plot(t.numpy(), values.numpy(), label=name)
-    masked.legend()
+            axes.plot(t.numpy(), values.numpy(), style, label=name)
+    figure.legend(*masked.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
