@@ -14,6 +14,7 @@ runtimes which gather weights around a module's forward (ZeRO stage 3) work.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import TypeVar
 
 import torch
@@ -23,11 +24,21 @@ from torch import Tensor, nn
 from sedd_nets.attention import Attention
 from sedd_nets.checks import at_least_float32, check_tokens
 from sedd_nets.documents import Documents
+from sedd_nets.recompute import add_gated, gelu_linear, modulated_norm
 from sedd_nets.rotary import rotate
 
 L = TypeVar("L", bound=nn.Linear)
 
-__all__ = ["Block", "Float32Linear", "Head", "LayerNorm", "OutputLayer", "SigmaEmbedding", "TokenEmbedding"]
+__all__ = [
+    "Block",
+    "Float32Linear",
+    "GeluLinear",
+    "Head",
+    "LayerNorm",
+    "OutputLayer",
+    "SigmaEmbedding",
+    "TokenEmbedding",
+]
 
 
 class TokenEmbedding(nn.Module):
@@ -84,20 +95,22 @@ class LayerNorm(nn.Module):
         """norm(h) (1 + scale) + shift; h (B, L, D), shift and scale (B, 1 or L, D) or none; returns h's dtype."""
         with torch.autocast(h.device.type, enabled=False):
             a = at_least_float32(h)
-            bias = None if self.bias is None else self.bias.to(a.dtype)
-            a = F.layer_norm(a, a.shape[-1:], self.weight.to(a.dtype), bias)
-            if shift is not None and scale is not None:
-                a = torch.addcmul(shift, a, 1 + scale)
-            return a.to(h.dtype)
+            weight, bias = self.weight.to(a.dtype), None if self.bias is None else self.bias.to(a.dtype)
+            if shift is None or scale is None:
+                return F.layer_norm(a, a.shape[-1:], weight, bias).to(h.dtype)
+            if bias is not None:
+                shift = shift + bias * (1 + scale)
+            return modulated_norm(a, weight * (1 + scale), shift).to(h.dtype)
 
 
-def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, dropout: float) -> Tensor:
-    """H + gate * dropout(branch), in h's dtype; the gate (B, 1 or L, D) is 1 when there is none."""
-    if dropout > 0:
-        branch = F.dropout(branch, dropout)
-    if gate is None:
-        return h + branch.to(h.dtype)
-    return torch.addcmul(h, gate.to(h.dtype), branch.to(h.dtype))
+class GeluLinear(nn.Linear):
+    """GELU and the linear map behind it, which together keep GELU's input only (see `sedd_nets.recompute`)."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        """linear(gelu(a)), (..., in) to (..., out), in autocast's dtype or a's own."""
+        device = a.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+        return gelu_linear(a.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class Block(nn.Module):
@@ -111,7 +124,8 @@ class Block(nn.Module):
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
         self.norm2 = LayerNorm(width, bias=cond_dim is None)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        # The published names: 0 and 2, GELU between them.
+        self.mlp = nn.Sequential(OrderedDict([("0", nn.Linear(width, 4 * width)), ("2", GeluLinear(4 * width, width))]))
         self.adaLN_modulation = None if cond_dim is None else zero(Float32Linear(cond_dim, 6 * width))
 
     def forward(
