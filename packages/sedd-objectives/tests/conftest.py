@@ -52,7 +52,8 @@ class DenseGraph:
         self.matrix, self.mask_id, self.num_states = generator_matrix.double(), mask_id, len(generator_matrix)
 
     def exp(self, sigma):
-        return torch.matrix_exp(sigma.double()[..., None, None] * self.matrix)
+        levels, place = sigma.double().unique(return_inverse=True)
+        return torch.matrix_exp(levels[:, None, None] * self.matrix)[place]
 
     def sample(self, x0, sigma, *, generator=None):
         p = self.transition_from(x0, sigma).value.clamp_min(0)

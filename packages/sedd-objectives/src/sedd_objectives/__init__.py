@@ -9,6 +9,7 @@ from .bound import Bound, likelihood_bound, reconstruction_loss
 from .concrete import concrete_score_matching
 from .constant import denoising_score_entropy_without_constant, score_entropy_constant
 from .cross_entropy import any_order_loss, cross_entropy_loss, denoising_cross_entropy, lambda_cross_entropy_loss
+from .d3pm import d3pm_bound, d3pm_loss
 from .denoising import denoising_loss, denoising_score_entropy
 from .estimate import Estimate, monte_carlo
 from .fused import FusedLoss, fused_denoising_loss
@@ -34,6 +35,8 @@ __all__ = [
     "cross_entropy_loss",
     "lambda_cross_entropy_loss",
     "any_order_loss",
+    "d3pm_loss",
+    "d3pm_bound",
     "autoregressive_loss",
     "monte_carlo",
     "Estimate",

@@ -1,0 +1,224 @@
+"""The bound of D3PM (Austin et al. 2021): the same forward process, looked at in T steps.
+
+With times t_i = i / T, x_i the state at t_i and x_0 the clean sequence,
+
+    -log p(x0) <= KL( p(x_T | x0) || prior ) + sum_{i=1}^T E_{x_i} KL( p(x_{i-1} | x_i, x0) || p_theta(x_{i-1} | x_i) )
+
+summed over positions; the term of i = 1 is -log p_theta(x0 | x_1). The model outputs p_theta(x0 | x_i), and takes a
+step back by averaging the true one over it: with sigma = sigma_i and D = sigma_i - sigma_{i-1},
+
+    p_theta(x_{i-1} | x_i = x) = sum_{x0} p(x_{i-1} | x, x0) p_theta(x0 | x)
+                               = exp(D Q)[x, .] * exp((sigma - D) Q) ( p_theta / exp(sigma Q)[x, .] )
+
+the second line by Bayes' rule: one propagation instead of N posteriors. Clean states that cannot have become x are left
+out of p_theta. Positions step back independently, which costs something that T -> infinity removes: the sum tends to
+the diffusion loss (eq. 10) of the score s_y = sum_{x0} p_theta(x0 | x) p(y|x0) / p(x|x0), integrated over [0, 1].
+
+A divergence of neighbouring distributions is evaluated as sum_y q phi(log p - log q), phi(d) = e^d - 1 - d, like the
+score entropy: its terms are of the second order in the difference, those of sum_y q log(q / p) of the first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from .bound import Bound
+from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, sum_dtype
+from .denoising import score_rows, spread
+from .interfaces import DiscreteTimeGraph, Noise, PosteriorModel, Row
+from .jumps import Jumps, can_move
+from .rowwise import each_row
+from .score_entropy import sum_over_jumps
+from .times import stratified_times
+
+__all__ = ["d3pm_loss", "d3pm_bound"]
+
+
+def d3pm_loss(
+    model: PosteriorModel,
+    graph: DiscreteTimeGraph,
+    noise: Noise,
+    x0: Tensor,
+    step: Tensor | None = None,
+    *,
+    num_steps: int,
+    xt: Tensor | None = None,
+    weight: Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """T times the i-th divergence of D3PM's sum, in nats a sequence: its mean over i ~ U{1..T} is the sum.
+
+    Args:
+        model: the model of the clean tokens; called exactly once. Its `where` is used if it has one. It is given sigma
+            in torch's default dtype.
+        graph: the forward process.
+        noise: the schedule t -> (sigma, dsigma), of which only sigma at t = 1/T, 2/T, ..., 1 is used.
+        x0: (B, L) int64, clean sequences.
+        step: (B,) int64 i in 1..T; stratified if None.
+        num_steps: T, at least 1.
+        xt: (B, L) int64, states at step i; drawn from the forward process if None.
+        weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which then never
+            reaches the head.
+        generator: for steps and noise.
+
+    Returns:
+        (B,) float32, or float64 if the logits are.
+
+    Raises:
+        ValueError: shapes that do not fit, states or steps out of range, a sigma that is negative, logits that are NaN,
+            an xt that cannot have come from x0, a weight that is negative somewhere or 0 everywhere.
+    """
+    _check(graph, x0, num_steps)
+    if step is None:
+        unit = stratified_times(len(x0), generator=generator, t_min=0.0, device=x0.device)
+        step = (unit * num_steps).long() + 1
+    factor = None if weight is None else check_weight(weight, x0)
+    return num_steps * _divergence(model, graph, noise, x0, step, num_steps, xt, factor, generator)
+
+
+@torch.no_grad()
+def d3pm_bound(
+    model: PosteriorModel,
+    graph: DiscreteTimeGraph,
+    noise: Noise,
+    x0: Tensor,
+    *,
+    num_steps: int,
+    num_times: int = 128,
+    num_reconstructions: int = 16,
+    weight: Tensor | None = None,
+    generator: Generator | None = None,
+) -> Bound:
+    """Estimate D3PM's bound on -log p(x0) in T steps, and its standard error.
+
+    Steps 2..T are drawn like the times of `likelihood_bound`: two independent ones in each of num_times / 2 strata.
+    With num_times = 2 (T - 1) every step is evaluated twice. `reconstruction` is the term of step 1.
+
+    Args:
+        model: the model of the clean tokens; called num_times + num_reconstructions times with all of x0.
+        graph: the forward process; its prior at t = 1 is the one meant by the bound.
+        noise: the schedule.
+        x0: (B, L) int64, tokens.
+        num_steps: T, at least 1.
+        num_times: evaluations of steps 2..T a sequence; even. None are made if T = 1.
+        num_reconstructions: evaluations of step 1 a sequence; at least 2.
+        weight: (B,) or (B, L) factor >= 0 of each position in all three terms; 0 for padding.
+        generator: for steps and noise.
+
+    Raises:
+        ValueError: as `d3pm_loss`; an odd or too small number of evaluations.
+    """
+    _check(graph, x0, num_steps)
+    if num_times < 2 or num_times % 2:
+        raise ValueError(f"num_times must be even and at least 2, got {num_times}: two steps share a stratum")
+    if num_reconstructions < 2:
+        raise ValueError(f"num_reconstructions must be at least 2, to estimate an error, got {num_reconstructions}")
+    wide, batch = sum_dtype(x0.device), len(x0)
+    factor = None if weight is None else check_weight(weight, x0)
+
+    def divergence(step: Tensor) -> Tensor:
+        return _divergence(model, graph, noise, x0, step, num_steps, None, factor, generator, dtype=wide)
+
+    diffusion, variance = x0.new_zeros(batch, dtype=wide), x0.new_zeros(batch, dtype=wide)
+    strata = num_times // 2 if num_steps > 1 else 0
+    for stratum in range(strata):
+        unit = (stratum + torch.rand(2, batch, generator=generator, device=x0.device, dtype=wide)) / strata
+        steps = 2 + (unit * (num_steps - 1)).long().clamp_max(num_steps - 2)
+        one, other = ((num_steps - 1) * divergence(step) for step in steps)
+        diffusion += (one + other) / num_times
+        variance += ((one - other) / num_times) ** 2
+    first = torch.ones(batch, dtype=torch.int64, device=x0.device)
+    draws = torch.stack([divergence(first) for _ in range(num_reconstructions)])
+    reconstruction = draws.mean(0)
+    variance += draws.var(0) / num_reconstructions
+    kl = graph.prior_kl(x0, noise(torch.ones(batch, dtype=wide, device=x0.device))[0]).to(wide)
+    prior = (kl if factor is None else kl * factor).sum(-1)
+    return Bound(diffusion + prior + reconstruction, variance.sqrt(), diffusion, prior, reconstruction)
+
+
+def _check(graph: DiscreteTimeGraph, x0: Tensor, num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if x0.ndim != 2:
+        raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
+    check_states("x0", x0, graph.num_states)
+
+
+def _divergence(
+    model: PosteriorModel,
+    graph: DiscreteTimeGraph,
+    noise: Noise,
+    x0: Tensor,
+    step: Tensor,
+    num_steps: int,
+    xt: Tensor | None,
+    factor: Tensor | None,
+    generator: Generator | None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """KL( p(x_{i-1} | x_i, x0) || p_theta(x_{i-1} | x_i) ) at the steps i (B,), summed over positions, (B,)."""
+    before, now = _noise_levels(noise, step, num_steps, x0)
+    if xt is None:
+        xt = graph.sample(x0, now, generator=generator)
+    else:
+        check_states("xt", xt, graph.num_states, x0.shape)
+    live = can_move(graph.rates_into(xt), xt, graph.num_states)
+    if factor is not None:
+        live = live & (factor > 0)
+    logits, positions = score_rows(
+        model, xt, now.to(torch.get_default_dtype()), live, graph.num_states, demand="the model must return logits"
+    )
+
+    def divergence(logits: Tensor, x: Tensor, x0: Tensor, before: Tensor, now: Tensor) -> Tensor:
+        log_p = _log_step_back(logits, graph, x, before, now)
+        q = graph.posterior(x, x0, before, now)
+        one, weight = torch.ones_like(log_p[:, 0]), torch.ones(q.index.shape, dtype=log_p.dtype, device=log_p.device)
+        base, value = (v.to(log_p.dtype).clamp_min(0) for v in (q.base, q.value))
+        return sum_over_jumps(log_p, None, Jumps(one, base, q.index, weight, value))
+
+    rows = logits.reshape(-1, graph.num_states)
+    fields = [xt[live], x0[live], *(expand_leading("sigma", level, x0)[live] for level in (before, now))]
+    loss = each_row(divergence, rows, positions, *fields, dtype=dtype or arithmetic_dtype(logits))
+    if bool(loss.isnan().any()):
+        at_fault = "logits are NaN" if bool(rows.isnan().any()) else "some xt cannot have come from its x0 at this step"
+        raise ValueError(f"the divergence is NaN at {int(loss.isnan().sum())} of {len(loss)} positions: {at_fault}")
+    if factor is not None:
+        loss = loss * factor[live].to(loss.dtype)
+    return spread(loss, live).sum(-1)
+
+
+def _noise_levels(noise: Noise, step: Tensor, num_steps: int, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """Total noise at t_{i-1} and t_i, (B,) each, in float64 where the device has it; 0 before the first step."""
+    if step.is_floating_point() or step.shape != x0.shape[:1]:
+        raise ValueError(
+            f"step must be integers of shape (B,), {tuple(x0.shape[:1])}, got {step.dtype} of shape {tuple(step.shape)}"
+        )
+    if bool(((step < 1) | (step > num_steps)).any()):
+        raise ValueError(f"step must lie in 1..{num_steps} (num_steps), got {step.tolist()}")
+    t = torch.stack([step - 1, step]).to(sum_dtype(x0.device)) / num_steps
+    now = noise(t[1])[0]
+    before = torch.where(step == 1, 0, noise(t[0])[0])
+    check_sigma("sigma", now)
+    if not bool((before <= now).all()):
+        raise ValueError(f"noise must not decrease with t, got sigma {before.tolist()} before {now.tolist()}")
+    return before, now
+
+
+def _log_step_back(logits: Tensor, graph: DiscreteTimeGraph, x: Tensor, before: Tensor, now: Tensor) -> Tensor:
+    """Log p_theta(x_{i-1} | x_i = x), (m, N), from logits (m, N) of the clean state."""
+    likelihood = _dense(graph.transition_into(x, now), logits)
+    possible = likelihood > 0
+    if graph.mask_id is not None:
+        possible[:, graph.mask_id] = False
+    clean = logits.masked_fill(~possible, -torch.inf).softmax(-1)
+    over = torch.where(possible, clean / torch.where(possible, likelihood, 1), 0)
+    p = graph.propagate(over, before) * _dense(graph.transition_into(x, now - before), logits)
+    impossible = p <= 0  # filled twice, for log's slope is infinite there
+    return p.masked_fill(impossible, 1).log().masked_fill(impossible, -torch.inf)
+
+
+def _dense(row: Row, like: Tensor) -> Tensor:
+    """All values of M rows, (M, N), in the shape and dtype of `like`."""
+    return row.base.to(like.dtype)[:, None].expand(like.shape).scatter(-1, row.index, row.value.to(like.dtype))
