@@ -53,6 +53,8 @@ class Wheel(Graph):
             raise ValueError("v must be over states")
         if sigma.shape != v.shape[:-1][: sigma.dim()] or sigma.isnan().any():
             raise ValueError("sigma must be noise")
+        if v.numel() == 0:  # which Fourier transforms do not take
+            return v
         level = sigma.double().clamp(max=1e6).reshape(sigma.shape + (1,) * (v.dim() - sigma.dim()))
         frequency = 2 * math.pi * torch.arange(self.num_states, dtype=torch.float64) / self.num_states
         decay = (level * (torch.polar(torch.ones_like(frequency), -frequency) - 1)).exp()
@@ -205,6 +207,14 @@ class Double(Uniform):
         return Row(row.base, row.index.repeat_interleave(2, -1), row.value.repeat_interleave(2, -1), row.num_states)
 
 
+class Unready(Uniform):
+    """Rows of one position at least."""
+
+    def transition_from(self, x, sigma):
+        some = x if x.numel() else torch.zeros(1, dtype=torch.int64)
+        return super().transition_from(some, sigma if x.numel() else torch.ones(1))
+
+
 class Forgetful(Hybrid):
     """A posterior that ignores where it started."""
 
@@ -224,6 +234,7 @@ class Forgetful(Hybrid):
         (Detached(5), ["transitions_follow_kolmogorov"]),
         (Careless(5), ["bad_input_is_refused"]),
         (Double(5), ["rows_are_well_formed"]),
+        (Unready(5), ["no_positions_give_no_rows"]),
         (Forgetful(5, uniform_rate=1.0, mask_rate=1.0), ["posterior_is_bayes_rule"]),
     ],
     ids=repr,

@@ -85,7 +85,7 @@ def test_half_precision_times_are_raised():
 
 
 def test_integer_times_are_refused():
-    with pytest.raises(TypeError, match=r"t must be a floating-point tensor, .* got torch.int64"):
+    with pytest.raises(TypeError, match=r"t must be a floating-point tensor, .* got a torch.int64 tensor"):
         LogLinear()(torch.tensor([0, 1]))
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_states", "check_integer", "check_rate", "spread", "widen", "times"]
+__all__ = ["check_states", "check_integer", "check_rate", "spread", "widen", "times", "describe"]
 
 
 def check_states(name: str, x: Tensor, num_states: int) -> None:
     """Raise unless x holds int64 states of 0 .. num_states - 1."""
     if not isinstance(x, Tensor) or x.dtype != torch.int64:
-        raise TypeError(f"{name} must be an int64 tensor of states, got {_describe(x)}")
+        raise TypeError(f"{name} must be an int64 tensor of states, got {describe(x)}")
     if x.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = (int(v) for v in x.aminmax())
@@ -43,15 +43,19 @@ def check_rate(name: str, value: float) -> float:
     return value
 
 
-def spread(sigma: Tensor, shape: torch.Size, *, name: str = "sigma", of: str = "x", signed: bool = False) -> Tensor:
-    """Sigma with axes of size 1 appended, so that it broadcasts over `shape`; float32 at least.
+def spread(
+    sigma: Tensor, shape: torch.Size | None = None, *, name: str = "sigma", of: str = "x", signed: bool = False
+) -> Tensor:
+    """Sigma with axes of size 1 appended, so that it broadcasts over `shape`, or its own; float32 at least.
 
     Raises:
         TypeError: sigma is no floating-point tensor.
         ValueError: its shape is no leading part of `shape`; a level is NaN, or negative and not `signed`.
     """
     if not isinstance(sigma, Tensor) or not sigma.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, such as torch.tensor(0.5), got {_describe(sigma)}")
+        raise TypeError(f"{name} must be a floating-point tensor, such as torch.tensor(0.5), got {describe(sigma)}")
+    if shape is None:
+        shape = sigma.shape
     if sigma.shape != shape[: sigma.dim()]:
         raise ValueError(
             f"{name} must have a shape that is a leading part of {of}'s {tuple(shape)}, one level a sequence or one a "
@@ -77,5 +81,6 @@ def times(rate: float, sigma: Tensor) -> Tensor:
     return rate * sigma if rate else torch.zeros_like(sigma)
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """What was found in place of a tensor of the right kind."""
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"

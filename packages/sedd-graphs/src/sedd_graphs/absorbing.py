@@ -89,7 +89,7 @@ class Absorbing(Graph):
 
     def prior(self, sigma: Tensor) -> Row:
         """The mask with probability 1 - e^-sigma, else any token."""
-        level = spread(sigma, sigma.shape)
+        level = spread(sigma)
         mask = torch.full_like(level, self.mask_id, dtype=torch.int64)
         return Row((-level).exp() / self.vocab_size, mask[..., None], _mask(level)[..., None], self.num_states)
 

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from sedd_graphs._checks import check_integer, check_states, spread, widen
+from sedd_graphs._checks import check_integer, check_states, describe, spread, widen
 from sedd_graphs._constants import Constant
 from sedd_graphs.graph import Graph, _vectors
 from sedd_graphs.row import Row
@@ -93,8 +93,8 @@ class Dense(Graph):
         levels, which = torch.unique(self._finite(widen(level.detach())), return_inverse=True)
         which = which.expand(v.shape[:-1])
         moved = torch.empty_like(wide)
-        for i, one in enumerate(levels.split(1)):
-            chosen = which == i
+        for i in range(len(levels)):
+            chosen, one = which == i, levels[i : i + 1]
             matrix = self._exponentials(one) if one >= 0 else torch.matrix_exp(one * self._Q.on(v.device))[None]
             moved[chosen] = wide[chosen] @ matrix[0].T
         if sigma.requires_grad:  # d/dsigma = Q
@@ -141,11 +141,12 @@ class Dense(Graph):
 def _generator(Q: Tensor) -> Tensor:
     """Q in float64 with columns that sum to 0 exactly; raise unless it is a generator."""
     if not isinstance(Q, Tensor) or not Q.is_floating_point():
-        raise TypeError(f"Q must be a floating-point tensor, got {Q.dtype if isinstance(Q, Tensor) else type(Q)}")
+        raise TypeError(f"Q must be a floating-point tensor, got {describe(Q)}")
     if Q.dim() != 2 or Q.shape[0] != Q.shape[1] or len(Q) < 2:
         raise ValueError(f"Q must be a square matrix of at least 2 x 2, got shape {tuple(Q.shape)}")
     if not Q.isfinite().all():
-        raise ValueError("Q must be finite, found NaN or infinite rates")
+        y, x = (~Q.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"Q must be finite, found Q[{y}, {x}] = {float(Q[y, x])}")
     rates = Q.detach().double().clone()
     rates.fill_diagonal_(0)
     if rates.min() < 0:

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Generator, Tensor
 
-from sedd_graphs._checks import check_states, spread, widen
+from sedd_graphs._checks import check_states, describe, spread, widen
 from sedd_graphs.row import Row
 
 __all__ = ["Graph"]
@@ -68,11 +68,16 @@ class Graph(ABC):
 
     def sample(self, x0: Tensor, sigma: Tensor, *, generator: Generator | None = None) -> Tensor:
         """x_t ~ exp(sigma Q)[., x0], (...) int64."""
+        check_states("x0", x0, self.num_states)
         return self.transition_from(x0, sigma).sample(generator=generator)
 
     def posterior(self, x: Tensor, x0: Tensor, sigma_s: Tensor, sigma_t: Tensor) -> Row:
-        """p(x_s | x_t = x, x_0 = x0) for sigma_s <= sigma_t, by Bayes' rule: p(x_t | x_s) p(x_s | x_0), normalised."""
+        """p(x_s | x_t = x, x_0 = x0) for sigma_s <= sigma_t, by Bayes' rule: p(x_t | x_s) p(x_s | x_0), normalised.
+
+        NaN where x0 cannot have become x.
+        """
         level = _level(sigma_t, x, x0, self.num_states, name="sigma_t")
+        spread(sigma_s, x.shape, name="sigma_s")
         if sigma_s.shape != sigma_t.shape:
             shapes = f"{tuple(sigma_s.shape)} and {tuple(sigma_t.shape)}"
             raise ValueError(f"sigma_s and sigma_t must have the same shape, got {shapes}")
@@ -87,7 +92,7 @@ class Graph(ABC):
         At sigma = inf it is the limit of the process. At finite sigma a graph with a mask leaves some tokens as they
         are, so that the divergence of p(. | x0) from it is finite.
         """
-        level = spread(sigma, sigma.shape)
+        level = spread(sigma)
         tokens = torch.ones(self.num_states, dtype=level.dtype, device=level.device)
         if self.mask_id is not None:
             tokens[self.mask_id] = 0
@@ -130,17 +135,17 @@ def _level(sigma: Tensor, x: Tensor, x0: Tensor, num_states: int, *, name: str =
 
 def _vectors(v: Tensor, sigma: Tensor, num_states: int) -> tuple[Tensor, Tensor]:
     """V (..., N) in float32 at least, and sigma of either sign spread over (...)."""
-    if not v.is_floating_point():
-        raise TypeError(f"v must be a floating-point tensor, got {v.dtype}")
+    if not isinstance(v, Tensor) or not v.is_floating_point():
+        raise TypeError(f"v must be a floating-point tensor, got {describe(v)}")
     if v.dim() == 0 or v.shape[-1] != num_states:
         raise ValueError(f"v must have the graph's {num_states} states on its last axis, got shape {tuple(v.shape)}")
-    level = spread(sigma, v.shape[:-1], of="v's batch", signed=True)
+    level = spread(sigma, v.shape[:-1], of="v[..., 0]", signed=True)
     return (v.float() if v.dtype in (torch.float16, torch.bfloat16) else v), level
 
 
 def _uniform_prior(sigma: Tensor, num_states: int) -> Row:
     """The prior 1/N of a graph whose Q is doubly stochastic: uniform tokens stay uniform."""
-    level = spread(sigma, sigma.shape)
+    level = spread(sigma)
     base = torch.full_like(level, 1 / num_states)
     return Row(base, torch.zeros_like(base, dtype=torch.int64)[..., None], base[..., None], num_states)
 

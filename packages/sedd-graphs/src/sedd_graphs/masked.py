@@ -102,7 +102,7 @@ class Masked(Graph):
 
     def prior(self, sigma: Tensor) -> Row:
         """The mask with probability 1 - B, else the graph's prior."""
-        level = spread(sigma, sigma.shape)
+        level = spread(sigma)
         row = self.tokens.prior(times(self.rate, level)).scale(self._kept(level))
         return self._join(row, torch.zeros_like(level, dtype=torch.bool), 0.0, self._lost(level))
 

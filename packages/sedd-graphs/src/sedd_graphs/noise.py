@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sedd_graphs._checks import check_integer, widen
+from sedd_graphs._checks import check_integer, describe, widen
 
 __all__ = ["Noise", "LogLinear", "Cosine", "Polynomial", "Geometric", "Linear", "MaskProbability", "Learned"]
 
@@ -230,7 +230,9 @@ class MaskProbability(Noise):
         with torch.no_grad():
             m = mask(torch.linspace(0, 1, 1001, dtype=torch.float64))
         if m.shape != (1001,) or not (m >= 0).all() or not (m < 1).all():
-            found = f"values from {float(m.min())} to {float(m.max())}" if m.shape == (1001,) else f"shape {m.shape}"
+            found = (
+                f"values from {float(m.min())} to {float(m.max())}" if m.shape == (1001,) else f"shape {tuple(m.shape)}"
+            )
             raise ValueError(f"mask must map times elementwise to probabilities of at least 0 and below 1, got {found}")
         if (m.diff() < 0).any():
             t = float((m.diff() < 0).int().argmax()) / 1000
@@ -345,8 +347,7 @@ def _reached(noise: Noise | Learned, sigma: Tensor) -> Tensor:
 def _float(name: str, values: Tensor) -> Tensor:
     """The values in float32 at least; raise unless they are a floating-point tensor."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, such as torch.tensor(0.5), got {kind}")
+        raise TypeError(f"{name} must be a floating-point tensor, such as torch.tensor(0.5), got {describe(values)}")
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 

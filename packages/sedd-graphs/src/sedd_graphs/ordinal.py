@@ -85,6 +85,8 @@ class Ordinal(Graph):
     def propagate(self, v: Tensor, sigma: Tensor) -> Tensor:
         """Each Fourier mode of v and its mirror image decays at its rate; in float64."""
         v, level = _vectors(v, sigma, self.num_states)
+        if v.numel() == 0:  # which Fourier transforms do not take
+            return v
         modes = _modes(self.num_states, self.rate, v.device)
         decay = torch.where(modes > 0, -widen(level)[..., None] * modes, 0).exp()
         mirrored = torch.cat([v, v.flip(-1)], -1)
@@ -111,6 +113,8 @@ def _modes(num_states: int, rate: float, device: torch.device) -> Tensor:
 
 def _ring(levels: Tensor, num_states: int, rate: float) -> Tensor:
     """C(n) for n = 0 .. 2N - 1 at each level (S,): the walk on the ring, (S, 2N) float64."""
+    if len(levels) == 0:
+        return levels.new_zeros(0, 2 * num_states)
     modes = _modes(num_states, rate, levels.device)
     late = torch.where(modes > 0, -levels[:, None] * modes, 0).exp()
     ring: Tensor = torch.fft.irfft(late, n=2 * num_states)

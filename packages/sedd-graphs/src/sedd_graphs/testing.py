@@ -43,6 +43,7 @@ __all__ = [
     "tweedie_is_bayes_rule",
     "detailed_balance_carries_over",
     "noise_per_position_is_noise_per_sequence",
+    "no_positions_give_no_rows",
     "single_precision_agrees_with_double",
     "bad_input_is_refused",
     "dsigma_is_the_derivative",
@@ -316,6 +317,32 @@ def noise_per_position_is_noise_per_sequence(graph: Any) -> None:
 
 
 @_law
+def no_positions_give_no_rows(graph: Any) -> None:
+    """An empty batch, such as the positions of a batch that can still move when none can, gives empty results."""
+    n = graph.num_states
+    for shape in [(0,), (2, 0), (0, 3)]:
+        x, sigma = torch.empty(shape, dtype=torch.int64), torch.ones(shape[:1])
+        for name, row in {
+            "rates_into": graph.rates_into(x),
+            "rates_out_of": graph.rates_out_of(x),
+            "transition_from": graph.transition_from(x, sigma),
+            "transition_into": graph.transition_into(x, sigma),
+            "ratio": graph.ratio(x, x, sigma),
+            "posterior": graph.posterior(x, x, sigma / 2, sigma),
+            "prior": graph.prior(torch.ones(shape)),
+        }.items():
+            found = tuple(_dense(row, graph).shape)
+            assert found == (*shape, n), f"{name}: expected shape {(*shape, n)}, got {found}"
+        for name, values, expected in [
+            ("sample", graph.sample(x, sigma), shape),
+            ("sample_prior", graph.sample_prior(shape), shape),
+            ("prior_kl", graph.prior_kl(x, sigma), shape),
+            ("propagate", graph.propagate(torch.ones(*shape, n), sigma), (*shape, n)),
+        ]:
+            assert values.shape == expected, f"{name}: expected shape {expected}, got {tuple(values.shape)}"
+
+
+@_law
 def single_precision_agrees_with_double(graph: Any) -> None:
     """From sigma = 1e-6 to 50, float32 results are finite and within 1e-5 of float64, relative to each value.
 
@@ -374,6 +401,8 @@ def bad_input_is_refused(graph: Any) -> None:
             lambda s: graph.prior_kl(x, s),
         ):
             _refused(call, wrong, "sigma")
+    for wrong in (-sigma, sigma * math.nan, torch.ones(2, dtype=torch.int64)):
+        _refused(graph.prior, wrong, "sigma")
     for wrong in (sigma * math.nan, torch.ones(3), torch.ones(2, 1)):
         _refused(lambda s: graph.propagate(v, s), wrong, "sigma")
     _refused(lambda v: graph.propagate(v, sigma), torch.ones(2, 3, n + 1), "v")
@@ -399,6 +428,7 @@ GRAPH_LAWS: tuple[Callable[[Any], None], ...] = (
     tweedie_is_bayes_rule,
     detailed_balance_carries_over,
     noise_per_position_is_noise_per_sequence,
+    no_positions_give_no_rows,
     single_precision_agrees_with_double,
     bad_input_is_refused,
 )
