@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sedd_samplers import Euler, TauLeaping, Tweedie, sample, uniform_times
+from sedd_samplers import (
+    Ancestral,
+    Euler,
+    PredictorCorrector,
+    Remasking,
+    TauLeaping,
+    Trapezoidal,
+    Tweedie,
+    capped,
+    sample,
+    uniform_times,
+)
 
 SAMPLES = 50_000
 ALARM = 1e-4  # each chi-square test fails a correct sampler once in 10,000 seeds
@@ -51,6 +62,30 @@ def test_samples_follow_the_law_of_the_discrete_chain(ref, name, method):
     )  # fmt: skip
     if graph.mask_id is not None:
         assert not (x == graph.mask_id).any()
+    assert ref.chi_square(x, law) > ALARM
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "stages"),
+    [
+        ("hybrid", Ancestral(), 1),
+        ("hybrid", Trapezoidal(0.4), 2),
+        ("uniform", Trapezoidal(), 2),
+        ("hybrid", PredictorCorrector(), 2),
+        ("absorbing", PredictorCorrector(Euler()), 2),
+        ("absorbing", Remasking(capped(0.3)), 2),
+        ("absorbing, mask first", Remasking(capped(0.3)), 2),
+    ],
+)
+def test_samples_follow_the_law_of_a_chain_of_two_draws_a_step(ref, name, method, stages):
+    graph, p0 = problem(ref, name)
+    score, noise = ref.ExactScore(p0, graph.Q), ref.Linear(2.0)
+    times = uniform_times(2, 0.2)
+    law = ref.law_of_chain(
+        score, graph, noise, method, times, prior_law(ref, score, graph), stages=stages, denoise=True
+    ).reshape(p0.shape)
+    x = sample(score, graph, noise, shape=(SAMPLES, 3), times=times, method=method,
+               generator=torch.Generator().manual_seed(0))  # fmt: skip
     assert ref.chi_square(x, law) > ALARM
 
 
