@@ -204,6 +204,18 @@ def test_nothing_is_corrected_without_noise(ref):
     assert not (x == 5).any()
 
 
+def test_what_a_model_says_of_unmasked_positions_means_nothing(ref):
+    def score(x, sigma):
+        return lively(x, sigma).where((x == 5)[..., None], math.nan)
+
+    x, y = (
+        sample(s, ref.StructuredAbsorbing(5), ref.Linear(3.0), shape=(20, 4), steps=5, method=PredictorCorrector(),
+               seeds=range(20))
+        for s in (lively, score)
+    )  # fmt: skip
+    assert torch.equal(x, y)
+
+
 def test_correctors_move_tokens_and_masks_and_no_given_position(ref):
     graph = ref.StructuredAbsorbing(5)
     frozen = torch.zeros(200, 4, dtype=torch.bool)

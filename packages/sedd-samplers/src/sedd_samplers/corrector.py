@@ -89,7 +89,9 @@ def corrector_probs(log_score: Tensor, x: Tensor, graph: Graph, out: Row, dose: 
     Returns:
         (M, N), non-negative, each row summing to 1.
     """
-    back = reverse_rates(log_score, x, graph)
+    into = graph.rates_into(x)
+    entered = (into.base > 0) | (into.value > 0).any(-1)  # where nothing leads into x, its score means nothing
+    back = reverse_rates(log_score, x, graph).where(entered[:, None], 0.0)
     forth = out.base.to(back.dtype)[:, None].expand_as(back).scatter(1, out.index, out.value.to(back.dtype))
     return leap((back + forth).scatter_(1, x[:, None], 0.0).mul_(dose.to(back.dtype)[:, None]), x)
 
