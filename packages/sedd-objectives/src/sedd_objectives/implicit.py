@@ -170,7 +170,7 @@ def _log_scores_back(
     """Log s(y)_x, (B,), from the neighbours y (B, L) back to the states (B,) that they had at the positions (B,)."""
     where = torch.zeros_like(neighbour, dtype=torch.bool).scatter_(-1, position[:, None], True)
     log_score, positions = score_rows(score, neighbour, sigma, where, num_states)
-    rows = log_score if positions is None else log_score.reshape(-1, num_states)[positions]
+    rows = log_score if positions is None else log_score.reshape(-1, num_states).index_select(0, positions)
     chosen = rows.gather(-1, state[:, None])[:, 0]
     return chosen.to(arithmetic_dtype(log_score))
 
