@@ -127,12 +127,13 @@ def test_tends_to_the_continuous_bound_of_the_matching_score(graph3, enumerated,
     assert coarse > 0.01
 
 
-def test_one_step_is_the_reconstruction_from_the_end(graph3, enumerated, log_linear):
-    """-log p(x0 | x_1): the divergence of a step to time 0 from a distribution with all its mass on x0."""
-    problem = Problem(graph3, enumerated, log_linear, wrong=0.5)
-    sigma = log_linear(torch.ones(()))[0]
+def test_one_step_is_the_reconstruction_from_the_end(graph3, enumerated, geometric):
+    """-log p(x0 | x_1): a step to clean data, although this schedule's sigma(0) is not 0."""
+    geometric.low, geometric.high = 0.1, 2.0
+    problem = Problem(graph3, enumerated, geometric, wrong=0.5)
+    sigma = geometric(torch.ones(()))[0]
     _, x, x0 = problem.pairs(sigma)
-    found = d3pm_loss(problem.model, graph3, log_linear, x0, torch.ones(len(x), dtype=torch.int64), num_steps=1, xt=x)
+    found = d3pm_loss(problem.model, graph3, geometric, x0, torch.ones(len(x), dtype=torch.int64), num_steps=1, xt=x)
     possible = problem.dense(graph3.transition_into(x, sigma.expand(len(x))))[..., : problem.tokens] > 0
     logits = problem.model(x, sigma.expand(len(x)))[..., : problem.tokens]
     log_p = logits.masked_fill(~possible, -torch.inf).log_softmax(-1)

@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 
 from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading
 from .denoising import score_rows, spread
-from .interfaces import Graph, LikelihoodGraph, Noise, PosteriorModel
+from .interfaces import Graph, MaskGraph, Noise, PosteriorModel
 from .jumps import can_move, merge
 from .rowwise import each_row
 from .times import stratified_times
@@ -166,7 +166,7 @@ def lambda_cross_entropy_loss(
 
 def any_order_loss(
     model: PosteriorModel,
-    graph: LikelihoodGraph,
+    graph: MaskGraph,
     x0: Tensor,
     *,
     num_masked: Tensor | None = None,
@@ -180,7 +180,7 @@ def any_order_loss(
 
     Args:
         model: the model of the clean tokens; called once.
-        graph: only its mask_id and num_states are used.
+        graph: the mask's state and the number of states; there is no process.
         x0: (B, L) int64, clean sequences.
         num_masked: k in 1..L, (B,) int64; uniform, and spread evenly over a batch, if None.
         weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float. Positions of weight 0 are never

@@ -16,6 +16,7 @@ __all__ = [
     "Graph",
     "LikelihoodGraph",
     "ImplicitGraph",
+    "MaskGraph",
     "DiscreteTimeGraph",
     "Noise",
     "ScoreModel",
@@ -86,6 +87,18 @@ class ImplicitGraph(Protocol):
 
     def rates_out_of(self, x: Tensor, /) -> Row:
         """Q[., x]: the rates of the jumps that lead out of x; the diagonal entry is the negative of their sum."""
+
+
+class MaskGraph(Protocol):
+    """What the any-order loss needs: no process, only a mask."""
+
+    @property
+    def num_states(self) -> int:
+        """N."""
+
+    @property
+    def mask_id(self) -> int | None:
+        """The state that is no token and never occurs in clean data; None when every state is a token."""
 
 
 class DiscreteTimeGraph(LikelihoodGraph, Protocol):
