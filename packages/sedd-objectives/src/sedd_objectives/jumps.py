@@ -87,12 +87,12 @@ class RatesInto:
 
     def at(self, x: Tensor) -> DenseRow:
         """The rows of the states x (...), each of which must be among `states`."""
-        place = torch.searchsorted(self.states, x)
+        place = torch.searchsorted(self.states, x.contiguous())
         return DenseRow(self.rows.base[place], self.rows.index[place], self.rows.value[place])
 
     def can_move(self, x: Tensor, num_states: int) -> Tensor:
         """Whether any jump leads into x, (...) bool."""
-        return can_move(self.rows, self.states, num_states)[torch.searchsorted(self.states, x)]
+        return can_move(self.rows, self.states, num_states)[torch.searchsorted(self.states, x.contiguous())]
 
 
 def value_at(row: Row, states: Tensor) -> Tensor:
