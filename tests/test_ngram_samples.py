@@ -1,8 +1,8 @@
 """A character trigram model of real prose as a score in closed form: samples must follow its distribution.
 
 The model is a Markov chain, so that its posterior p(x0_i | x_t) given noised characters is exact by forward and
-backward sums, whatever the graph. Any deviation of the samples is the sampler's. Every chi-square test has a false alarm once in
-10,000 seeds; sequences are independent, and each counts once.
+backward sums, whatever the graph. Any deviation of the samples is the sampler's. Every chi-square test has a false
+alarm once in 10,000 seeds; sequences are independent, and each counts once.
 """
 
 from __future__ import annotations

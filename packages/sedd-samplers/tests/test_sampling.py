@@ -231,9 +231,11 @@ def test_an_error_names_the_step_it_happened_in(ref):
         ({"t_min": 1.0}, "t_min must lie in"),
         ({"shape": (0, 3)}, "two positive integers"),
         ({"shape": (3,)}, "two positive integers"),
-        ({"times": [0.5]}, "at least one step"),
-        ({"times": [0.5, 0.7]}, "fall strictly"),
-        ({"times": [1.5, 0.7]}, "fall strictly"),
+        ({"times": [0.5], "steps": None}, "at least one step"),
+        ({"times": [1.0, 0.5]}, "either times or steps and t_min, not both"),
+        ({"times": [1.0, 0.5], "steps": None, "t_min": 0.1}, "either times or steps and t_min, not both"),
+        ({"times": [0.5, 0.7], "steps": None}, "fall strictly"),
+        ({"times": [1.5, 0.7], "steps": None}, "fall strictly"),
         ({"seeds": [1]}, "seeds must be 2 integers"),
         ({"seeds": [1, 2], "generator": seeded()}, "not both"),
         ({"score": 3}, "the score model must be callable as score"),
@@ -242,7 +244,7 @@ def test_an_error_names_the_step_it_happened_in(ref):
         ({"score": lambda x, sigma: torch.zeros(*x.shape, 6).long()}, "float tensor"),
         ({"score": flat(6, math.nan)}, "returned NaN at sequence 0, position 0, sigma"),
         ({"score": flat(6, math.inf)}, "infinite log-score at sequence 0"),
-        ({"score": flat(6, -math.inf), "times": [1.0, 0.9]}, "no state can be drawn at sequence 0"),
+        ({"score": flat(6, -math.inf), "times": [1.0, 0.9], "steps": None}, "no state can be drawn at sequence 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(ref, change, told):

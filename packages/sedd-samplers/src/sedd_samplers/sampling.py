@@ -51,12 +51,12 @@ class State:
 class Options(TypedDict, total=False):
     """What `sample` and `infill` hand to `trajectory`, where each is explained."""
 
-    steps: int
+    steps: int | None
     method: Method
     generator: Generator | None
     seeds: Sequence[int] | Tensor | None
     times: Tensor | None
-    t_min: float
+    t_min: float | None
     denoise: bool
     until: Callable[[State], Tensor] | None
 
@@ -127,12 +127,12 @@ def trajectory(
     *,
     x: Tensor,
     given: Tensor,
-    steps: int = 128,
+    steps: int | None = None,
     method: Method = Tweedie(),  # noqa: B008, frozen and without state
     generator: Generator | None = None,
     seeds: Sequence[int] | Tensor | None = None,
     times: Tensor | None = None,
-    t_min: float = 1e-5,
+    t_min: float | None = None,
     denoise: bool = True,
     until: Callable[[State], Tensor] | None = None,
 ) -> Iterator[State]:
@@ -146,12 +146,12 @@ def trajectory(
         noise: its schedule.
         x: (B, L) int64, the given tokens; what it holds at free positions does not matter.
         given: (B, L) bool, the positions that never move.
-        steps: the number of steps from t = 1 to t_min; the final denoise comes on top.
+        steps: the number of steps from t = 1 to t_min; the final denoise comes on top. 128 when None.
         method: the step.
         generator: where the sequences' seeds are drawn from; the global generator when None.
         seeds: B integers instead, one a sequence: its sample then depends on nothing else in the batch.
         times: a grid (steps + 1,) of the caller's own, instead of `steps` and `t_min`.
-        t_min: the time at which the last step ends.
+        t_min: the time at which the last step ends; 1e-5 when None.
         denoise: whether to take the final step to t = 0; without it a mask may be left.
         until: State -> (B,) bool, which sequences are finished. Asked after every step. A finished sequence does not
             change any more, and keeps the masks it still has; when all are finished the loop ends.
@@ -165,7 +165,7 @@ def trajectory(
             the model raises carries the step as a note.
     """
     _check_prompt(x, given, graph)
-    grid = uniform_times(steps, t_min) if times is None else check_times(times)
+    grid = _grid(steps, t_min, times)
     seeds = _row_seeds(seeds, generator, len(x)).to(x.device)
     reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds)
     x = torch.where(given, x, reverse.prior())
@@ -183,6 +183,14 @@ def trajectory(
         yield state
         if until is not None and _finish(reverse, until(state)):
             return
+
+
+def _grid(steps: int | None, t_min: float | None, times: Tensor | None) -> Tensor:
+    if times is None:
+        return uniform_times(128 if steps is None else steps, 1e-5 if t_min is None else t_min)
+    if steps is not None or t_min is not None:
+        raise ValueError("give either times or steps and t_min, not both: the times say how many steps there are")
+    return check_times(times)
 
 
 def _finish(reverse: Reverse, finished: object) -> bool:

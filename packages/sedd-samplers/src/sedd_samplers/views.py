@@ -216,7 +216,7 @@ _PAGE = """<!doctype html>
         position: sticky; top: 0; background: Canvas; }
   input[type=range] { flex: 1; }
   output { min-width: 12rem; text-align: right; font-variant-numeric: tabular-nums; }
-  p { font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; border-top: 1px solid #8886;
+  p { font-family: ui-monospace, monospace; white-space: pre-wrap; word-break: break-all; border-top: 1px solid #8886;
       padding-top: .8rem; }
   .mask { opacity: .3; }
   .given { text-decoration: underline; text-underline-offset: .25em; text-decoration-color: #888; }
