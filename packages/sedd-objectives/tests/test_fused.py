@@ -103,6 +103,19 @@ def test_the_loss_and_all_gradients_are_those_of_the_plain_path(kind, weighted, 
         torch.testing.assert_close(one, other, **EXACTLY)
 
 
+def test_gradients_arrive_in_the_same_order_in_every_process(make_graphs, log_linear, generator):
+    """Ranks reduce them in the order of arrival; one that hung on addresses in memory would mix them up."""
+    graph, x0 = make_graphs(5)["uniform"], torch.randint(5, (3, 7), generator=generator)
+    orders = set()
+    for _ in range(20):
+        net, order = NormalisedNet(5), []
+        for name, parameter in net.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
+        fused(net, graph, log_linear, x0, torch.full((3,), 0.5), x0).total.backward()
+        orders.add(tuple(order))
+    assert len(orders) == 1
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_gradient_by_the_hidden_states(graph, log_linear, case):
     net, (x0, t, xt) = Net(graph.num_states).double(), case

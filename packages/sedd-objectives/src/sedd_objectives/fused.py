@@ -136,19 +136,21 @@ def _in_chunks(
 
 
 def _parameters(head: Head, hidden: Tensor, x: Tensor, sigma: Tensor) -> list[Tensor]:
-    """The leaves of the autograd graph of a call of the head with no rows, but for its arguments."""
+    """The leaves of the autograd graph of a call of the head with no rows, but for its arguments.
+
+    Their order is that of the graph, the same on all ranks: gradients are exchanged in the order in which they arrive.
+    """
     with torch.enable_grad():
         nodes = [head(hidden[:0].detach(), x[:0], sigma[:0].detach()).grad_fn]
-    seen, leaves = set(nodes), []
+    seen, leaves = set(), []
     while nodes:
         node = nodes.pop()
-        if node is None:
+        if node is None or node in seen:
             continue
+        seen.add(node)
         if hasattr(node, "variable"):
             leaves.append(node.variable)
-        following = {following for following, _ in node.next_functions} - seen
-        seen |= following
-        nodes.extend(following)
+        nodes.extend(following for following, _ in node.next_functions)
     return leaves
 
 
