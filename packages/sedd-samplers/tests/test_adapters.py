@@ -172,6 +172,25 @@ def test_plain_logits_leave_to_the_mask_what_they_gave_it(ref):
     close(s[..., :4] * sigma.expm1(), logits.softmax(-1)[..., :4])
 
 
+@pytest.mark.parametrize("rare", [1e-6, 1e-9, 1e-12])
+def test_rare_tokens_keep_their_rate_through_score_and_step(ref, rare):
+    """A vocabulary of 2000 in float32: what logits say of a rare token is what a Tweedie step draws from, to 1e-5.
+
+    `draw_categorical` meets the rate of such a row, see there.
+    """
+    graph = ref.StructuredAbsorbing(2000)
+    p = torch.rand(2001, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p[[700, 2000]] = 0
+    p *= (1 - rare) / p.sum()
+    p[700] = rare
+    x, sigma = torch.full((1, 1), 2000), torch.tensor([1.5])
+    dose = torch.tensor([0.2], dtype=torch.float64)
+    log_score = from_logits(lambda x, sigma: p.log().float().expand(1, 1, -1), graph)(x, sigma)
+    step = tweedie_probs(log_score[0], x[0], graph, dose.float())[0, 700]
+    expected = rare * torch.expm1(dose) / torch.expm1(sigma.double())
+    assert float(step) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_where_is_handed_on_or_indexed(graph):
     """One answer, whether the model below offers `where` or not, and with `where` only its rows."""
     x, where = states(), torch.tensor([[True, False, True, False, False], [False, True, True, True, False]])

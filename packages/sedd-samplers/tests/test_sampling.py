@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
@@ -9,7 +10,26 @@ import torch
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
-from sedd_samplers import Euler, TauLeaping, Tweedie, infill, sample, trajectory, uniform_times
+from sedd_samplers import (
+    Euler,
+    TauLeaping,
+    Tweedie,
+    Unmasking,
+    allowed,
+    classifier_free,
+    controlled,
+    from_posterior,
+    infill,
+    live,
+    prompted,
+    remembered,
+    sample,
+    temperature,
+    top_k,
+    top_p,
+    trajectory,
+    uniform_times,
+)
 
 METHODS = [Euler(), TauLeaping(), Tweedie()]
 GRAPHS = {
@@ -29,25 +49,67 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@settings(max_examples=60, deadline=None)
+def wrapped(graph, shape):
+    """A score model that knows nothing, under every kind of control."""
+    even = torch.ones(*shape, 6, dtype=torch.bool)
+    even[..., 1::2] = False
+    plain = from_posterior(lambda x, sigma: torch.full((*x.shape, 6), 1 / 6), graph)
+    return {
+        "plain": flat(6),
+        "controlled": controlled(plain, graph, temperature(0.7), top_k(4), top_p(0.9)),
+        "allowed": from_posterior(lambda x, sigma: torch.ones(*x.shape, 6), graph, controls=[allowed(even)]),
+        "guided": classifier_free(plain, flat(6), 2.0, num_states=6),
+        "remembered": from_posterior(remembered(lambda x, sigma: torch.ones(*x.shape, 6)), graph),
+    }
+
+
+@settings(max_examples=80, deadline=None)
 @drawn(data=st.data())
 def test_given_positions_never_change(ref, data):
-    graph = GRAPHS[data.draw(st.sampled_from(sorted(GRAPHS)))](ref)
-    method = data.draw(st.sampled_from(METHODS))
+    """Whatever the graph, the method, the prompt, the control and the option."""
+    name = data.draw(st.sampled_from(sorted(GRAPHS)))
+    graph = GRAPHS[name](ref)
+    method = data.draw(st.sampled_from(METHODS + [Unmasking()] * name.startswith("absorbing")))
     shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(1, 7)))
     rng = seeded(data.draw(st.integers(0, 2**31)))
     tokens = torch.tensor([y for y in range(6) if y != graph.mask_id])
     x = tokens[torch.randint(len(tokens), shape, generator=rng)]
     fixed = torch.rand(shape, generator=rng) < data.draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
-    denoise = data.draw(st.booleans())
+    denoise, stopping = data.draw(st.booleans()), data.draw(st.booleans())
+    finished = torch.rand(shape[0], generator=rng) < 0.3
+    score = wrapped(graph, shape)[
+        data.draw(st.sampled_from(["plain", "controlled", "allowed", "guided", "remembered"]))
+    ]
     states = trajectory(
-        flat(6), graph, ref.LogLinear(), x=x, given=fixed, steps=data.draw(st.integers(1, 5)), method=method,
-        denoise=denoise, generator=rng,
+        score, graph, ref.LogLinear(), x=x, given=fixed, steps=data.draw(st.integers(1, 5)), method=method,
+        denoise=denoise, generator=rng, until=(lambda state: finished) if stopping else None,
     )  # fmt: skip
-    for state in states:
+    for state in live(states, str, stream=io.StringIO()):
         assert torch.equal(state.x[fixed], x[fixed])
-    if denoise and graph.mask_id is not None:
+        assert ((state.x >= 0) & (state.x < 6)).all()
+    if denoise and not stopping and graph.mask_id is not None:
         assert not (state.x == graph.mask_id).any()
+
+
+def test_a_batch_of_prompts_and_lengths_is_its_sequences_alone(ref):
+    """A model that looks at what is no padding: each sequence has the sample that it would have by itself."""
+    graph, pad = ref.StructuredAbsorbing(5), 4
+    table = torch.rand(6, 6, generator=seeded(), dtype=torch.float64)
+
+    def posterior(x, sigma):
+        seen = (x != pad)[..., None]
+        p = ((table[x] * seen).sum(1, keepdim=True) + torch.arange(x.shape[1])[:, None] / 3 + table[x]).square()
+        return p * (torch.arange(6) < pad)
+
+    score = from_posterior(posterior, graph)
+    prompts, lengths = [[1, 2], [], [3, 3, 0]], [6, 3, 9]
+    x, fixed = prompted(prompts, lengths, pad_id=pad)
+    together = infill(score, graph, ref.LogLinear(), x=x, given=fixed, steps=9, seeds=[5, 6, 7])
+    for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        x, fixed = prompted([prompt], length)
+        alone = infill(score, graph, ref.LogLinear(), x=x, given=fixed, steps=9, seeds=[5 + i])
+        assert torch.equal(together[[i], :length], alone)
+        assert (together[i, length:] == pad).all()
 
 
 def test_infilling_follows_the_conditional_distribution(ref):
