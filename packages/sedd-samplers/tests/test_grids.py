@@ -90,6 +90,22 @@ def test_a_quarter_of_the_target_takes_twice_the_steps(ref):
     assert (len(many) - 1) / (len(few) - 1) == pytest.approx(2, abs=0.3)
 
 
+def test_the_error_of_a_step_is_what_it_is_said_to_be(ref):
+    """One position that comes to light at the rate 1 / t: the error in closed form, at most the target and near it."""
+    graph = ref.StructuredAbsorbing(3)
+    score = ref.SpectralScore(ref.random_data(3, 1, 4, 3), graph.Q)
+    x = torch.zeros(20_000, 1, dtype=torch.int64)
+    times = adaptive_times(score, graph, ref.LogLinear(1e-9), x=x, given=x > 0, target=0.002, t_min=0.2)
+    t, s = times[:-1], times[1:]
+    still = torch.exp(-(t - s) / t)
+    masked = torch.cat([torch.ones(1), still.cumprod(0)[:-1]])  # by tau-leaping up to here
+    error = masked * still * (t - s) / 2 * (1 / s - 1 / t)
+    settled = error[2:-1] / 0.002
+    assert len(settled) > 5
+    assert settled.max() < 1.05
+    assert settled.min() > 0.7
+
+
 def test_the_pilot_alone_decides_the_grid(ref):
     assert torch.equal(pilot(ref, 0.02), pilot(ref, 0.02))
     assert not torch.equal(pilot(ref, 0.02), pilot(ref, 0.02, seed=1000))

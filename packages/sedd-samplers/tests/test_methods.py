@@ -204,6 +204,22 @@ def test_nothing_is_corrected_without_noise(ref):
     assert not (x == 5).any()
 
 
+def test_a_flip_has_its_sequence_s_probability(ref):
+    """100,000 coins a sequence, within four standard deviations: a false alarm once in 8,000 seeds."""
+    shape, n = (2, 100_000), 100_000
+    reverse = Reverse(
+        lively, ref.StructuredAbsorbing(5), ref.Linear(1.0), frozen=torch.zeros(shape).bool(), seeds=torch.arange(2)
+    )
+    x = torch.zeros(shape, dtype=torch.int64)
+    where = torch.ones(shape, dtype=torch.bool)
+    where[:, 0] = False
+    flipped = reverse.flip(x, where, 5, torch.tensor([0.01, 0.3], dtype=torch.float64)) == 5
+    assert not x.any()
+    assert not flipped[:, 0].any()
+    for count, p in zip(flipped.sum(1).tolist(), (0.01, 0.3), strict=True):
+        assert abs(count - n * p) < 4 * math.sqrt(n * p * (1 - p))
+
+
 def test_what_a_model_says_of_unmasked_positions_means_nothing(ref):
     def score(x, sigma):
         return lively(x, sigma).where((x == 5)[..., None], math.nan)
