@@ -12,9 +12,9 @@ import pytest
 import sedd_objectives.interfaces as wanted_by_losses
 import sedd_samplers.interfaces as wanted_by_samplers
 import torch
-from sedd_graphs import Absorbing, Dense, Geometric, Hybrid, LogLinear, Uniform
+from sedd_graphs import Absorbing, Blocks, Dense, Geometric, Hybrid, LogLinear, Masked, Ordinal, Uniform
 from sedd_nets import SEDD
-from sedd_objectives import denoising_loss, likelihood_bound
+from sedd_objectives import denoising_loss, likelihood_bound, reconstruction_loss
 from sedd_samplers import Euler, Tweedie, infill, sample
 from torch import Tensor
 
@@ -22,15 +22,15 @@ from torch import Tensor
 
 
 def graphs_are_what_losses_want(
-    absorbing: Absorbing, uniform: Uniform, hybrid: Hybrid, dense: Dense
+    absorbing: Absorbing, uniform: Uniform, masked: Masked, dense: Dense, ordinal: Ordinal, blocks: Blocks
 ) -> list[wanted_by_losses.LikelihoodGraph]:
-    return [absorbing, uniform, hybrid, dense]
+    return [absorbing, uniform, masked, dense, ordinal, blocks]
 
 
 def graphs_are_what_samplers_want(
-    absorbing: Absorbing, uniform: Uniform, hybrid: Hybrid, dense: Dense
+    absorbing: Absorbing, uniform: Uniform, masked: Masked, dense: Dense, ordinal: Ordinal, blocks: Blocks
 ) -> list[wanted_by_samplers.Graph]:
-    return [absorbing, uniform, hybrid, dense]
+    return [absorbing, uniform, masked, dense, ordinal, blocks]
 
 
 def schedules_are_what_both_want(
@@ -56,12 +56,22 @@ def _dense() -> Dense:
     return Dense(rates - torch.diag(rates.sum(0)))
 
 
+def _dense_with_a_mask() -> Dense:
+    """The absorbing graph as a matrix: at little noise no position of a batch can move."""
+    Q = -torch.eye(6)
+    Q[2] += 1
+    return Dense(Q, mask_id=2)
+
+
 PAIRS: dict[str, Any] = {
     "absorbing": (lambda: Absorbing(5), LogLinear()),
     "absorbing, mask first": (lambda: Absorbing(5, mask_id=0), LogLinear()),
     "uniform": (lambda: Uniform(5), Geometric()),
     "hybrid": (lambda: Hybrid(5, uniform_rate=0.5, mask_rate=1.0), LogLinear()),
     "dense": (_dense, Geometric()),
+    "dense with a mask": (_dense_with_a_mask, LogLinear()),
+    "ordinal": (lambda: Ordinal(5), LogLinear()),
+    "masked blocks": (lambda: Masked(Blocks([0, 0, 1, 1, 1], within=1.0, between=0.1)), LogLinear()),
 }
 
 
@@ -149,3 +159,17 @@ def test_the_bound_has_its_three_terms(parts: Parts) -> None:
     torch.testing.assert_close(bound.value, bound.diffusion + bound.prior + bound.reconstruction)
     assert bound.value.isfinite().all()
     assert (bound.standard_error > 0).all()
+
+
+@pytest.mark.parametrize("graph", [Absorbing(5, mask_id=2), _dense_with_a_mask()], ids=repr)
+def test_a_batch_that_cannot_move_costs_nothing(graph: Any) -> None:
+    """No mask is left, so that losses ask the graph and the network for the rows of no position."""
+    torch.manual_seed(0)
+    net = SEDD(6, width=16, depth=1, heads=2, cond_dim=8, length=4)
+    x0, t = _tokens(graph, (3, 4)), torch.full((3,), 1e-3)
+    loss = denoising_loss(net, graph, LogLinear(), x0, t, xt=x0)
+    torch.autograd.backward(loss.sum())
+    assert (loss == 0).all()
+    assert (reconstruction_loss(net, graph, LogLinear(), x0, t, xt=x0) == 0).all()
+    given = torch.ones_like(x0, dtype=torch.bool)
+    assert torch.equal(infill(net, graph, LogLinear(), x=x0, given=given, steps=2), x0)
