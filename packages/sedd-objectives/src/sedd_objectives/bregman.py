@@ -25,6 +25,8 @@ from .jumps import Jumps
 __all__ = ["Divergence", "divergence", "row_divergence", "jump_gradients"]
 
 _NEAR = 0.5  # |d| below which the series replaces e^d - 1 - d; the latter loses a factor 5 there, more below
+_FAR = 80.0  # d above which e^d may overflow
+_IN_CACHE = 1 << 18  # scores at a time on a CPU: a dozen passes over 1 MiB cost less than one over main memory
 
 
 class Divergence(NamedTuple):
@@ -56,18 +58,33 @@ def divergence(log_score: Tensor, ratio: Tensor) -> Divergence:
         ratio: r >= 0, of a shape that broadcasts against log_score's; its dtype may be wider.
     """
     positive = ratio > 0
-    score = log_score.exp()
     if not bool(positive.any()):
+        score = log_score.exp()
         return Divergence(score, score, log_score)
     # log r in two parts: one rounding of it is up to 1e-6 in float32, more than d itself near the optimum.
     exact = torch.where(positive, ratio, 1).to(sum_dtype(ratio.device)).log()
     log_ratio, ratio = exact.to(log_score.dtype), ratio.to(log_score.dtype)
     d = (log_score - log_ratio).sub_((exact - log_ratio).to(log_score.dtype))
-    slope = torch.where(d < 1, ratio * d.expm1(), score - ratio)
-    slope = torch.where(positive, slope, score)
-    value = torch.where(d.abs() < _NEAR, ratio * _half_square_series(d), slope - ratio * d)
-    value = torch.where(positive, value, score)
+    growth = d.expm1()
+    slope, value = growth * ratio, _excess(d, growth).mul_(ratio)
+    if not bool(positive.all()) or bool(d.amax() >= _FAR):
+        score = log_score.exp()
+        slope = torch.where(positive & (d < _FAR), slope, score - ratio)
+        value = torch.where(positive, torch.where(d < _FAR, value, slope - ratio * d), score)
     return Divergence(value, slope, d)
+
+
+def _excess(d: Tensor, growth: Tensor) -> Tensor:
+    """phi(d) = e^d - 1 - d, given e^d - 1: from the series at d clamped to |d| <= 1/2, plus the difference beyond.
+
+    The difference is exactly 0 within, where clamping changes nothing. To select one of two formulas would cost more than
+    the exponential does.
+    """
+    ends = d.new_tensor([-_NEAR, _NEAR])
+    low, high = ends.expm1().tolist()
+    near = d.clamp(-_NEAR, _NEAR)
+    beyond = (growth - growth.clamp(low, high)).sub_(d).add_(near)
+    return beyond.add_(_half_square_series(near))
 
 
 def row_divergence(
@@ -84,27 +101,39 @@ def row_divergence(
     Returns:
         (m,) sums, and scale times their gradient (m, N), or None.
     """
+    total = torch.empty_like(log_score[:, 0])
+    slope = torch.empty_like(log_score) if want_slope else None
+    has_base = bool((jumps.base_weight > 0).any())
+    size = max(1, _IN_CACHE // log_score.shape[-1]) if log_score.device.type == "cpu" else len(log_score)
+    for start in range(0, len(log_score), max(1, size)):
+        part = slice(start, start + size)
+        out = None if slope is None else slope[part]
+        factor = None if scale is None else scale[part]
+        total[part] = _sum_rows(log_score[part], jumps.at(part), factor, out, has_base=has_base)
+    return total, slope
+
+
+def _sum_rows(log_score: Tensor, jumps: Jumps, scale: Tensor | None, slope: Tensor | None, *, has_base: bool) -> Tensor:
+    """`row_divergence` of a few rows: the sums (m,); the gradient is written to `slope` (m, N), if given."""
     at_index = divergence(log_score.gather(-1, jumps.index), jumps.ratio)
     total = _weighted(jumps.weight, at_index.value).sum(-1)
-    slope: Tensor | None = None
-    if bool((jumps.base_weight > 0).any()):
-        base = divergence(log_score, jumps.base_ratio[:, None])
-        value, slope = base.value.scatter_(-1, jumps.index, 0), base.slope
-        total += _weighted(jumps.base_weight, value.sum(-1))
-    if not want_slope:
-        return total, None
-    if slope is None:
-        slope = torch.zeros_like(log_score)
     factor = jumps.base_weight if scale is None else jumps.base_weight * scale
-    slope.mul_(factor[:, None])
-    if not bool((jumps.base_weight > 0).all()):  # 0 times an overflowed score is no number
-        slope.masked_fill_((jumps.base_weight == 0)[:, None], 0)
-    listed = _weighted(jumps.weight, at_index.slope)
-    if scale is not None:
-        listed *= scale[:, None]
-    # Repeated states have weight 0: clear first and add, so that the one that counts is not overwritten.
-    slope.scatter_(-1, jumps.index, 0).scatter_add_(-1, jumps.index, listed)
-    return total, slope
+    if has_base:
+        base = divergence(log_score, jumps.base_ratio[:, None])
+        total += _weighted(jumps.base_weight, base.value.scatter_(-1, jumps.index, 0).sum(-1))
+        if slope is not None:
+            torch.mul(base.slope, factor[:, None], out=slope)
+            if not bool((jumps.base_weight > 0).all()):  # 0 times an overflowed score is no number
+                slope.masked_fill_((jumps.base_weight == 0)[:, None], 0)
+    elif slope is not None:
+        slope.zero_()
+    if slope is not None:
+        listed = _weighted(jumps.weight, at_index.slope)
+        if scale is not None:
+            listed *= scale[:, None]
+        # Repeated states have weight 0: clear first and add, so that the one that counts is not overwritten.
+        slope.scatter_(-1, jumps.index, 0).scatter_add_(-1, jumps.index, listed)
+    return total
 
 
 def jump_gradients(log_score: Tensor, jumps: Jumps) -> tuple[Tensor, Tensor, Tensor, Tensor]:

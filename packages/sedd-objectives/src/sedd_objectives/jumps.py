@@ -36,6 +36,10 @@ class Jumps:
     ratio: Tensor
     """(M, K) float, >= 0; it and base_ratio may be wider than the weights, which bear the dtype of the arithmetic."""
 
+    def at(self, part: slice) -> Jumps:
+        """The jumps of some of the rows."""
+        return Jumps(*(field[part] for field in self.fields()))
+
     def detach(self) -> Jumps:
         """The same numbers, cut off from what they were computed from."""
         return Jumps(*(field.detach() for field in self.fields()))
