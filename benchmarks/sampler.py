@@ -26,7 +26,7 @@ from torch import Tensor
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for name, default in {
-    **{"states": 258, "width": 128, "depth": 4, "heads": 4, "cond-dim": 64},
+    **{"states": 2049, "width": 128, "depth": 4, "heads": 4, "cond-dim": 64},
     **{"batch": 8, "length": 256, "steps": 64, "runs": 5},
 }.items():
     parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
