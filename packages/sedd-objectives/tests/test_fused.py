@@ -323,3 +323,15 @@ def test_a_nan_can_be_left_to_the_caller_who_finds_its_sequence(make_graphs, gen
     assert torch.equal(loss.per_sequence[::2], whole.per_sequence[::2])
     loss.total.backward()
     assert net.linear.weight.grad.isnan().all()
+
+
+def test_the_plain_loss_leaves_a_nan_to_its_caller_too(make_graphs, log_linear):
+    x0, t = torch.zeros(3, 7, dtype=torch.int64), torch.full((3,), 0.5)
+
+    def score(x, sigma):
+        return torch.zeros(3, 7, 5).index_fill_(0, torch.tensor([1]), float("nan"))
+
+    with pytest.raises(ValueError, match="the loss is NaN at 7 of 21 positions"):
+        denoising_loss(score, make_graphs(5)["uniform"], log_linear, x0, t, xt=x0)
+    loss = denoising_loss(score, make_graphs(5)["uniform"], log_linear, x0, t, xt=x0, refuse_nan=False)
+    assert loss.isnan().tolist() == [False, True, False]

@@ -65,6 +65,7 @@ def denoising_loss(
     weight: Tensor | None = None,
     generator: Generator | None = None,
     t_min: float = 1e-3,
+    refuse_nan: bool = True,
 ) -> Tensor:
     """The integrand of the diffusion loss at time t, eq. 10, summed over positions, in nats a sequence.
 
@@ -82,12 +83,14 @@ def denoising_loss(
             reaches the head.
         generator: for the times and the noising.
         t_min: the smallest time drawn.
+        refuse_nan: whether to raise where a loss is NaN. False returns it, for a caller that counts such sequences.
 
     Returns:
         (B,) float32, or float64 if the score or t is.
 
     Raises:
-        ValueError: as `denoising_score_entropy`; a weight that is negative somewhere or 0 everywhere.
+        ValueError: as `denoising_score_entropy`, NaN excepted unless `refuse_nan`; a weight that is negative somewhere
+            or 0 everywhere.
     """
     if x0.ndim != 2:
         raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
@@ -107,7 +110,8 @@ def denoising_loss(
         weight = check_weight(weight, x0)
         live = live & (weight > 0)
     log_score, positions = score_rows(score, xt, sigma, live, graph.num_states)
-    loss = _live_loss(log_score, positions, graph, rates, xt[live], x0[live], per_position[live])
+    states = xt[live], x0[live], per_position[live]
+    loss = _live_loss(log_score, positions, graph, rates, *states, refuse_nan=refuse_nan)
     factor = dsigma if weight is None else dsigma * weight
     return spread(loss * factor[live].to(loss.dtype), live).sum(-1)
 
@@ -168,11 +172,20 @@ def spread(values: Tensor, where: Tensor) -> Tensor:
 
 
 def _live_loss(
-    log_score: Tensor, positions: Tensor | None, graph: Graph, rates: RatesInto, x: Tensor, x0: Tensor, sigma: Tensor
+    log_score: Tensor,
+    positions: Tensor | None,
+    graph: Graph,
+    rates: RatesInto,
+    x: Tensor,
+    x0: Tensor,
+    sigma: Tensor,
+    *,
+    refuse_nan: bool = True,
 ) -> Tensor:
     """Denoising score entropy (M,) at the positions x, x0, sigma (M,), with log_score's rows found at `positions`."""
     rows, dtype = log_score.reshape(-1, graph.num_states), arithmetic_dtype(log_score, sigma)
     jumps_at = denoising_jumps(graph, rates, x, x0, dtype)
     loss = sum_over_chunks(rows, positions, jumps_at, sigma.to(sum_dtype(x.device)), dtype=dtype)
-    check_not_nan(loss, log_score)
+    if refuse_nan:
+        check_not_nan(loss, log_score)
     return loss
