@@ -77,18 +77,18 @@ def test_given_positions_never_change(ref, data):
     fixed = torch.rand(shape, generator=rng) < data.draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
     denoise, stopping = data.draw(st.booleans()), data.draw(st.booleans())
     finished = torch.rand(shape[0], generator=rng) < 0.3
-    score = wrapped(graph, shape)[
-        data.draw(st.sampled_from(["plain", "controlled", "allowed", "guided", "remembered"]))
-    ]
+    control = data.draw(st.sampled_from(["plain", "controlled", "allowed", "guided", "remembered"]))
     states = trajectory(
-        score, graph, ref.LogLinear(), x=x, given=fixed, steps=data.draw(st.integers(1, 5)), method=method,
-        denoise=denoise, generator=rng, until=(lambda state: finished) if stopping else None,
+        wrapped(graph, shape)[control], graph, ref.LogLinear(), x=x, given=fixed, steps=data.draw(st.integers(1, 5)),
+        method=method, denoise=denoise, generator=rng, until=(lambda state: finished) if stopping else None,
     )  # fmt: skip
     for state in live(states, str, stream=io.StringIO()):
         assert torch.equal(state.x[fixed], x[fixed])
         assert ((state.x >= 0) & (state.x < 6)).all()
     if denoise and not stopping and graph.mask_id is not None:
         assert not (state.x == graph.mask_id).any()
+    if denoise and not stopping and control == "allowed":
+        assert (state.x[~fixed] % 2 == 0).all()
 
 
 def test_a_batch_of_prompts_and_lengths_is_its_sequences_alone(ref):

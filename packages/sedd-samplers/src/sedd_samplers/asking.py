@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["RowModel", "Asked", "offers", "row_model", "convert_rows", "widened"]
+__all__ = ["RowModel", "Asked", "offers", "row_model", "convert_rows", "rows_at_a_time", "widened"]
 
 
 class RowModel(Protocol):
@@ -91,26 +91,28 @@ def row_model(at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> RowMode
     return model
 
 
-def convert_rows(
-    answer: Tensor, pick: Tensor | None, convert: Callable[[Tensor, slice], Tensor], budget: int = 2**20
-) -> Tensor:
-    """Rows (M, N) made from a model's answer, `budget` numbers at a time: one new tensor and one piece's temporaries.
+def convert_rows(answer: Tensor, pick: Tensor | None, convert: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Rows (M, N) made from a model's answer in pieces: one new tensor and one piece's temporaries.
 
     Args:
         answer: (R, N), not modified.
         pick: which rows of it to take, as `Asked` returns it.
         convert: (rows (m, N) float32 or float64, the slice of 0..M that they are) -> (m, N).
-        budget: how many numbers a piece may hold.
     """
     count = len(answer) if pick is None else len(pick)
     dtype = torch.promote_types(answer.dtype, torch.float32)
     out = torch.empty(count, answer.shape[-1], dtype=dtype, device=answer.device)
-    size = max(1, budget // answer.shape[-1])
+    size = rows_at_a_time(answer.shape[-1], answer.device)
     with torch.autocast(answer.device.type, enabled=False):
         for i in range(0, count, size):
             part = slice(i, i + size)
             out[part] = convert(widened(answer[part] if pick is None else answer[pick[part]]), part)
     return out
+
+
+def rows_at_a_time(num_states: int, device: torch.device) -> int:
+    """How many rows of N numbers a piece holds: 4 MB, which a CPU's cache keeps, or 256 MB, which fill a GPU."""
+    return max(1, (2**20 if device.type == "cpu" else 2**26) // num_states)
 
 
 def widened(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .asking import Asked, convert_rows, widened
+from .asking import Asked, convert_rows, rows_at_a_time, widened
 from .categorical import draw_categorical, draw_shared
 from .interfaces import Graph, Noise, ScoreModel
 from .kernels import denoise_probs
@@ -54,7 +54,7 @@ class Reverse:
         into = graph.rates_into(torch.arange(graph.num_states, device=frozen.device))
         # a jump leads into x where the row Q[x, .] is positive; its one negative entry is the diagonal
         self._enterable = (into.base > 0) | (into.value > 0).any(-1)
-        self._chunk = max(1, (2**20 if frozen.device.type == "cpu" else 2**26) // graph.num_states)
+        self._chunk = rows_at_a_time(graph.num_states, frozen.device)
 
     def prior(self) -> Tensor:
         """States from the limit of the forward process, independent over positions: (B, L) int64."""
