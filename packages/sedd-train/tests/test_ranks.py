@@ -41,4 +41,4 @@ def test_two_ranks_train_as_one_process_does(launcher, stage, undisturbed, alone
     one, two = (safetensors.torch.load_file(run / "export" / "model.safetensors") for run in (alone, tmp_path / "run"))
     for name, tensor in one.items():  # AdamW divides rounding errors by tiny gradients: weights differ more than losses
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-4)
-    assert undisturbed[20][0] < 0.95 * undisturbed[1][0]
+    assert one["output_layer.linear.weight"].abs().max() > 1e-3  # where it began at 0: they did train

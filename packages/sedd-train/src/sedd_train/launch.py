@@ -11,9 +11,10 @@ import os
 import signal
 import socket
 import sys
+import traceback
 import warnings
 from datetime import timedelta
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -57,7 +58,28 @@ def start() -> torch.device:
                 f"the {os.environ['WORLD_SIZE']} processes did not find each other at {os.environ['MASTER_ADDR']}:"
                 f"{os.environ['MASTER_PORT']} ({error}); if another run holds the port, choose one with --master_port"
             ) from error
+    if dist.get_world_size() > 1:
+        sys.excepthook = _fail
     return torch.device("cpu" if on_cpu else f"cuda:{os.environ['LOCAL_RANK']}")
+
+
+def _fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say what ended this rank, and leave at once.
+
+    The interpreter's own clean-up would wait for the other ranks. They learn of it by a broken connection, or from the
+    launcher, which ends them.
+    """
+    traceback.print_exception(kind, error, trace)
+    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("connection", "peer"))
+    why = "lost another rank, whose own error, if it had time to say one, stands elsewhere" if lost else str(error)
+    print(
+        f"rank {dist.get_rank()} of {dist.get_world_size()} ends, and the run with it: {why}. "
+        "Checkpoints written so far are whole: continue with --resume",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _import_deepspeed() -> Any:

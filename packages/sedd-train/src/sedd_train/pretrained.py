@@ -9,8 +9,9 @@ from sedd_graphs import Absorbing, Geometric, LogLinear, Uniform
 from sedd_nets import MDLM, RADD, SEDD, from_pretrained
 
 from sedd_train import data
+from sedd_train.recipes import Recipe
 
-__all__ = ["Model", "load", "make_graph", "make_noise", "sections"]
+__all__ = ["Model", "load", "make_graph", "make_net", "make_noise", "sections"]
 
 GPT2_SIZE = 50257
 
@@ -91,6 +92,20 @@ def make_graph(kind: str, vocab_size: int) -> Absorbing | Uniform:
     if kind == "uniform":
         return Uniform(vocab_size)
     raise ValueError(f"graph type {kind!r}: expected 'absorb' or 'uniform'")
+
+
+def make_net(recipe: Recipe, num_states: int) -> SEDD:
+    """A fresh network of a recipe's sizes."""
+    return SEDD(
+        num_states,
+        width=recipe.width,
+        depth=recipe.depth,
+        heads=recipe.heads,
+        cond_dim=recipe.cond_dim,
+        dropout=recipe.dropout,
+        scale_by_sigma=recipe.scale_by_sigma,
+        length=recipe.length,
+    )
 
 
 def make_noise(section: dict[str, Any]) -> LogLinear | Geometric:

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 __all__ = ["generator", "sample_numbers", "times", "noised", "seed_dropout"]
 
-TIMES, NOISE, DROPOUT, EVALUATION, SAMPLING, WEIGHTS = range(6)  # what a stream of random numbers is for
+TIMES, NOISE, DROPOUT, EVALUATION, SAMPLING, LEVELS = range(6)  # what a stream of random numbers is for
 
 
 class _Graph(Protocol):

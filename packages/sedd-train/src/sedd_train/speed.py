@@ -1,0 +1,77 @@
+"""How fast a run is: tokens a second, the share of the hardware's peak (MFU), memory, and the time it still needs.
+
+The utilisation counts the arithmetic that the model needs, three times a forward pass (one forward, two backward), not
+what is computed again to save memory. Only positions into which a jump may lead reach the head: under an absorbing
+graph these are the masked ones, on average the share `1 - e^-sigma(t)` of them.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+import torch
+
+__all__ = ["training_flops", "peak_flops", "memory", "duration"]
+
+PEAKS = {  # dense, of one device, as their makers state: (bfloat16, float32) in FLOP/s
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "A10G": (70e12, 35e12),
+    "RTX 4090": (165e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
+}
+
+
+def training_flops(net: Any, graph: Any, noise: Any, length: int, t_min: float = 1e-3) -> float:
+    """Floating-point operations that one token costs in training, on average over times.
+
+    Args:
+        net: the network; its `flops` counts a forward pass.
+        graph: the forward process.
+        noise: its schedule.
+        length: tokens a block.
+        t_min: least time.
+    """
+    share = 1.0
+    if graph.mask_id is not None:
+        t = t_min + (1 - t_min) * (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+        share = float(-torch.expm1(-noise(t)[0]).mean())
+    return 3 * float(net.flops(length, rows=round(share * length))) / length
+
+
+def peak_flops(precision: str, tflops: float = 0.0) -> float | None:
+    """FLOP/s that this process's device can do at best: as given, or of a known GPU; None for any other device.
+
+    Args:
+        precision: fp32 or bf16.
+        tflops: 10^12 FLOP/s, 0 for what is known.
+    """
+    if tflops:
+        return tflops * 1e12
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        known = next((peaks for part, peaks in PEAKS.items() if part in name), None)
+        if known:
+            return known[0 if precision == "bf16" else 1]
+    return None
+
+
+def memory() -> float:
+    """The most memory that this process has held so far, in bytes: on its GPU, or else of the machine."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most if sys.platform == "darwin" else most * 1024)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as one says it: 45 s, 12 min, 3.5 h, 2.1 days."""
+    for size, unit in [(86400, "days"), (3600, "h"), (60, "min")]:
+        if seconds >= size:
+            return f"{seconds / size:.0f} min" if unit == "min" else f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

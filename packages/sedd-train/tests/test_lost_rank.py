@@ -1,0 +1,36 @@
+"""One rank dies: the run ends within a minute and says so, and what it saved is whole."""
+
+from __future__ import annotations
+
+import signal
+
+import psutil
+import pytest
+from sedd_train import checkpoint
+
+
+def ranks(process) -> dict[int, psutil.Process]:
+    """The processes of a launched run by their rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "train_owt.py" in " ".join(child.cmdline()) and "RANK" in child.environ():
+            found[int(child.environ()["RANK"])] = child
+    return found
+
+
+@pytest.mark.parametrize(("launcher", "stage"), [("deepspeed", 2), pytest.param("torchrun", 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_one_rank_is_killed(victim, launcher, stage, start, tmp_path):
+    run = tmp_path / "run"
+    options = ("--steps", "100000", "--checkpoint-every", "5", "--zero-stage", str(stage))
+    with start(run, *options, launcher=launcher, ranks=2) as process:
+        process.wait_until((run / "checkpoints" / "latest").exists)
+        family = ranks(process.process)
+        assert family.keys() == {0, 1}
+        family[victim].send_signal(signal.SIGKILL)
+        printed = process.output(seconds=60)
+        assert process.process.returncode != 0
+    assert not any(member.is_running() for member in family.values())
+    assert f"rank {1 - victim} of 2 ends, and the run with it: lost another rank" in printed
+    assert "continue with --resume" in printed
+    assert checkpoint.find(run / "checkpoints") is not None

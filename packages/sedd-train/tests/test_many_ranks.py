@@ -1,0 +1,109 @@
+"""The long evidence: every stage, precision and number of ranks trains the same run, and twenty kills leave no trace.
+
+All of it is marked slow; the suites beside it hold quick versions.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from sedd_train import checkpoint
+
+pytestmark = pytest.mark.slow
+
+TINY = (
+    *("--recipe", "tiny", "--steps", "50", "--warmup", "10", "--log-every", "1", "--evaluate-blocks", "2"),
+    *("--evaluate-times", "2", "--sample-steps", "2", "--evaluate-every", "1000"),
+)
+RESUMED = ("--steps", "24", "--checkpoint-every", "8")
+
+
+def how(count: int) -> dict:
+    return {"launcher": "deepspeed" if count > 1 else "python", "ranks": count}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.fixture
+def reference(folders, train, losses):
+    """The losses of one process in float32."""
+    if not (folders / "tiny").exists():
+        train(folders / "tiny", "--zero-stage", "1", base=TINY)
+    return losses(folders / "tiny")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_fifty_steps(precision, tolerance, stage, ranks, reference, train, losses, tmp_path):
+    train(tmp_path / "run", "--zero-stage", stage, "--precision", precision, base=TINY, **how(ranks))
+    found = losses(tmp_path / "run")
+    assert found.keys() == reference.keys() == set(range(1, 51))
+    worst = max(abs(found[step][0] / reference[step][0] - 1) for step in reference)
+    print(f"{precision}, stage {stage}, {ranks} ranks: losses of 50 steps differ by {worst:.2g} at most")
+    assert worst <= tolerance
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_resumed_with_other_ranks(before, after, stage, folders, start, train, losses, tmp_path):
+    if not (folders / "resumed").exists():
+        train(folders / "resumed", *RESUMED)
+    run, options = tmp_path / "run", (*RESUMED, "--zero-stage", str(stage))
+    with start(run, *options, **how(before)) as process:
+        process.wait_until((run / "checkpoints" / "step-00000008").exists)
+        process.signal(signal.SIGKILL)
+        process.output()
+    done = checkpoint.read(checkpoint.find(run / "checkpoints")).step
+    assert done < 24
+    train(run, "--resume", **how(after))
+    undisturbed, found = losses(folders / "resumed"), losses(run)
+    assert found.keys() == undisturbed.keys()
+    worst = max(abs(found[step][0] / undisturbed[step][0] - 1) for step in undisturbed)
+    print(f"stage {stage}, {before} -> {after} ranks at step {done}: losses differ by {worst:.2g} at most")
+    assert worst <= 1e-5
+
+
+def test_twenty_kills_at_random_moments(start, tmp_path):
+    """SIGKILL to every process at once, at any moment of starting, training and saving; at the end the same weights."""
+    options = ("--steps", "150", "--checkpoint-every", "1", "--zero-stage", "2")
+    with start(tmp_path / "undisturbed", *options, **how(2)) as process:
+        process.output(seconds=900)
+        assert process.process.returncode == 0
+    run, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
+    moments, while_saving, while_starting = random.Random(0), 0, 0
+    for kill in range(20):
+        with start(run, *(["--resume"] if list(run.glob("checkpoints/step-*")) else options), **how(2)) as process:
+            if moments.random() < 0.15:
+                until = time.monotonic() + moments.uniform(1, 8)  # starting, loading
+                process.wait_until(lambda until=until: time.monotonic() > until)
+            else:
+                lines = log.read_text().count("\n") if log.exists() else 0
+                lines += moments.randrange(3)
+                process.wait_until(lambda lines=lines: log.exists() and log.read_text().count("\n") > lines)
+                until = time.monotonic() + moments.uniform(0, 0.3)
+                process.wait_until(lambda until=until: time.monotonic() > until)
+            assert process.process.poll() is None, f"the run was over before kill {kill}"
+            process.signal(signal.SIGKILL)
+            process.output()
+        while_saving += bool(list(run.glob("checkpoints/.step-*")))
+        found = checkpoint.find(run / "checkpoints") if run.exists() else None
+        while_starting += found is None
+    with start(run, "--resume", **how(2)) as process:
+        process.output(seconds=900)
+        assert process.process.returncode == 0
+    print(f"20 kills, {while_saving} of them while saving, {while_starting} before the first checkpoint")
+    assert while_saving >= 3
+    for file in ("export/model.safetensors", "checkpoints/step-00000150/training.safetensors"):
+        left, right = (safetensors.torch.load_file(folder / file) for folder in (tmp_path / "undisturbed", run))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left), file
+    assert not list(run.glob("checkpoints/.step-*")), "half-written checkpoints are left"

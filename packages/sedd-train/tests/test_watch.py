@@ -1,0 +1,70 @@
+"""Steps whose loss is not finite: skipped by all ranks together, counted, and explained at the end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sedd_train import report
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both():
+    """NaN, then infinite, in one of two micro-batches of one of two ranks; and the next step is taken."""
+    torchrun, program = Path(sys.executable).parent / "torchrun", Path(__file__).parent / "nan_on_one_rank.py"
+    command = [str(torchrun), "--standalone", "--nproc_per_node", "2", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [part["stage"] for part in found] == [0, 1, 2, 3]
+    for part in found:
+        assert part["applied"] == [True, False, False, True], part
+        assert part["bad"] == [[], [5, 7], [5, 7], []], part
+        assert "weights: all finite" in part["diagnosis"]
+        assert "forward pass: rank 1: vocab_embed is the first that is not finite (100% of its" in part["diagnosis"]
+        assert "rank 0:" not in part["diagnosis"]
+        assert "2 of 8 with a loss that is not finite, and their noise levels: 5 (t = 0.5000), 7" in part["diagnosis"]
+
+
+def test_training_stops_with_a_diagnosis(train, tmp_path):
+    """A learning rate that makes the weights overflow: nothing is hooked or patched."""
+    options = ("--learning-rate", "1e30", "--warmup", "0", "--max-skipped", "3", "--steps", "50")
+    printed = train(tmp_path / "run", *options, code=1)
+    assert "Traceback" not in printed
+    assert "3 steps in a row had a loss or gradient that is not finite: training stops" in printed
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    lines = report.read(tmp_path / "run" / "log.jsonl")
+    skipped = [line for line in lines if line["kind"] == "skipped"]
+    assert len(skipped) == 3
+    for line in skipped:
+        assert line["loss"] is None or line["grad_norm"] is None
+        first = (line["step"] - 1) * 8
+        assert set(line["samples"]) <= set(range(first, first + 8))
+        assert len(line["starts"]) == len(line["samples"]) > 0
+    (diagnosis,) = [line["text"] for line in lines if line["kind"] == "diagnosis"]
+    assert diagnosis in printed
+    assert "weights: all finite, the largest 1e+30" in diagnosis
+    assert "is the first that is not finite" in diagnosis
+    assert "(t = 0." in diagnosis
+    report.picture(
+        tmp_path / "run" / "log.jsonl", tmp_path / "a.png", title="", unigram_entropy=3.0, characters_per_token=1.0
+    )
+
+
+def test_json_is_strict():
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    values = {"a": float("nan"), "b": [1.5, float("-inf"), {"c": float("inf")}], "d": (1, None, True, "NaN")}
+    text = report.to_json(values)
+    expected = {"a": None, "b": [1.5, None, {"c": None}], "d": [1, None, True, "NaN"]}
+    assert json.loads(text, parse_constant=refuse) == expected
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_value_that_is_not_finite_is_refused(value, train, tmp_path):
+    assert f"clip = {value}: expected a finite number" in train(tmp_path / "run", "--clip", value, code=2)
