@@ -153,6 +153,28 @@ def test_a_constraint_that_the_model_excludes_is_named(ref):
         sample(score, graph, ref.LogLinear(), shape=(2, 3), steps=4)
 
 
+def test_a_posterior_that_rounding_has_eaten_is_refused(ref):
+    """Uniform noise in float32: the posterior comes back to 1e-2 as far as it is let, and beyond there is an error.
+
+    In float64 it goes on; absorbing graphs, whose masks hide tokens but do not change them, have no such end.
+    """
+    graph = ref.StructuredUniform(5)
+    p = torch.tensor([[[0.5, 0.3, 0.1, 0.06, 0.04]]])
+    score = from_posterior(lambda x, sigma: p, graph)
+    x = torch.zeros(1, 1, dtype=torch.int64)
+    for level in (1.0, 5.0, 9.0):
+        torch.testing.assert_close(to_posterior(score, graph)(x, torch.tensor([level])), p, rtol=0, atol=1e-2)
+    for wrapper in (to_posterior(score, graph), controlled(score, graph, temperature(0.9))):
+        with pytest.raises(ValueError, match=r"cannot be told from a torch.float32 score at sigma = 10: .*beyond 9.03"):
+            wrapper(x, torch.tensor([10.0]))
+    exact = from_posterior(lambda x, sigma: p.double(), graph)
+    back = to_posterior(exact, graph)(x, torch.tensor([20.0], dtype=torch.float64))
+    torch.testing.assert_close(back, p.double(), rtol=0, atol=1e-2)
+    graph = ref.StructuredAbsorbing(4, 0)
+    back = to_posterior(from_posterior(lambda x, sigma: p, graph), graph)(x, torch.tensor([20.0]))
+    torch.testing.assert_close(back, torch.tensor([[[0.0, 0.6, 0.2, 0.12, 0.08]]]))
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [

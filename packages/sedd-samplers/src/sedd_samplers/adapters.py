@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .asking import Asked, RowModel, convert_rows, row_model
+from .asking import Asked, RowModel, check_recoverable, convert_rows, row_model
 from .controls import Control, apply_controls
 from .interfaces import Graph, ScoreModel
 from .kernels import denoise_probs, possible, tweedie_probs, tweedie_score
@@ -74,7 +74,8 @@ def to_posterior(score: ScoreModel, graph: Graph) -> RowModel:
         certainty of that token.
 
     Raises:
-        ValueError: the score model is not callable; when called, if it returns another shape.
+        ValueError: the score model is not callable; when called, if it returns another shape, or if tokens are noised
+            and sigma is too high to tell the posterior from a score of that precision (9 in float32).
     """
     return _to_law(Asked(score, graph.num_states, "score model"), graph, lambda sigma: sigma, denoise_probs)
 
@@ -269,6 +270,7 @@ def _from_law(asked: Asked, graph: Graph, dose: Levels, controls: Sequence[Contr
 def _to_law(asked: Asked, graph: Graph, dose: Levels, kernel: Callable[..., Tensor]) -> RowModel:
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
         answer, pick = asked(x, sigma, where, rows)
+        check_recoverable(graph, dose(sigma), torch.promote_types(answer.dtype, torch.float32))
         here, level = x[where], dose(sigma)[where.nonzero()[:, 0]]
 
         def normalised(log_score: Tensor, part: slice) -> Tensor:

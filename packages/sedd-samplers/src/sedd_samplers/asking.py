@@ -12,13 +12,25 @@ The wrappers of this package (adapters, controls, guidance) offer both and hand 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["RowModel", "Asked", "offers", "row_model", "convert_rows", "rows_at_a_time", "widened"]
+from .interfaces import Graph
+
+__all__ = [
+    "RowModel",
+    "Asked",
+    "offers",
+    "row_model",
+    "convert_rows",
+    "rows_at_a_time",
+    "widened",
+    "check_recoverable",
+]
 
 
 class RowModel(Protocol):
@@ -118,3 +130,23 @@ def rows_at_a_time(num_states: int, device: torch.device) -> int:
 def widened(rows: Tensor) -> Tensor:
     """The same in float32 at least."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def check_recoverable(graph: Graph, sigma: Tensor, dtype: torch.dtype) -> None:
+    """That a posterior can be told from a score at sigma: ValueError where tokens are noised and e^sigma eps > 1e-3.
+
+    Where a jump leads into some state other than the mask, all that the score knows of x0 is of the size e^-sigma; the
+    rest of it is 1, and so is what rounding is relative to.
+    """
+    limit = math.log(1e-3 / torch.finfo(dtype).eps)
+    if not len(sigma) or float(sigma.max()) <= limit:
+        return
+    states = torch.arange(graph.num_states, device=sigma.device)
+    into = graph.rates_into(states)
+    entered = (into.base > 0) | (into.value > 0).any(-1)
+    if entered.sum() > (graph.mask_id is not None and entered[graph.mask_id]):
+        raise ValueError(
+            f"the posterior p(x0 | x_t) cannot be told from a {dtype} score at sigma = {float(sigma.max()):.6g}: what "
+            f"it knows of x0 is lost in rounding beyond {limit:.3g}. Adapt and control a model of the posterior "
+            "instead (from_posterior, from_logits and their controls), or use float64"
+        )

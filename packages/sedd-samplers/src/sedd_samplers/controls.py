@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .asking import Asked, RowModel, convert_rows, row_model
+from .asking import Asked, RowModel, check_recoverable, convert_rows, row_model
 from .interfaces import Graph, ScoreModel
 from .kernels import tweedie_score
 from .masking import clean_posterior
@@ -39,8 +39,9 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
     """A score model whose posterior p(x0 | x_t) is controlled.
 
     The posterior is recovered from the score by Tweedie's theorem. That is well conditioned for absorbing graphs. Where
-    tokens themselves are noised it amplifies the score's rounding by e^sigma: a model that has a posterior to begin
-    with is better controlled there, by the `controls` of `from_posterior` and `from_logits`.
+    tokens themselves are noised it amplifies the score's rounding by e^sigma, and is refused where nothing would be
+    left: a model that has a posterior to begin with is controlled there by the `controls` of `from_posterior` and
+    `from_logits`.
 
     Without any control it makes a score's posterior sum to 1.
 
@@ -53,8 +54,8 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
         A score model that offers `where` and `rows`.
 
     Raises:
-        ValueError: the score model is not callable; when called, if it returns another shape, or if the controls leave
-            no token to a position.
+        ValueError: the score model is not callable; when called, if it returns another shape, if the controls leave no
+            token to a position, or if tokens are noised and sigma is too high for the score's precision (9 in float32).
     """
     asked = Asked(score, graph.num_states, "score model")
 
@@ -62,6 +63,7 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
         answer, pick = asked(x, sigma, where, rows)
         index, position = where.nonzero(as_tuple=True)
         here, level, sequence = x[where], sigma[index], rows[index]
+        check_recoverable(graph, sigma, torch.promote_types(answer.dtype, torch.float32))
 
         def convert(log_score: Tensor, part: slice) -> Tensor:
             p = clean_posterior(log_score, here[part], graph, level[part])
