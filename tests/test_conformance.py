@@ -27,6 +27,12 @@ def graphs_are_what_losses_want(
     return [absorbing, uniform, masked, dense, ordinal, blocks]
 
 
+def graphs_are_what_further_losses_want(
+    absorbing: Absorbing, uniform: Uniform, hybrid: Hybrid, dense: Dense
+) -> tuple[list[wanted_by_losses.ImplicitGraph], list[wanted_by_losses.DiscreteTimeGraph]]:
+    return [absorbing, uniform, hybrid, dense], [absorbing, uniform, hybrid, dense]
+
+
 def graphs_are_what_samplers_want(
     absorbing: Absorbing, uniform: Uniform, masked: Masked, dense: Dense, ordinal: Ordinal, blocks: Blocks
 ) -> list[wanted_by_samplers.Graph]:
