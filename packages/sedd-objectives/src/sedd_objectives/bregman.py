@@ -77,8 +77,8 @@ def divergence(log_score: Tensor, ratio: Tensor) -> Divergence:
 def _excess(d: Tensor, growth: Tensor) -> Tensor:
     """phi(d) = e^d - 1 - d, given e^d - 1: from the series at d clamped to |d| <= 1/2, plus the difference beyond.
 
-    The difference is exactly 0 within, where clamping changes nothing. To select one of two formulas would cost more than
-    the exponential does.
+    The difference is exactly 0 within, where clamping changes nothing. Selecting one of two formulas would cost more
+    than the exponential does.
     """
     ends = d.new_tensor([-_NEAR, _NEAR])
     low, high = ends.expm1().tolist()
