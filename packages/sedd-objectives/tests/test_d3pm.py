@@ -207,6 +207,42 @@ def test_standard_error_is_the_spread_over_seeds(make_graphs, enumerated, log_li
     assert 0.6 < float((found.standard_error**2).mean() / found.value.var()) < 1.4
 
 
+def test_weights_multiply_positions_in_all_three_terms_of_the_bound(graph3, log_linear):
+    x0 = torch.randint(3, (2, 3), generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(2, 3, graph3.num_states, generator=torch.Generator().manual_seed(1))
+
+    def bound(weight):
+        return d3pm_bound(
+            lambda x, s: logits, graph3, log_linear, x0,
+            num_steps=5, num_times=4, num_reconstructions=2, weight=weight, generator=torch.Generator().manual_seed(2),
+        )  # fmt: skip
+
+    whole, parts = bound(torch.tensor([2.0, 1.0, 0.5]).expand(2, 3)), [bound(w.expand(2, 3)) for w in torch.eye(3)]
+    for name in ("value", "diffusion", "prior", "reconstruction"):
+        terms = [getattr(part, name) for part in parts]
+        torch.testing.assert_close(getattr(whole, name), 2 * terms[0] + terms[1] + 0.5 * terms[2])
+
+
+@pytest.mark.parametrize("kind", ["uniform", "absorbing", "hybrid"])  # whose closed forms are differentiable
+def test_a_learnt_schedule_receives_its_gradient(kind, make_graphs, generator):
+    graph, steps = make_graphs(3)[kind], torch.tensor([2, 3, 5])
+    x0 = torch.randint(3, (3, 4), generator=generator)
+    xt = graph.sample(x0, steps / 5, generator=generator)
+    logits = torch.randn(3, 4, graph.num_states, generator=generator)
+    power = torch.tensor(1.3, requires_grad=True)
+
+    def loss(power):
+        def noise(t):
+            return t**power, power * t ** (power - 1)
+
+        return d3pm_loss(lambda x, s: logits, graph, noise, x0, steps, num_steps=5, xt=xt).sum()
+
+    (slope,) = torch.autograd.grad(loss(power), power)
+    h = 1e-5
+    quotient = (loss(power.detach() + h) - loss(power.detach() - h)) / (2 * h)
+    torch.testing.assert_close(slope, quotient, rtol=1e-6, atol=1e-7)
+
+
 class Net(nn.Module):
     def __init__(self, num_states):
         super().__init__()

@@ -63,11 +63,11 @@ def d3pm_loss(
         generator: for steps and noise.
 
     Returns:
-        (B,) float32, or float64 if the logits are.
+        (B,) float32, or float64 if the logits are; infinite where the model rules out what happened.
 
     Raises:
         ValueError: shapes that do not fit, states or steps out of range, a sigma that is negative, logits that are NaN,
-            an xt that cannot have come from x0, a weight that is negative somewhere or 0 everywhere.
+            an xt that cannot have come from its x0, a weight that is negative somewhere or 0 everywhere.
     """
     _check(graph, x0, num_steps)
     if step is None:
@@ -214,7 +214,7 @@ def _log_step_back(logits: Tensor, graph: DiscreteTimeGraph, x: Tensor, before: 
         possible[:, graph.mask_id] = False
     clean = logits.masked_fill(~possible, -torch.inf).softmax(-1)
     over = torch.where(possible, clean / torch.where(possible, likelihood, 1), 0)
-    p = graph.propagate(over, before) * _dense(graph.transition_into(x, now - before), logits)
+    p = graph.propagate(over, before.to(over.dtype)) * _dense(graph.transition_into(x, now - before), logits)
     impossible = p <= 0  # filled twice, for log's slope is infinite there
     return p.masked_fill(impossible, 1).log().masked_fill(impossible, -torch.inf)
 
