@@ -159,6 +159,8 @@ def test_a_sample_on_the_grid(ref):
         ({"t_min": 0.0}, r"t_min must lie in \(0, 1\), got 0.0"),
         ({"most": 0}, "most must be a positive integer, got 0"),
         ({"most": 3}, "3 steps only lead to t = "),
+        ({"x": torch.zeros(2, 3), "given": torch.zeros(2, 3).bool()}, "x must be int64"),
+        ({"x": torch.full((2, 3), 3), "given": torch.ones(2, 3).bool()}, "the mask"),
     ],
 )
 def test_pilots_that_make_no_sense_are_refused(ref, change, told):

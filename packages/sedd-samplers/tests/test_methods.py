@@ -121,6 +121,20 @@ def test_a_row_depends_on_its_seed_alone(ref, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_pieces_of_the_vocabulary_axis_change_nothing(ref, name, monkeypatch):
+    graph = GRAPHS["absorbing" if name in ABSORBING else "hybrid"](ref)
+
+    def run():
+        return sample(lively, graph, ref.Linear(3.0), shape=(7, 4), steps=3, t_min=0.01, method=METHODS[name],
+                      seeds=range(7))  # fmt: skip
+
+    whole = run()
+    for module in ("asking", "reverse"):
+        monkeypatch.setattr(f"sedd_samplers.{module}.rows_at_a_time", lambda num_states, device: 3)
+    assert torch.equal(run(), whole)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_x_is_left_alone(ref, name):
     graph = GRAPHS["absorbing"](ref)
     x = torch.full((8, 4), graph.mask_id)

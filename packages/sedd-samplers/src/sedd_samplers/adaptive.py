@@ -22,6 +22,7 @@ from .grids import check_times
 from .interfaces import Graph, Noise, ScoreModel
 from .kernels import leap, reverse_rates
 from .reverse import Kernel, Reverse
+from .sampling import check_prompt
 
 __all__ = ["adaptive_times"]
 
@@ -56,7 +57,8 @@ def adaptive_times(
         (n + 1,) float64 from 1 to t_min; two evaluations of the score for each step made or tried.
 
     Raises:
-        ValueError: for a target, t_min or most out of range, and where `most` steps do not suffice.
+        ValueError: for a target, t_min or most out of range, for a prompt that makes no sense, and where `most` steps
+            do not suffice.
     """
     if not 0 < target < float("inf"):
         raise ValueError(f"target must be finite and positive, got {target!r}")
@@ -64,6 +66,7 @@ def adaptive_times(
         raise ValueError(f"t_min must lie in (0, 1), got {t_min!r}")
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ValueError(f"most must be a positive integer, got {most!r}")
+    check_prompt(x, given, graph)
     seeds = seed + torch.arange(len(x), device=x.device)
     pilot = Reverse(score, graph, noise, frozen=given, seeds=seeds)
     x = torch.where(given, x, pilot.prior())

@@ -164,7 +164,7 @@ def trajectory(
             NaN or infinity, or leaves no state to draw, at the step where it does, which the message names. What else
             the model raises carries the step as a note.
     """
-    _check_prompt(x, given, graph)
+    check_prompt(x, given, graph)
     grid = _grid(steps, t_min, times)
     seeds = _row_seeds(seeds, generator, len(x)).to(x.device)
     reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds)
@@ -241,7 +241,8 @@ def _device(score: ScoreModel, device: torch.device | str | None) -> torch.devic
     return torch.device("cpu" if device is None else device)
 
 
-def _check_prompt(x: Tensor, given: Tensor, graph: Graph) -> None:
+def check_prompt(x: Tensor, given: Tensor, graph: Graph) -> None:
+    """ValueError unless x (B, L) int64 holds tokens at the given positions (B, L) bool."""
     if x.ndim != 2 or x.dtype != torch.int64:
         raise ValueError(f"x must be int64 of shape (batch, length), got {x.dtype} {tuple(x.shape)}")
     if given.shape != x.shape or given.dtype != torch.bool:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .kernels import leap, reverse_rates
@@ -58,22 +57,23 @@ class Trapezoidal:
         alpha_2 = alpha_1 - 1
         sigma, dsigma = reverse.noise(t)
         sigma_star, dsigma_star = reverse.noise(t - first)
-        slot = torch.full_like(x, -1)
-        kept: list[Tensor] = []
+        free = reverse.movable(x)
+        slot = free.flatten().cumsum(0).view_as(x) - 1
+        kept: list[Tensor] = []  # a(x, t), made when its precision is known
 
         def to_star(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
             a = reverse_rates(log_score, x, reverse.graph).mul_(dsigma.to(log_score.dtype)[sequence, None])
-            slot[sequence, position] = sum(map(len, kept)) + torch.arange(len(a), device=x.device)
-            kept.append(a)
-            return leap(a * first.to(a.dtype)[sequence, None], x)
+            if not kept:
+                kept.append(a.new_empty(int(free.sum()), a.shape[1]))
+            kept[0][slot[sequence, position]] = a
+            return leap(a.mul_(first.to(a.dtype)[sequence, None]), x)
 
         def from_star(log_score: Tensor, x_star: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
             a_star = reverse_rates(log_score, x_star, reverse.graph)
             rates = a_star.mul_(alpha_1 * dsigma_star.to(log_score.dtype)[sequence, None])
             still = x_star == x[sequence, position]
-            rates[still] -= alpha_2 * a[slot[sequence[still], position[still]]]
+            rates[still] -= alpha_2 * kept[0][slot[sequence[still], position[still]]]
             return leap(rates.clamp_(min=0).mul_(second.to(rates.dtype)[sequence, None]), x_star)
 
-        x_star = reverse.redraw(x, sigma, reverse.movable(x), to_star)
-        a = torch.cat(kept) if kept else torch.empty(0, reverse.graph.num_states, device=x.device)
+        x_star = reverse.redraw(x, sigma, free, to_star)
         return reverse.redraw(x_star, sigma_star, reverse.movable(x_star), from_star)
