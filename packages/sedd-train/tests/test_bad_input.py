@@ -21,7 +21,10 @@ def script(name, *options) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "tinny"], "unknown recipe 'tinny': the package has sedd-small-absorb-owt, tiny"),
+        (
+            ["--recipe", "tinny"],
+            "unknown recipe 'tinny': the package has sedd-medium-absorb-owt, sedd-medium-uniform-owt, sedd-small",
+        ),
         (["--heads", "3"], "width = 32: expected a multiple of heads = 3"),
         (["--learning-rate", "-1"], "learning_rate = -1.0: expected a positive number"),
         (["--batch-size", "9", "--micro-batch-size", "2"], "batch_size = 9 cannot be divided"),

@@ -84,6 +84,84 @@ def test_a_document_is_held_out_or_trained_on_never_both(folder, tmp_path):
     assert len(valid) == round(len(TEXTS) * data.HELD_OUT)
 
 
+def test_crops_begin_anywhere_and_depend_on_the_sample_alone():
+    found = data.crops(0, range(2000), 100, 16)
+    assert min(found) == 0  # each of 85 starts is missed by 2000 samples once in 10^10 seeds
+    assert max(found) == 84
+    assert found[37:39] == data.crops(0, [37, 38], 100, 16)
+    assert found != data.crops(1, range(2000), 100, 16)
+    tokens = data.Tokens(np.arange(100, dtype=np.uint16), characters=100)
+    assert tokens.at([3, 84], 16).tolist() == [list(range(3, 19)), list(range(84, 100))]
+
+
+# Corpora with names
+
+
+def test_text8_from_its_own_file(tmp_path):
+    text = "".join(data.CHARACTERS[i * i % 27] for i in range(2000))
+    (tmp_path / "text8").write_text(text)
+    corpus = data.documents(f"text8:{tmp_path / 'text8'}")
+    (train,), (valid,), (test,) = corpus.train(), corpus.valid(), corpus.test()
+    assert train + valid + test == text
+    assert [len(train), len(valid), len(test)] == [1800, 100, 100]
+    prepared = data.prepare(f"text8:{tmp_path / 'text8'}", "characters", tmp_path / "cache")
+    assert len(prepared.tokenizer) == 27
+    assert len(prepared.train) == 1800  # no end of text
+    assert prepared.train.characters_per_token == 1.0
+    assert prepared.tokenizer.decode(prepared.train.flat.tolist()) == train
+    with pytest.raises(ValueError, match="what the tokenizer cannot write"):
+        data.tokenise(["Capital"], prepared.tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
+def test_a_data_set_from_files_here(kind, tmp_path):
+    import datasets
+
+    for split, count in [("train", 6), ("test", 2)]:
+        rows = datasets.Dataset.from_dict({"text": [f"{split} sentence {i}" for i in range(count)]})
+        path = tmp_path / f"part-{split}-00000.{kind}"
+        if kind == "parquet":
+            rows.to_parquet(path)
+        elif kind == "jsonl":
+            rows.to_json(path)
+        else:
+            path.write_text("\n".join(rows["text"]))
+    corpus = data.documents(f"lm1b:{tmp_path}")
+    assert [text.strip() for text in corpus.train()] == [f"train sentence {i}" for i in range(6)]
+    assert [text.strip() for text in corpus.valid()] == [f"test sentence {i}" for i in range(2)]
+    again = data.documents(f"lm1b:{tmp_path}")
+    assert again.identity == corpus.identity
+    (tmp_path / f"more-train.{kind}").write_text("{}")
+    assert data.documents(f"lm1b:{tmp_path}").identity != corpus.identity
+
+
+def test_wikitext_s_lines_are_put_together_to_articles(tmp_path):
+    first = [" = One = \n", "\n", " Text . \n", " = = Section = = \n", " More . \n"]
+    second = [" = Two = \n", " Text . \n"]
+    assert list(data._articles(["\n", *first, *second])) == ["".join(first), "".join(second)]
+
+
+def test_a_corpus_to_measure_only(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"text": "a passage"}\n')
+    corpus = data.documents(f"lambada:{tmp_path}")
+    assert list(corpus.test()) == ["a passage"]
+    with pytest.raises(ValueError, match="has no text to train on, only to measure: test"):
+        list(corpus.train())
+
+
+def test_files_that_are_no_data_set(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no data set: expected .parquet"):
+        data.documents(f"ptb:{tmp_path}")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="several formats"):
+        data.documents(f"ptb:{tmp_path}")
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.jsonl").write_text('{"words": "a"}\n')
+    with pytest.raises(ValueError, match="has no column text or sentence"):
+        list(data.documents(f"ptb:{tmp_path}").train())
+
+
 def test_the_order_sees_every_block_once_an_epoch():
     first, second = (data.order(0, range(e * 50, (e + 1) * 50), 50) for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(50))

@@ -229,14 +229,15 @@ def _split_documents(identity: str, name: str, load: Callable[[], Any]) -> Docum
 
 def _articles(lines: Iterable[str]) -> Iterator[str]:
     """WikiText's articles: its rows are lines, and a line ` = Title = ` begins the next one."""
-    article: list[str] = []
+    article = ""
     for line in lines:
-        if re.fullmatch(r" = [^=].*[^=] = \n?", line) and article:
-            yield "".join(article)
-            article = []
-        article.append(line)
-    if "".join(article).strip():
-        yield "".join(article)
+        if re.fullmatch(r" = [^=].*[^=] = \n?", line):
+            if article.strip():
+                yield article
+            article = ""
+        article += line
+    if article.strip():
+        yield article
 
 
 def _text8(path: Path) -> Documents:

@@ -8,9 +8,9 @@ With P parameters on n ranks, in bytes of float32 (bf16 is autocast over the sam
       2       4 P       4 P / n    4 P / n       8 P / n           4 P / n
       3      4 P / n    4 P / n    4 P / n       8 P / n           4 P / n
 
-and on every rank 4 P for the averaged network that is measured while training, the buckets of ZeRO's exchange, and what
-the forward pass keeps for the backward pass, which grows with the micro-batch. While a checkpoint is saved, every rank
-holds 16 P more in the memory of its machine.
+and on every rank 4 P for the averaged network that is measured while training, under ZeRO a bucket of at most 2^26
+gradients on their way to other ranks, and what the forward pass keeps for the backward pass, which grows with the
+micro-batch. While a checkpoint is saved, every rank holds 16 P more in the memory of its machine.
 """
 
 from __future__ import annotations
@@ -29,11 +29,20 @@ from sedd_train.recipes import Recipe
 __all__ = ["memory", "activations", "describe", "STAGES"]
 
 STAGES = (0, 1, 2, 3)
-COLUMNS = {"weights": 9, "gradients": 11, "masters": 9, "moments": 9, "averages": 10, "for backward": 14, "in all": 8}
+COLUMNS = {
+    "weights": 9,
+    "gradients": 11,
+    "masters": 9,
+    "moments": 9,
+    "averages": 10,
+    "bucket": 8,
+    "for backward": 14,
+    "in all": 8,
+}
 
 
 def memory(parameters: int, stage: int, ranks: int) -> dict[str, float]:
-    """Bytes that one rank holds between steps, by what they are for.
+    """Bytes that one rank holds at the end of a backward pass, by what they are for.
 
     Args:
         parameters: P.
@@ -53,6 +62,7 @@ def memory(parameters: int, stage: int, ranks: int) -> dict[str, float]:
         "moments": 2 * (part if stage else whole),
         "average": part if stage else whole,
         "averaged network": whole,
+        "bucket": 4.0 * min(parameters, 1 << 26) if stage else 0.0,
     }
 
 
@@ -141,7 +151,7 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
     for stage in STAGES:
         held = memory(parameters, stage, ranks)
         averages = held["average"] + held["averaged network"]
-        columns = [held["weights"], held["gradients"], held["masters"], held["moments"], averages, kept]
+        columns = [held["weights"], held["gradients"], held["masters"], held["moments"], averages, held["bucket"], kept]
         values = zip([*columns, sum(columns)], COLUMNS.values(), strict=True)
         row = "".join(f"{value / 1e9:>{width}.2f}" for value, width in values)
         mark = "  <- this run" if stage == recipe.zero_stage else ""
