@@ -3,19 +3,22 @@
 python integration/sample.py --checkpoint runs/tiny/export
 python integration/sample.py --checkpoint runs/tiny/export --prefix "Fellow citizens" --num 4
 python integration/sample.py --checkpoint runs/tiny/export --text "The state of the ____ is ________."
-python integration/sample.py --checkpoint louaaron/sedd-small --steps 256 --length 512
+python integration/sample.py --checkpoint louaaron/sedd-small --steps 256 --length 512 --top-p 0.95
+python integration/sample.py --checkpoint runs/tiny/export --watch --page sample.html
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
-from sedd_samplers import Euler, Tweedie, infill, sample
+from sedd_samplers import Euler, Method, Tweedie, Unmasking, controlled, live, record, temperature, top_p, trajectory
 from sedd_train import load, prompts
+from tqdm import tqdm
 
-METHODS = {"tweedie": Tweedie, "euler": Euler}
+METHODS: dict[str, Callable[[], Method]] = {"tweedie": Tweedie, "euler": Euler, "unmasking": Unmasking}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument(
@@ -37,8 +40,15 @@ parser.add_argument(
     "--method",
     choices=METHODS,
     default="tweedie",
-    help="the reverse step: tweedie is equation 19, euler equation 17 (default: %(default)s)",
+    help="the reverse step: tweedie is equation 19, euler equation 17; unmasking is tweedie's for models that mask, "
+    "with the network's head only where something moves (default: %(default)s)",
 )
+parser.add_argument("--temperature", type=float, default=1.0, help="of each token's law (default: %(default)s)")
+parser.add_argument(
+    "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of that mass (default: %(default)s)"
+)
+parser.add_argument("--watch", action="store_true", help="show the first sample while it comes to light")
+parser.add_argument("--page", help="write a page to step through the samples, such as sample.html")
 parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples (default: %(default)s)")
 parser.add_argument(
     "--device",
@@ -54,6 +64,14 @@ if args.num < 1 or args.steps < 1:
 try:
     net, graph, noise, tokenizer = load(args.checkpoint)
     net = net.to(args.device).eval()
+    controls = [temperature(args.temperature)] * (args.temperature != 1) + [top_p(args.top_p)] * (args.top_p != 1)
+    if args.method == "unmasking" and graph.mask_id is None:
+        raise ValueError("--method unmasking needs a model that masks")
+    if controls and graph.mask_id is None:
+        raise ValueError(
+            "--temperature and --top-p need a model that masks: they act on p(x0 | x_t), which cannot be told "
+            "from this one's score at high noise"
+        )
     length = args.length or net.length
     if length > net.length:
         raise ValueError(f"--length {length} is longer than the {net.length} tokens that this model was trained with")
@@ -65,18 +83,34 @@ except (ValueError, OSError) as error:
     parser.exit(2, f"{parser.prog}: {error}\n")
 
 x, given = (part.to(args.device).expand(args.num, -1) for part in prompt)
-how = {
-    "steps": args.steps,
-    "method": METHODS[args.method](),
-    "generator": torch.Generator(args.device).manual_seed(args.seed),
-    "progress": True,
-}
+states = trajectory(
+    controlled(net, graph, *controls) if controls else net,
+    graph,
+    noise,
+    x=x,
+    given=given,
+    steps=args.steps,
+    method=METHODS[args.method](),
+    generator=torch.Generator(args.device).manual_seed(args.seed),
+)
+
+
+def text(token: int) -> str:
+    """The characters of one token."""
+    characters: str = tokenizer.decode([token])
+    return characters
+
+
+if args.page:
+    states = record(states, args.page, text, mask_id=graph.mask_id, given=given)
+if args.watch:
+    states = live(states, text, mask_id=graph.mask_id)
+else:
+    states = tqdm(states, total=args.steps + 2, desc="sampling", unit="state")
 start = time.perf_counter()
 with torch.inference_mode():
-    if given.any():
-        x = infill(net, graph, noise, x=x, given=given, **how)
-    else:
-        x = sample(net, graph, noise, shape=(args.num, x.shape[1]), device=args.device, **how)
+    for state in states:
+        x = state.x
 seconds = time.perf_counter() - start
 
 for i, tokens in enumerate(x.tolist(), 1):
