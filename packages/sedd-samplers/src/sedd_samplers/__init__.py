@@ -16,6 +16,7 @@ from .adapters import (
 )
 from .adaptive import adaptive_times
 from .ancestral import Ancestral, ancestral_probs
+from .asking import RowModel
 from .categorical import draw_categorical
 from .controls import Control, allowed, controlled, temperature, top_k, top_p
 from .corrector import PredictorCorrector, correct, corrector_probs
@@ -103,5 +104,6 @@ __all__ = [
     "Graph",
     "Noise",
     "ScoreModel",
+    "RowModel",
 ]
 __version__ = version("sedd-samplers")
