@@ -34,6 +34,20 @@ def test_training_forward_is_one_graph(family, checkpointed, batch, randomise_):
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
 
 
+# torch's compiler looks for gradients of whatever enters the second graph, and torch warns it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_network_gives_the_rows_of_where(make_sedd, batch):
+    """How many rows there are is data, so the head is a second graph; nothing else of the call differs."""
+    x, sigma = batch
+    net = make_sedd(depth=1)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="aot_eager")
+    for some in (x > 4, x > 7):
+        loss, gradients = loss_and_gradients(net, lambda x, sigma, some=some: net(x, sigma, where=some), x, sigma)
+        ours = loss_and_gradients(net, lambda x, sigma, some=some: compiled(x, sigma, where=some), x, sigma)
+        torch.testing.assert_close(ours, (loss, gradients), atol=1e-5, rtol=1e-4)
+
+
 def test_compiled_trunk_in_bfloat16_with_dropout(make_sedd, batch):
     x, sigma = batch
     net = make_sedd(depth=1, dropout=0.5).train()
