@@ -142,6 +142,8 @@ engine = start_engine(
     eps=recipe.eps,
     weight_decay=recipe.weight_decay,
 )
+if recipe.compile:
+    engine.compile()
 ema = EMA(engine, recipe.ema)
 first = 0
 if saved:
@@ -195,13 +197,21 @@ def samples(step: int) -> list[int]:
     return [step * recipe.batch_size + g for g in numbers]
 
 
-def batches(step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This rank's micro-batches of a step: x_0, x_t and t."""
+def make(step: int) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+    """This rank's micro-batches of a step: their number, x_0, x_t and t. A function of the step and nothing else."""
+    made = []
     for micro_batch in range(rank, micro_batches, world_size):
         numbers = randomness.sample_numbers(recipe.batch_size, micro_batches, micro_batch)
         x0 = corpus.train.at(starts([step * recipe.batch_size + g for g in numbers]), recipe.length)
         t = randomness.times(recipe.seed, step, numbers, recipe.batch_size, recipe.t_min)
         xt = randomness.noised(graph, x0, noise(t)[0], recipe.seed, step, numbers)
+        made.append((micro_batch, x0, xt, t))
+    return made
+
+
+def batches(step: int, made: list[tuple[int, Tensor, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The micro-batches one after another, each with the seed of its dropout."""
+    for micro_batch, x0, xt, t in made:
         randomness.seed_dropout(recipe.seed, step, micro_batch)
         yield x0, xt, t
 
@@ -269,11 +279,12 @@ def save(step: int, bound: float | None) -> Path:
 calm = 0.5 if sys.stderr.isatty() else 30.0  # seconds between redrawings of the bar; a file gets few
 bar = tqdm(total=recipe.steps, initial=first, unit="step", disable=rank != 0, smoothing=0.05, mininterval=calm)
 smooth, average_seconds, skipped, clock, failure = math.nan, math.nan, 0, time.perf_counter(), ""
-for step in range(first, recipe.steps):
+for step, made in zip(range(first, recipe.steps), data.ahead(make, range(first, recipe.steps)), strict=True):
+    waited = time.perf_counter() - clock
     lr = learning_rate(
         step, peak=recipe.learning_rate, warmup=recipe.warmup, steps=recipe.steps, decay_to=recipe.decay_to
     )
-    done = train_step(engine, batches(step), lr, stop=preemption.requested)
+    done = train_step(engine, batches(step, made), lr, stop=preemption.requested)
     if done.applied:
         ema.update()
     skipped = 0 if done.applied else skipped + 1
@@ -299,6 +310,7 @@ for step in range(first, recipe.steps):
             lr=lr,
             tokens_per_second=round(tokens_a_step / seconds),
             mfu=used,
+            waited_for_data=waited / seconds,
             memory_gb=speed.memory() / 1e9,
             eta_seconds=round(average_seconds * (recipe.steps - step - 1)),
         )
@@ -313,7 +325,7 @@ for step in range(first, recipe.steps):
             where = starts(at_fault)
             log.write("skipped", step=step + 1, loss=loss, grad_norm=done.grad_norm, samples=at_fault, starts=where)
     if skipped >= recipe.max_skipped:
-        diagnosis = watch.diagnose(engine, batches(step), samples(step))
+        diagnosis = watch.diagnose(engine, batches(step, made), samples(step))
         if rank == 0:
             log.write("diagnosis", step=step + 1, text=diagnosis)
         failure = (

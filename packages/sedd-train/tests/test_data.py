@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -92,6 +93,28 @@ def test_crops_begin_anywhere_and_depend_on_the_sample_alone():
     assert found != data.crops(1, range(2000), 100, 16)
     tokens = data.Tokens(np.arange(100, dtype=np.uint16), characters=100)
     assert tokens.at([3, 84], 16).tolist() == [list(range(3, 19)), list(range(84, 100))]
+
+
+def test_the_next_step_s_data_are_made_while_this_one_is_in_use():
+    made, first_in_use = [], threading.Event()
+
+    def make(step):
+        if step == 1:
+            assert first_in_use.wait(30)  # which never comes unless step 0 is handed out before step 1 is done
+        if step == 3:
+            raise OSError("the disk is gone")
+        made.append((step, threading.current_thread().name))
+        return step
+
+    found = data.ahead(make, range(5))
+    assert next(found) == 0
+    first_in_use.set()
+    assert [next(found), next(found)] == [1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(found)
+    assert [step for step, _ in made][:3] == [0, 1, 2]
+    assert all(name.startswith("data") for _, name in made)
+    assert list(data.ahead(make, [])) == []
 
 
 # Corpora with names

@@ -52,6 +52,19 @@ def test_fifty_steps(precision, tolerance, stage, ranks, reference, train, losse
     assert worst <= tolerance
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_compiled(stage, reference, start, losses, tmp_path):
+    """Needs a C++ compiler on a CPU."""
+    options = ("--zero-stage", str(stage), "--compile")
+    with start(tmp_path / "run", *options, base=TINY) as process:
+        printed = process.output(seconds=900)
+        assert process.process.returncode == 0, printed[-2000:]
+    found = losses(tmp_path / "run")
+    worst = max(abs(found[step][0] / reference[step][0] - 1) for step in reference)
+    print(f"compiled, stage {stage}: losses of 50 steps differ by {worst:.2g} at most")
+    assert worst <= 1e-4
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_resumed_with_other_ranks(before, after, stage, folders, start, train, losses, tmp_path):

@@ -23,11 +23,12 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,12 +37,13 @@ from torch import Tensor
 
 __all__ = [
     *("Documents", "documents", "tokenizer", "vocab_size", "Tokens", "Corpus", "prepare", "cached", "tokenise"),
-    *("order", "crops", "unigram_entropy"),
+    *("order", "crops", "ahead", "unigram_entropy"),
 ]
 
 FORMAT = 2  # of the cache: counted up when the same sources give other files
 HELD_OUT = 0.05  # the fraction of a local corpus that is held out
 HELD_OUT_HUB = 100_000  # documents of a hub corpus without a validation split
+Made = TypeVar("Made")
 END_OF_TEXT = "<|endoftext|>"
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz"
 
@@ -578,6 +580,19 @@ def order(seed: int, numbers: Iterable[int], blocks: int) -> list[int]:
 def crops(seed: int, numbers: Iterable[int], tokens: int, length: int) -> list[int]:
     """Where the crop that each sample of the run sees begins: anywhere in so many tokens, independently."""
     return [int(np.random.default_rng([seed, n]).integers(tokens - length + 1)) for n in numbers]
+
+
+def ahead(make: Callable[[int], Made], steps: Iterable[int]) -> Iterator[Made]:
+    """What `make` gives for each of the steps in turn, the next one made by a thread while this one is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
+        coming = None
+        for step in steps:
+            following = thread.submit(make, step)
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()
 
 
 def unigram_entropy(flat: NDArray[Any]) -> float:

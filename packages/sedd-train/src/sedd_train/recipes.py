@@ -69,6 +69,7 @@ class Recipe:
     precision: str = _value("fp32", "fp32, or bf16 (autocast over float32 weights)")
     zero_stage: int = _value(1, "ZeRO stage 0 to 3: what the ranks share (1 optimiser, 2 gradients, 3 weights)")
     activation_checkpointing: bool = _value(False, "recompute each block in the backward pass, to save memory")
+    compile: bool = _value(False, "compile the network by torch.compile: a slow first step, then faster ones")
     seed: int = _value(0, "seed of everything random")
     max_skipped: int = _value(10, "non-finite steps in a row after which training stops")
 
