@@ -137,6 +137,7 @@ engine = start_engine(
     micro_batches=micro_batches,
     stage=recipe.zero_stage,
     precision=recipe.precision,
+    offload=recipe.offload,
     clip=recipe.clip,
     betas=(recipe.beta1, recipe.beta2),
     eps=recipe.eps,

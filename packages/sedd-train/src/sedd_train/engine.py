@@ -53,6 +53,7 @@ def start_engine(
     micro_batches: int,
     stage: int = 1,
     precision: str = "fp32",
+    offload: bool = False,
     clip: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -66,6 +67,8 @@ def start_engine(
         micro_batches: into how many parts all ranks together cut a step.
         stage: ZeRO stage.
         precision: fp32 or bf16.
+        offload: whether the machine's memory holds master weights and AdamW's moments in place of the GPU's, in stage 3
+            the weights, too. Needs a stage of 1 or more.
         clip: largest norm of the gradient, 0 for none.
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
@@ -82,12 +85,17 @@ def start_engine(
         "gradient_clipping": clip if stage else 0.0,  # without ZeRO it fails on a step that is skipped: see _apply
         "steps_per_print": 1 << 62,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own AdamW for offloaded masters compiles itself, too
         "zero_optimization": {
             "stage": stage,
             # DeepSpeed's default buckets are half a billion elements, allocated up front.
             "reduce_bucket_size": max(1 << 16, min(size, 1 << 26)),
         },
     }
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if offload and stage == 3:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if stage == 3:
         config["zero_optimization"] |= {
             "stage3_prefetch_bucket_size": max(1 << 16, min(size // 4, 1 << 25)),

@@ -156,4 +156,7 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
         row = "".join(f"{value / 1e9:>{width}.2f}" for value, width in values)
         mark = "  <- this run" if stage == recipe.zero_stage else ""
         lines.append(f"  ZeRO {stage}     {row}{mark}")
+    if recipe.offload:
+        what = "weights, masters and moments" if recipe.zero_stage == 3 else "masters and moments"
+        lines.append(f"  offloaded: {what} lie in the machine's memory in place of the GPU's")
     return "\n".join(lines)

@@ -68,6 +68,9 @@ class Recipe:
     t_min: float = _value(1e-3, "least time in training")
     precision: str = _value("fp32", "fp32, or bf16 (autocast over float32 weights)")
     zero_stage: int = _value(1, "ZeRO stage 0 to 3: what the ranks share (1 optimiser, 2 gradients, 3 weights)")
+    offload: bool = _value(
+        False, "keep masters and moments, in stage 3 weights too, in the machine's memory (ZeRO 1 to 3)"
+    )
     activation_checkpointing: bool = _value(False, "recompute each block in the backward pass, to save memory")
     compile: bool = _value(False, "compile the network by torch.compile: a slow first step, then faster ones")
     seed: int = _value(0, "seed of everything random")
@@ -107,6 +110,7 @@ class Recipe:
         _require(self.noise in ("loglinear", "geometric"), "noise", self.noise, "loglinear or geometric")
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        _require(not (self.offload and self.zero_stage == 0), "offload", True, "false without ZeRO (zero_stage = 0)")
         informed = self.informed_start and self.graph != "absorb"
         _require(not informed, "informed_start", True, "false for another graph than absorb")
         _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads = {self.heads}")
