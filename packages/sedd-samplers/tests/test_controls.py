@@ -123,6 +123,22 @@ def test_constraints_hold_in_every_sample_of_every_graph(ref, name):
     assert len(x.unique(dim=0)) > 10
 
 
+@pytest.mark.parametrize("through_the_score", [False, True])
+def test_constraints_stay_with_their_sequence_when_others_are_finished(ref, through_the_score):
+    """Each sequence is allowed one token of its own; the first and the third are out of the call from the start."""
+    graph = ref.StructuredAbsorbing(4)
+    own = torch.tensor([0, 1, 2, 3])
+    control = allowed(torch.nn.functional.one_hot(own, 5).bool()[:, None].expand(4, 3, 5))
+    flat = lambda x, sigma: torch.ones(*x.shape, 5)  # noqa: E731
+    if through_the_score:
+        score = controlled(from_posterior(flat, graph), graph, control)
+    else:
+        score = from_posterior(flat, graph, controls=[control])
+    given = torch.tensor([True, False, True, False])[:, None].expand(4, 3)
+    out = infill(score, graph, ref.LogLinear(), x=torch.zeros(4, 3).long(), given=given, steps=5, seeds=range(4))
+    assert out.tolist() == [[0] * 3, [1] * 3, [0] * 3, [3] * 3]
+
+
 @pytest.mark.parametrize("name", ["absorbing", "uniform"])
 def test_constraints_on_independent_tokens_are_exact(ref, name):
     """The law is p0 given the constraint; a false alarm once in 10,000 seeds."""
