@@ -37,6 +37,8 @@ def structured(base, *pairs, num_states):
         for _ in range(num_states):
             others = torch.cat([index[..., :k], index[..., k + 1 :]], -1)
             clash = (index[..., k, None] == others).any(-1)
+            if not clash.any():
+                break
             index[..., k] = torch.where(clash, (index[..., k] + 1) % num_states, index[..., k])
             value[..., k] = torch.where(clash, base, value[..., k])
     return Vector(base, index, value)
@@ -326,6 +328,11 @@ def graph(request):
 @pytest.fixture
 def make_graphs():
     return _make_graphs
+
+
+@pytest.fixture
+def hybrid_graph():
+    return HybridGraph
 
 
 @pytest.fixture
