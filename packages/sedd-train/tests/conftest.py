@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from sedd_train import launch
 
 TRAIN = Path(__file__).parents[3] / "integration" / "train_owt.py"
@@ -67,6 +68,25 @@ class Run:
     def output(self, seconds: float = 180) -> str:
         """What it printed, once it has ended."""
         return self.process.communicate(timeout=seconds)[0]
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The environment of a world of one process, this one; torch and DeepSpeed can be started only once in it."""
+    before = dict(os.environ)
+    launch.start()
+    inside = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    os.environ.clear()  # a run that another test starts would take this process's place in the world
+    os.environ.update(before)
+    yield inside
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def process(world, monkeypatch):
+    """This process in a world of one, for engines in the test itself."""
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="session")

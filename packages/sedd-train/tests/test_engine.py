@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
 from sedd_objectives import denoising_loss
-from sedd_train import launch, shards
+from sedd_train import shards
 from sedd_train.ema import EMA
 from sedd_train.engine import Loss, learning_rate, start_engine, train_step
 
-pytestmark = pytest.mark.filterwarnings("default")  # DeepSpeed's own
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("process")]  # DeepSpeed warns
 GRAPH, NOISE = Absorbing(11), LogLinear()
 
 
@@ -29,16 +27,6 @@ def batch(step, size=4):
     x0 = torch.randint(11, (size, 8), generator=generator)
     t = torch.rand(size, generator=generator) * 0.9 + 0.05
     return x0, GRAPH.sample(x0, NOISE(t)[0], generator=generator), t
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process():
-    before = dict(os.environ)
-    launch.start()
-    yield
-    torch.distributed.destroy_process_group()
-    os.environ.clear()  # a run that another test starts would take this process's place in the world
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

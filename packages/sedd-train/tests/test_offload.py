@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import launch, recipes, shards
+from sedd_train import recipes, shards
 from sedd_train.ema import EMA
 from sedd_train.engine import Loss, start_engine, train_step
 
-pytestmark = pytest.mark.filterwarnings("default")  # DeepSpeed's own
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("process")]  # DeepSpeed warns
 GRAPH, NOISE = Absorbing(11), LogLinear()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process():
-    before = dict(os.environ)
-    launch.start()
-    yield
-    torch.distributed.destroy_process_group()
-    os.environ.clear()  # a run that another test starts would take this process's place in the world
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import tomllib
 from importlib import resources
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import launch, plan, recipes
+from sedd_train import plan, recipes
 from sedd_train.ema import EMA
 from sedd_train.engine import Loss, start_engine, train_step
 
@@ -73,16 +72,6 @@ def test_what_is_kept_for_the_backward_pass_grows_with_depth_and_length():
     assert plan.activations(new, 4, 32) == pytest.approx(kept / 2, rel=0.05)
     assert plan.activations(lambda depth: new(depth, True), 4, 64) < 0.3 * kept
     assert plan.activations(new, 4, 64, precision="bf16") < kept
-
-
-@pytest.fixture
-def process():
-    before = dict(os.environ)
-    launch.start()
-    yield
-    torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def live() -> int:

@@ -39,6 +39,6 @@ def test_two_ranks_train_as_one_process_does(launcher, stage, undisturbed, alone
         assert found[step][1] == pytest.approx(norm, rel=1e-3), step
         assert found[step][2] == lr
     one, two = (safetensors.torch.load_file(run / "export" / "model.safetensors") for run in (alone, tmp_path / "run"))
-    for name, tensor in one.items():  # AdamW divides rounding errors by tiny gradients: weights differ more than losses
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-4)
+    for name, tensor in one.items():  # AdamW divides rounding errors by tiny gradients; of its steps of 1.5e-3, a third
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=5e-4)
     assert one["output_layer.linear.weight"].abs().max() > 1e-3  # where it began at 0: they did train
