@@ -11,8 +11,10 @@ step back by averaging the true one over it: with sigma = sigma_i and D = sigma_
                                = exp(D Q)[x, .] * exp((sigma - D) Q) ( p_theta / exp(sigma Q)[x, .] )
 
 the second line by Bayes' rule: one propagation instead of N posteriors. Clean states that cannot have become x are left
-out of p_theta. Positions step back independently, which costs something that T -> infinity removes: the sum tends to
-the diffusion loss (eq. 10) of the score s_y = sum_{x0} p_theta(x0 | x) p(y|x0) / p(x|x0), integrated over [0, 1].
+out of p_theta. Austin et al. average the joint probability p(x_{i-1}, x | x0) over p_theta instead of the conditional
+one, and normalise afterwards: the same where, as under absorption, p(x|x0) is one number for all x0 that can become x.
+Positions step back independently, which costs something that T -> infinity removes: the sum tends to the diffusion loss
+(eq. 10) of the score s_y = sum_{x0} p_theta(x0 | x) p(y|x0) / p(x|x0), integrated over [0, 1].
 
 A divergence of neighbouring distributions is evaluated as sum_y q phi(log p - log q), phi(d) = e^d - 1 - d, like the
 score entropy: its terms are of the second order in the difference, those of sum_y q log(q / p) of the first.
