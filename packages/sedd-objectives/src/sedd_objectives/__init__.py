@@ -15,7 +15,7 @@ from .estimate import Estimate, monte_carlo
 from .fused import FusedLoss, fused_denoising_loss
 from .implicit import enumerated_implicit_score_entropy, implicit_score_entropy
 from .score_entropy import score_entropy
-from .times import low_discrepancy_times, stratified_times, uniform_times
+from .times import ImportanceTimes, low_discrepancy_times, stratified_times, uniform_times
 
 __all__ = [
     "score_entropy",
@@ -43,5 +43,6 @@ __all__ = [
     "uniform_times",
     "stratified_times",
     "low_discrepancy_times",
+    "ImportanceTimes",
 ]
 __version__ = version("sedd-objectives")

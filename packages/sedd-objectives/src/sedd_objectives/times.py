@@ -6,14 +6,20 @@ an unbiased estimate; they differ in the variance that a batch's mean keeps.
 - independent: t_b ~ U.
 - stratified: one independent draw in each of B equal strata, the strata in random order.
 - low-discrepancy: one draw for all, shifted by b / B (Kingma et al. 2021): strata with a common offset.
+
+Importance sampling draws t from another density q and weighs the loss by 1 / q, relative to the uniform density: also
+unbiased. The variance is least for q(t) proportional to the root mean square of the loss at t; that profile is measured
+on the losses of earlier batches, as a step function on equal bins of t (Nichol & Dhariwal 2021).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["uniform_times", "stratified_times", "low_discrepancy_times"]
+__all__ = ["uniform_times", "stratified_times", "low_discrepancy_times", "ImportanceTimes"]
 
 
 def uniform_times(
@@ -60,13 +66,101 @@ def low_discrepancy_times(
     return _onto_interval((grid + common) % 1, t_min)
 
 
+class ImportanceTimes:
+    """Times drawn where the loss has been large, with the weights that make up for it.
+
+        t, weight = times.draw(batch_size)
+        loss = denoising_loss(score, graph, noise, x0, t)
+        (weight * loss).mean().backward()
+        times.update(t, loss)
+
+    Until every bin has been seen the bins not seen yet are drawn like the mean of the others, at the start uniformly.
+
+    Args:
+        num_bins: equal parts of [t_min, 1) in each of which the density is constant.
+        decay: how much of the profile is kept at an update; 1 / (1 - decay) batches count.
+        uniform_share: in (0, 1], part of the draws that stay uniform: no weight exceeds 1 / uniform_share, and a bin
+            whose loss grows is noticed.
+        t_min: the smallest time drawn.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Attributes:
+        square, count: (num_bins,) float64, decayed sums of the squared losses and of their number.
+    """
+
+    def __init__(
+        self, num_bins: int = 64, *, decay: float = 0.99, uniform_share: float = 0.1, t_min: float = 1e-3
+    ) -> None:
+        _check(num_bins, t_min, "num_bins")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must lie in [0, 1], got {decay}")
+        if not 0 < uniform_share <= 1:
+            raise ValueError(f"uniform_share must lie in (0, 1], got {uniform_share}")
+        self.decay, self.uniform_share, self.t_min = decay, uniform_share, t_min
+        self.square = torch.zeros(num_bins, dtype=torch.float64)
+        self.count = torch.zeros(num_bins, dtype=torch.float64)
+
+    def probability(self) -> Tensor:
+        """Of each bin, (num_bins,) float64; they sum to 1."""
+        seen, bins = self.count > 0, len(self.count)
+        profile = (self.square / self.count.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        if not bool(seen.any()) or not bool(profile[seen].any()):
+            return torch.full_like(self.count, 1 / bins)
+        profile = torch.where(seen, profile, profile[seen].mean())
+        return (1 - self.uniform_share) * profile / profile.sum() + self.uniform_share / bins
+
+    def draw(
+        self, batch_size: int, *, generator: Generator | None = None, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Times (batch_size,) in [t_min, 1), one in each of batch_size equally probable strata, and their weights.
+
+        The mean of weight * f(t) is, in expectation, the mean of f over uniform times. The order is shuffled.
+        """
+        unit = stratified_times(batch_size, generator=generator, t_min=0.0, device=device).double().cpu()
+        p = self.probability()
+        upper = p.cumsum(0)
+        k = torch.searchsorted(upper, unit, right=True).clamp_max(len(p) - 1)
+        within = ((unit - upper[k] + p[k]) / p[k]).clamp(0, 1)
+        t, weight = (k + within) / len(p), 1 / (len(p) * p[k])
+        return _onto_interval(t.float(), self.t_min).to(device), weight.float().to(device)
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Take in the losses (B,), not weighed, at the times t (B,). On several ranks, all of theirs or each its own.
+
+        Raises:
+            ValueError: shapes that differ, or a time out of [t_min, 1]. Losses that are not finite are left out.
+        """
+        t, loss = t.detach().double().cpu(), loss.detach().double().cpu()
+        if t.ndim != 1 or t.shape != loss.shape:
+            raise ValueError(f"t and loss must be of one shape (B,), got {tuple(t.shape)} and {tuple(loss.shape)}")
+        place = (t - self.t_min) / (1 - self.t_min)
+        if t.numel() and not bool(((place > -1e-6) & (place < 1 + 1e-6)).all()):
+            raise ValueError(f"t must lie in [{self.t_min}, 1], got times in [{float(t.min())}, {float(t.max())}]")
+        bins = len(self.count)
+        k, finite = (place * bins).long().clamp(0, bins - 1), loss.isfinite()
+        self.square = self.decay * self.square + torch.bincount(k[finite], loss[finite] ** 2, bins)
+        self.count = self.decay * self.count + torch.bincount(k[finite], minlength=bins)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `load_state_dict` needs to go on with the same profile."""
+        return {"square": self.square.clone(), "count": self.count.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict`. Raises ValueError if it has another number of bins."""
+        if state["square"].shape != self.square.shape or state["count"].shape != self.count.shape:
+            raise ValueError(f"state must have {len(self.count)} bins, got {len(state['count'])}")
+        self.square, self.count = (state[name].double().cpu().clone() for name in ("square", "count"))
+
+
 def _onto_interval(unit: Tensor, t_min: float) -> Tensor:
     """[0, 1) onto [t_min, 1): below 1 even after rounding, where some schedules are infinite."""
     return (t_min + (1 - t_min) * unit).clamp_max(1 - torch.finfo(unit.dtype).eps / 2)
 
 
-def _check(batch_size: int, t_min: float) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+def _check(size: int, t_min: float, name: str = "batch_size") -> None:
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
     if not 0 <= t_min < 1:
         raise ValueError(f"t_min must lie in [0, 1), got {t_min}")
