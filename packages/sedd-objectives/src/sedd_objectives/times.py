@@ -77,7 +77,9 @@ class ImportanceTimes:
     Until every bin has been seen the bins not seen yet are drawn like the mean of the others, at the start uniformly.
 
     Args:
-        num_bins: equal parts of [t_min, 1) in each of which the density is constant.
+        num_bins: equal parts of [t_min, 1) in each of which the density is constant. Few are better than many: a bin
+            in which large losses are so rare that none has been seen yet is drawn too seldom (absorbing graphs, small
+            t), and the weights of those that come then raise the variance.
         decay: how much of the profile is kept at an update; 1 / (1 - decay) batches count.
         uniform_share: in (0, 1], part of the draws that stay uniform: no weight exceeds 1 / uniform_share, and a bin
             whose loss grows is noticed.
@@ -91,7 +93,7 @@ class ImportanceTimes:
     """
 
     def __init__(
-        self, num_bins: int = 64, *, decay: float = 0.99, uniform_share: float = 0.1, t_min: float = 1e-3
+        self, num_bins: int = 16, *, decay: float = 0.99, uniform_share: float = 0.1, t_min: float = 1e-3
     ) -> None:
         _check(num_bins, t_min, "num_bins")
         if not 0 <= decay <= 1:
