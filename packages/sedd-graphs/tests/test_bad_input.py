@@ -201,7 +201,7 @@ def test_vectors_must_be_over_the_states(graph):
             "sigma must lie between 0 and 6.90776, which this schedule spans, found 8.0",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_impossible_parameters_are_refused(make, error, message):
     with raises(error, message):
