@@ -18,8 +18,8 @@ from sedd_objectives import (
     d3pm_bound,
     d3pm_loss,
     denoising_loss,
-    enumerated_implicit_score_entropy,
-    implicit_score_entropy,
+    enumerated_implicit_score_entropy_loss,
+    implicit_score_entropy_loss,
     monte_carlo,
 )
 from torch import Tensor
@@ -59,8 +59,8 @@ def test_sampled_implicit_score_entropy_is_the_enumerated_one(parts: tuple[Any, 
     generator = torch.Generator().manual_seed(3)
     sigma = noise(torch.full((8,), 0.5))[0]
     x, score = graph.sample(x0, sigma, generator=generator), _table(graph.num_states)
-    exact = enumerated_implicit_score_entropy(score, graph, x, sigma)
-    found = monte_carlo(lambda: implicit_score_entropy(score, graph, x, sigma, generator=generator), 100)
+    exact = enumerated_implicit_score_entropy_loss(score, graph, x, sigma)
+    found = monte_carlo(lambda: implicit_score_entropy_loss(score, graph, x, sigma, generator=generator), 100)
     assert ((found.value - exact).abs() < 5 * found.standard_error + 1e-4).all()
 
 

@@ -12,7 +12,7 @@ from sedd_objectives import (
     concrete_score_matching,
     denoising_score_entropy,
     denoising_score_entropy_without_constant,
-    enumerated_implicit_score_entropy,
+    enumerated_implicit_score_entropy_loss,
     score_entropy,
 )
 
@@ -58,7 +58,7 @@ class Problem:
         return self.expect(score_entropy(table, self.log_ratio.exp(), self.rates, self.x).sum(-1))
 
     def implicit(self, table):
-        loss = enumerated_implicit_score_entropy(self.score(table), self.graph, self.x, SIGMA)
+        loss = enumerated_implicit_score_entropy_loss(self.score(table), self.graph, self.x, SIGMA)
         return self.expect(loss)
 
     def denoising(self, table):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sedd_objectives import enumerated_implicit_score_entropy, implicit_score_entropy, monte_carlo
+from sedd_objectives import enumerated_implicit_score_entropy_loss, implicit_score_entropy_loss, monte_carlo
 from torch import nn
 
 SIGMA = torch.tensor(0.7, dtype=torch.float64)
@@ -50,11 +50,11 @@ def test_one_neighbour_estimates_value_and_gradient_without_bias(
         return copies[torch.arange(count), data.number(x)]
 
     x = data.states[states]
-    loss = implicit_score_entropy(own, graph, x, SIGMA, generator=generator)
+    loss = implicit_score_entropy_loss(own, graph, x, SIGMA, generator=generator)
     (slopes,) = torch.autograd.grad(loss.sum(), copies)
 
     shared = table.clone().requires_grad_()
-    exact = enumerated_implicit_score_entropy(lambda x, sigma: shared[data.number(x)], graph, data.states, SIGMA)[
+    exact = enumerated_implicit_score_entropy_loss(lambda x, sigma: shared[data.number(x)], graph, data.states, SIGMA)[
         states
     ]
     (slope,) = torch.autograd.grad(exact.mean(), shared)
@@ -72,21 +72,23 @@ def test_weights_multiply_positions(graph, generator, float64_rates):
     sigma = torch.full((3,), 0.5, dtype=torch.float64)
     weight = torch.tensor([[1.0, 0.5, 0, 0], [2, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
     with torch.no_grad():
-        whole = enumerated_implicit_score_entropy(net, graph, x, sigma, weight=weight)
+        whole = enumerated_implicit_score_entropy_loss(net, graph, x, sigma, weight=weight)
         parts = sum(
-            enumerated_implicit_score_entropy(net, graph, x, sigma, weight=torch.eye(4)[i].double().expand(3, 4))
+            enumerated_implicit_score_entropy_loss(net, graph, x, sigma, weight=torch.eye(4)[i].double().expand(3, 4))
             * weight[:, i]
             for i in range(4)
         )
     torch.testing.assert_close(whole, parts)
-    found = monte_carlo(lambda: implicit_score_entropy(net, graph, x, sigma, weight=weight, generator=generator), 200)
+    found = monte_carlo(
+        lambda: implicit_score_entropy_loss(net, graph, x, sigma, weight=weight, generator=generator), 200
+    )
     assert ((found.value - whole).abs() <= 5 * found.standard_error + 1e-12).all()
 
 
 def test_calls_the_net_twice_and_asks_for_what_it_needs(make_graphs, x):
     graph, net = make_graphs(5)["absorbing"], Net(6)
     x[:, :2] = 5
-    implicit_score_entropy(net, graph, x, torch.ones(4)).sum().backward()
+    implicit_score_entropy_loss(net, graph, x, torch.ones(4)).sum().backward()
     assert (net.calls, net.rows) == (2, 4 * 2 + 4)
     assert net.head.weight.grad.abs().sum() > 0
 
@@ -96,8 +98,8 @@ def test_where_gives_the_same_as_indexing(graph, x):
     sigma = torch.ones(4, dtype=torch.float64)
     losses = []
     for score in (net, lambda x, sigma: net(x, sigma)):
-        losses.append(implicit_score_entropy(score, graph, x, sigma, generator=torch.Generator().manual_seed(1)))
-        losses.append(enumerated_implicit_score_entropy(score, graph, x, sigma, batch_size=50))
+        losses.append(implicit_score_entropy_loss(score, graph, x, sigma, generator=torch.Generator().manual_seed(1)))
+        losses.append(enumerated_implicit_score_entropy_loss(score, graph, x, sigma, batch_size=50))
     torch.testing.assert_close(losses[0], losses[2])
     torch.testing.assert_close(losses[1], losses[3])
 
@@ -108,7 +110,7 @@ def test_no_jump_leads_out_of_masks(make_graphs):
     log_score = torch.zeros(2, 3, 6)
     log_score[..., 5] = torch.nan
     log_score.requires_grad_()
-    loss = implicit_score_entropy(lambda x, sigma: log_score, graph, x, torch.ones(2))
+    loss = implicit_score_entropy_loss(lambda x, sigma: log_score, graph, x, torch.ones(2))
     assert loss.tolist() == [15, 15]
     loss.sum().backward()
     assert log_score.grad[..., :5].eq(1).all()
@@ -118,16 +120,16 @@ def test_no_jump_leads_out_of_masks(make_graphs):
 def test_bfloat16_is_computed_in_float32_under_autocast(graph, x):
     net = Net(graph.num_states)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = implicit_score_entropy(net, graph, x, torch.ones(4), generator=torch.Generator().manual_seed(0))
-        exact = enumerated_implicit_score_entropy(net, graph, x, torch.ones(4))
+        loss = implicit_score_entropy_loss(net, graph, x, torch.ones(4), generator=torch.Generator().manual_seed(0))
+        exact = enumerated_implicit_score_entropy_loss(net, graph, x, torch.ones(4))
 
     def rounded(x, sigma):
         with torch.autocast("cpu", torch.bfloat16):
             return net(x, sigma).float()
 
-    want = implicit_score_entropy(rounded, graph, x, torch.ones(4), generator=torch.Generator().manual_seed(0))
+    want = implicit_score_entropy_loss(rounded, graph, x, torch.ones(4), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(exact, enumerated_implicit_score_entropy(rounded, graph, x, torch.ones(4)))
+    torch.testing.assert_close(exact, enumerated_implicit_score_entropy_loss(rounded, graph, x, torch.ones(4)))
     assert loss.dtype == exact.dtype == torch.float32
 
 
@@ -145,7 +147,7 @@ def test_bfloat16_is_computed_in_float32_under_autocast(graph, x):
         ({"score": lambda x, sigma: torch.full((len(x), 6, 5), float("nan"))}, "log_score is NaN"),
     ],
 )
-@pytest.mark.parametrize("loss", [implicit_score_entropy, enumerated_implicit_score_entropy])
+@pytest.mark.parametrize("loss", [implicit_score_entropy_loss, enumerated_implicit_score_entropy_loss])
 def test_bad_input_is_named(loss, change, message, make_graphs, x):
     arguments = {"score": Net(5), "x": x, "sigma": torch.ones(4)} | change
     with pytest.raises(ValueError, match=message):
@@ -154,4 +156,4 @@ def test_bad_input_is_named(loss, change, message, make_graphs, x):
 
 def test_batch_size_must_be_positive(make_graphs, x):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        enumerated_implicit_score_entropy(Net(5), make_graphs(5)["uniform"], x, torch.ones(4), batch_size=0)
+        enumerated_implicit_score_entropy_loss(Net(5), make_graphs(5)["uniform"], x, torch.ones(4), batch_size=0)

@@ -11,7 +11,7 @@ from sedd_objectives import (
     concrete_score_matching,
     cross_entropy_loss,
     d3pm_loss,
-    implicit_score_entropy,
+    implicit_score_entropy_loss,
 )
 from sedd_objectives.rowwise import each_row
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,7 +79,7 @@ LOSSES = {
         lambda x, s: logits, graph, noise, x0, torch.tensor([3, 4]), num_steps=4, xt=x
     ),
     "autoregressive": lambda logits, graph, noise, x0, x, t: autoregressive_loss(lambda x: logits, x0, start=0),
-    "implicit": lambda logits, graph, noise, x0, x, t: implicit_score_entropy(
+    "implicit": lambda logits, graph, noise, x0, x, t: implicit_score_entropy_loss(
         lambda x, s: logits, graph, x, noise(t)[0], generator=torch.Generator().manual_seed(0)
     ),
 }

@@ -13,7 +13,7 @@ from .d3pm import d3pm_bound, d3pm_loss
 from .denoising import denoising_loss, denoising_score_entropy
 from .estimate import Estimate, monte_carlo
 from .fused import FusedLoss, fused_denoising_loss
-from .implicit import enumerated_implicit_score_entropy, implicit_score_entropy
+from .implicit import enumerated_implicit_score_entropy_loss, implicit_score_entropy_loss
 from .score_entropy import score_entropy
 from .times import ImportanceTimes, low_discrepancy_times, stratified_times, uniform_times
 
@@ -23,8 +23,8 @@ __all__ = [
     "denoising_score_entropy_without_constant",
     "score_entropy_constant",
     "concrete_score_matching",
-    "implicit_score_entropy",
-    "enumerated_implicit_score_entropy",
+    "implicit_score_entropy_loss",
+    "enumerated_implicit_score_entropy_loss",
     "denoising_loss",
     "fused_denoising_loss",
     "FusedLoss",

@@ -21,10 +21,10 @@ from .interfaces import ImplicitGraph, ScoreModel
 from .jumps import DenseRow, can_move, merge
 from .score_entropy import check_not_nan, sum_over_jumps
 
-__all__ = ["implicit_score_entropy", "enumerated_implicit_score_entropy"]
+__all__ = ["implicit_score_entropy_loss", "enumerated_implicit_score_entropy_loss"]
 
 
-def implicit_score_entropy(
+def implicit_score_entropy_loss(
     score: ScoreModel,
     graph: ImplicitGraph,
     x: Tensor,
@@ -68,7 +68,7 @@ def implicit_score_entropy(
     return loss
 
 
-def enumerated_implicit_score_entropy(
+def enumerated_implicit_score_entropy_loss(
     score: ScoreModel,
     graph: ImplicitGraph,
     x: Tensor,
@@ -91,7 +91,7 @@ def enumerated_implicit_score_entropy(
         (B,) nats a sequence per unit of total noise, of either sign; float32, or float64 if the score is.
 
     Raises:
-        ValueError: as `implicit_score_entropy`; a batch_size below 1.
+        ValueError: as `implicit_score_entropy_loss`; a batch_size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
