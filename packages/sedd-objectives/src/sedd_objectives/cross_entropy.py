@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor
 
 from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading
-from .denoising import score_rows, spread
+from .denoising import check_clean, noised, score_rows, spread
 from .interfaces import Graph, MaskGraph, Noise, PosteriorModel
 from .jumps import can_move, merge
 from .rowwise import each_row
@@ -103,16 +103,7 @@ def cross_entropy_loss(
     Raises:
         ValueError: as `denoising_cross_entropy`; a weight that is negative somewhere or 0 everywhere.
     """
-    _check_clean(x0, graph.num_states)
-    if t is None:
-        t = stratified_times(len(x0), generator=generator, t_min=t_min, device=x0.device)
-    sigma, dsigma = noise(t)
-    check_sigma("sigma", sigma)
-    per_position, dsigma = expand_leading("sigma", sigma, x0), expand_leading("dsigma", dsigma, x0)
-    if xt is None:
-        xt = graph.sample(x0, sigma, generator=generator)
-    else:
-        check_states("xt", xt, graph.num_states, x0.shape)
+    xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, generator=generator, t_min=t_min)
     factor, live = dsigma, can_move(graph.rates_into(xt), xt, graph.num_states)
     if weight is not None:
         weight = check_weight(weight, x0)
@@ -153,7 +144,7 @@ def lambda_cross_entropy_loss(
     Raises:
         ValueError: as `cross_entropy_loss`; a lambda outside [0, 1).
     """
-    _check_clean(x0, graph.num_states)
+    check_clean(x0, graph.num_states)
     if mask_probability is None:
         mask_probability = stratified_times(len(x0), generator=generator, t_min=0.0, device=x0.device)
     if not bool(((mask_probability >= 0) & (mask_probability < 1)).all()):
@@ -194,7 +185,7 @@ def any_order_loss(
         ValueError: a graph without a mask, shapes that do not fit, states out of range, the mask among the clean
             states, a k that is not in 1..L, NaN logits, a weight that is negative somewhere or 0 everywhere.
     """
-    _check_clean(x0, graph.num_states)
+    check_clean(x0, graph.num_states)
     if graph.mask_id is None:
         raise ValueError("graph must have a mask, got mask_id None: orders are those in which masks are taken off")
     if bool((x0 == graph.mask_id).any()):
@@ -270,9 +261,3 @@ def _check_num_masked(num_masked: Tensor, length: Tensor) -> None:
     if bool(((num_masked < 1) & (length > 0) | (num_masked > length)).any()):
         counts = f"{length.tolist()} positions of positive weight"
         raise ValueError(f"num_masked must lie in 1..L, of which there are {counts}, got {num_masked.tolist()}")
-
-
-def _check_clean(x0: Tensor, num_states: int) -> None:
-    if x0.ndim != 2:
-        raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
-    check_states("x0", x0, num_states)

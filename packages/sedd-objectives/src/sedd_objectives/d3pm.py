@@ -27,7 +27,7 @@ from torch import Generator, Tensor
 
 from .bound import Bound
 from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, sum_dtype
-from .denoising import score_rows, spread
+from .denoising import check_clean, score_rows, spread
 from .interfaces import DiscreteTimeGraph, Noise, PosteriorModel, Row
 from .jumps import Jumps, can_move
 from .rowwise import each_row
@@ -142,9 +142,7 @@ def d3pm_bound(
 def _check(graph: DiscreteTimeGraph, x0: Tensor, num_steps: int) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    if x0.ndim != 2:
-        raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
-    check_states("x0", x0, graph.num_states)
+    check_clean(x0, graph.num_states)
 
 
 def _divergence(

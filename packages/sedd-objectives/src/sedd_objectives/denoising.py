@@ -21,7 +21,15 @@ from .jumps import Jumps, RatesInto, merge
 from .score_entropy import JumpsAt, check_not_nan, sum_over_chunks
 from .times import stratified_times
 
-__all__ = ["denoising_score_entropy", "denoising_loss", "denoising_jumps", "score_rows", "spread"]
+__all__ = [
+    "denoising_score_entropy",
+    "denoising_loss",
+    "noised",
+    "check_clean",
+    "denoising_jumps",
+    "score_rows",
+    "spread",
+]
 
 
 def denoising_score_entropy(log_score: Tensor, graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
@@ -92,18 +100,7 @@ def denoising_loss(
         ValueError: as `denoising_score_entropy`, NaN excepted unless `refuse_nan`; a weight that is negative somewhere
             or 0 everywhere.
     """
-    if x0.ndim != 2:
-        raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
-    check_states("x0", x0, graph.num_states)
-    if t is None:
-        t = stratified_times(len(x0), generator=generator, t_min=t_min, device=x0.device)
-    sigma, dsigma = noise(t)
-    check_sigma("sigma", sigma)
-    per_position, dsigma = expand_leading("sigma", sigma, x0), expand_leading("dsigma", dsigma, x0)
-    if xt is None:
-        xt = graph.sample(x0, sigma, generator=generator)
-    else:
-        check_states("xt", xt, graph.num_states, x0.shape)
+    xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, generator=generator, t_min=t_min)
     rates = RatesInto.of(graph, xt)
     live = rates.can_move(xt, graph.num_states)
     if weight is not None:
@@ -114,6 +111,41 @@ def denoising_loss(
     loss = _live_loss(log_score, positions, graph, rates, *states, refuse_nan=refuse_nan)
     factor = dsigma if weight is None else dsigma * weight
     return spread(loss * factor[live].to(loss.dtype), live).sum(-1)
+
+
+def noised(
+    graph: Graph,
+    noise: Noise,
+    x0: Tensor,
+    t: Tensor | None,
+    xt: Tensor | None,
+    *,
+    generator: Generator | None,
+    t_min: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The noised batch of a loss whose arguments these are, checked.
+
+    Returns:
+        x_t (B, L); sigma as the schedule gives it, for the score model; sigma and dsigma (B, L).
+    """
+    check_clean(x0, graph.num_states)
+    if t is None:
+        t = stratified_times(len(x0), generator=generator, t_min=t_min, device=x0.device)
+    sigma, dsigma = noise(t)
+    check_sigma("sigma", sigma)
+    per_position, dsigma = expand_leading("sigma", sigma, x0), expand_leading("dsigma", dsigma, x0)
+    if xt is None:
+        xt = graph.sample(x0, sigma, generator=generator)
+    else:
+        check_states("xt", xt, graph.num_states, x0.shape)
+    return xt, sigma, per_position, dsigma
+
+
+def check_clean(x0: Tensor, num_states: int) -> None:
+    """Raise ValueError unless x0 is a batch (B, L) of states."""
+    if x0.ndim != 2:
+        raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
+    check_states("x0", x0, num_states)
 
 
 def score_rows(

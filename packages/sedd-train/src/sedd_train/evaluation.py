@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,18 +75,38 @@ def evaluate(
     Raises:
         ValueError: on every rank, if the bound is NaN on one of them, or the blocks are not this graph's.
     """
+
+    def measure(number: int, x0: Tensor) -> Tensor:
+        random = generator(seed, EVALUATION, number, device=x0.device)
+        return likelihood_bound(net, graph, noise, x0, num_times=num_times, generator=random).value
+
+    values = _of_chunks(measure, net, blocks, chunk, progress)
+    values = values / blocks.shape[1]
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return Evaluation(float(values.mean()), error, characters_per_token)
+
+
+def _of_chunks(
+    measure: Callable[[int, Tensor], Tensor],
+    net: Any,
+    blocks: Tensor,
+    chunk: int,
+    progress: bool = False,
+    columns: tuple[int, ...] = (),
+) -> Tensor:
+    """What `measure(number, x0)` gives for each chunk of the blocks, (n, *columns) float64 on the CPU. Collective.
+
+    Each rank takes some of the chunks. If one of them raises ValueError, all do, after all have come to the end.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(net.parameters()).device
-    values = torch.zeros(len(blocks), dtype=torch.float64)
+    values = torch.zeros(len(blocks), *columns, dtype=torch.float64)
     failure = ""
     starts = tqdm(range(0, len(blocks), chunk), desc="evaluating", unit="batch", disable=not progress, leave=False)
     for number, start in enumerate(starts):
         if number % world == rank and not failure:
-            x0 = blocks[start : start + chunk].to(device)
-            random = generator(seed, EVALUATION, number, device=device)
             try:
-                bound = likelihood_bound(net, graph, noise, x0, num_times=num_times, generator=random)
-                values[start : start + chunk] = bound.value.double().cpu()
+                values[start : start + chunk] = measure(number, blocks[start : start + chunk].to(device)).double().cpu()
             except ValueError as raised:  # kept until all ranks know of it: the others would wait for this one
                 failure = str(raised)
     _raise_together(failure)
@@ -93,9 +114,7 @@ def evaluate(
         values = values.to(device)
         dist.all_reduce(values)
         values = values.cpu()
-    values = values / blocks.shape[1]
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else float("nan")
-    return Evaluation(float(values.mean()), error, characters_per_token)
+    return values
 
 
 def _raise_together(failure: str) -> None:
@@ -154,29 +173,17 @@ def by_noise_level(
     Raises:
         ValueError: on every rank, if the loss is NaN on one of them.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = next(net.parameters()).device
-    values = torch.zeros(len(blocks), num_levels, dtype=torch.float64)
-    failure = ""
-    for number, start in enumerate(range(0, len(blocks), chunk)):
-        if number % world != rank or failure:
-            continue
-        x0 = blocks[start : start + chunk].to(device)
-        random = generator(seed, LEVELS, number, device=device)
+
+    def measure(number: int, x0: Tensor) -> Tensor:
+        random = generator(seed, LEVELS, number, device=x0.device)
+        losses = []
         for level in range(num_levels):
-            u = torch.rand(len(x0), generator=random, device=device)
+            u = torch.rand(len(x0), generator=random, device=x0.device)
             t = (t_min + (1 - t_min) * (level + u) / num_levels).clamp_max(1)
-            try:
-                loss = denoising_loss(net, graph, noise, x0, t, generator=random)
-            except ValueError as raised:
-                failure = str(raised)
-                break
-            values[start : start + chunk, level] = loss.double().cpu()
-    _raise_together(failure)
-    if world > 1:
-        values = values.to(device)
-        dist.all_reduce(values)
-        values = values.cpu()
+            losses.append(denoising_loss(net, graph, noise, x0, t, generator=random))
+        return torch.stack(losses, 1)
+
+    values = _of_chunks(measure, net, blocks, chunk, columns=(num_levels,))
     values *= (1 - t_min) / num_levels / blocks.shape[1]
     error = values.std(0) / math.sqrt(len(values)) if len(values) > 1 else torch.full((num_levels,), math.nan).double()
     middles = t_min + (1 - t_min) * (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
