@@ -72,6 +72,13 @@ def test_bfloat16_is_computed_in_float32_under_autocast(sequences):
     assert torch.equal(found, plain)
 
 
+def test_one_nan_is_its_own_sequence_s_where_the_caller_counts_them():
+    logits = torch.zeros(2, 4, 5)
+    logits[1, 2] = torch.nan
+    x = torch.zeros(2, 4, dtype=torch.int64)
+    assert autoregressive_loss(lambda x: logits, x, start=0, refuse_nan=False).isnan().tolist() == [False, True]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

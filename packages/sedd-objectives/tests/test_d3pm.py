@@ -328,6 +328,16 @@ def test_bad_input_is_named(change, message, make_graphs, log_linear):
         d3pm_loss(model, make_graphs(3)["uniform"], noise, x0, step, **arguments)
 
 
+def test_one_nan_is_its_own_sequence_s_where_the_caller_counts_them(make_graphs, log_linear):
+    logits = torch.zeros(2, 4, 3)
+    logits[1, 2] = torch.nan
+    x0, step = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([1, 4])
+    loss = d3pm_loss(
+        lambda x, s: logits, make_graphs(3)["uniform"], log_linear, x0, step, num_steps=4, refuse_nan=False
+    )
+    assert loss.isnan().tolist() == [False, True]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

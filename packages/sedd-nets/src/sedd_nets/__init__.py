@@ -7,6 +7,7 @@ log p_t(y) / p_t(x) for every state y at every position, (B, L, N).
 from importlib.metadata import version
 
 from sedd_nets.attention import Attention, FlashAttention, FlexAttention, sdpa
+from sedd_nets.causal import Causal
 from sedd_nets.conditioning import LabelCondition, PromptCondition
 from sedd_nets.documents import Documents
 from sedd_nets.families import from_pretrained
@@ -20,6 +21,7 @@ __all__ = [
     "SEDD",
     "RADD",
     "MDLM",
+    "Causal",
     "from_pretrained",
     "read_config",
     "begin_with_frequencies",

@@ -27,7 +27,7 @@ class Attention(Protocol):
         """Packed queries, keys and values (B, L, 3, H, d) to the heads' outputs (B, L, H, d)."""
 
 
-def sdpa(qkv: Tensor, documents: Documents | None) -> Tensor:
+def sdpa(qkv: Tensor, documents: Documents | None, *, causal: bool = False) -> Tensor:
     """PyTorch's `scaled_dot_product_attention`, which picks the fastest kernel that the device has.
 
     Documents are attended one by one, so each costs the square of its own length: best for few long documents.
@@ -36,19 +36,20 @@ def sdpa(qkv: Tensor, documents: Documents | None) -> Tensor:
         qkv: (B, L, 3, H, d), in the layout that the projection left: the kernels take strided heads, so nothing is
             copied.
         documents: where attention stays within; None: the whole row.
+        causal: whether a position sees none behind it, as in a left-to-right model.
 
     Returns:
         (B, L, H, d).
     """
     if documents is None:
         q, k, v = qkv.transpose(1, 3).unbind(2)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
     flat = qkv.flatten(0, 1)
     out, end = [], 0
     for start, stop in documents.spans:
         if start > end:
             out.append(flat.new_zeros(start - end, *flat.shape[-2:]))
-        out.append(sdpa(flat[None, start:stop], None)[0])
+        out.append(sdpa(flat[None, start:stop], None, causal=causal)[0])
         end = stop
     if end < len(flat):
         out.append(flat.new_zeros(len(flat) - end, *flat.shape[-2:]))

@@ -52,6 +52,8 @@ class RADD(ConditionalTransformer):
     def from_config(cls, config: Mapping[str, Any], num_states: int) -> RADD:
         """A fresh network of the sizes in a published config. Raises ValueError for another family's."""
         model = model_section_of(config, "RADD", ("hidden_size", "length", "n_blocks", "n_heads"))
+        if model.get("type") == "causal":
+            raise ValueError("this config.json is not RADD's: it describes a left-to-right network, Causal")
         if "cond_dim" in model:
             raise ValueError(
                 "this config.json is not RADD's: its `model` section has a cond_dim, as SEDD and MDLM have"

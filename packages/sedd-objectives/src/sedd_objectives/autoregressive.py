@@ -13,7 +13,12 @@ __all__ = ["autoregressive_loss"]
 
 
 def autoregressive_loss(
-    model: NextTokenModel, x: Tensor, *, start: int | Tensor, weight: Tensor | None = None
+    model: NextTokenModel,
+    x: Tensor,
+    *,
+    start: int | Tensor,
+    weight: Tensor | None = None,
+    refuse_nan: bool = True,
 ) -> Tensor:
     """-log p(x) given a starting token, in nats a sequence. Nothing is drawn: it has no standard error.
 
@@ -25,6 +30,7 @@ def autoregressive_loss(
         x: (B, L) int64, tokens, less than N of the model's logits (B, L, N).
         start: the token before the first, for all sequences or (B,) int64: GPT-2's is its end-of-text.
         weight: (B,) or (B, L) factor >= 0 of each token's term, bool or float; 0 for padding.
+        refuse_nan: whether to raise where a term is NaN. False returns it, for a caller that counts such sequences.
 
     Returns:
         (B,) nats a sequence, float32, or float64 if the logits are.
@@ -48,7 +54,7 @@ def autoregressive_loss(
     counted = None if factor is None else factor.flatten().nonzero()[:, 0]
     tokens = x.flatten() if counted is None else x.flatten()[counted]
     surprise = each_row(_negative_log, rows, counted, tokens, dtype=arithmetic_dtype(logits))
-    if bool(surprise.isnan().any()):
+    if refuse_nan and bool(surprise.isnan().any()):
         raise ValueError(f"logits are NaN, or all -inf, at {int(surprise.isnan().sum())} of {len(surprise)} tokens")
     if factor is None or counted is None:
         return surprise.reshape(x.shape).sum(-1)

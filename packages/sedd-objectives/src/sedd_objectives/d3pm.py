@@ -48,6 +48,7 @@ def d3pm_loss(
     xt: Tensor | None = None,
     weight: Tensor | None = None,
     generator: Generator | None = None,
+    refuse_nan: bool = True,
 ) -> Tensor:
     """T times the i-th divergence of D3PM's sum, in nats a sequence: its mean over i ~ U{1..T} is the sum.
 
@@ -63,20 +64,24 @@ def d3pm_loss(
         weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which then never
             reaches the head.
         generator: for steps and noise.
+        refuse_nan: whether to raise where one is NaN. False returns it, for a caller that counts such sequences.
 
     Returns:
         (B,) float32, or float64 if the logits are; infinite where the model rules out what happened.
 
     Raises:
-        ValueError: shapes that do not fit, states or steps out of range, a sigma that is negative, logits that are NaN,
-            an xt that cannot have come from its x0, a weight that is negative somewhere or 0 everywhere.
+        ValueError: shapes that do not fit, states or steps out of range, a sigma that is negative, a weight that is
+            negative somewhere or 0 everywhere; unless `refuse_nan` is False, logits that are NaN or an xt that cannot
+            have come from its x0.
     """
     _check(graph, x0, num_steps)
     if step is None:
         unit = stratified_times(len(x0), generator=generator, t_min=0.0, device=x0.device)
         step = (unit * num_steps).long() + 1
     factor = None if weight is None else check_weight(weight, x0)
-    return num_steps * _divergence(model, graph, noise, x0, step, num_steps, xt, factor, generator)
+    return num_steps * _divergence(
+        model, graph, noise, x0, step, num_steps, xt, factor, generator, refuse_nan=refuse_nan
+    )
 
 
 @torch.no_grad()
@@ -157,6 +162,7 @@ def _divergence(
     generator: Generator | None,
     *,
     dtype: torch.dtype | None = None,
+    refuse_nan: bool = True,
 ) -> Tensor:
     """KL( p(x_{i-1} | x_i, x0) || p_theta(x_{i-1} | x_i) ) at the steps i (B,), summed over positions, (B,)."""
     before, now = _noise_levels(noise, step, num_steps, x0)
@@ -181,7 +187,7 @@ def _divergence(
     rows = logits.reshape(-1, graph.num_states)
     fields = [xt[live], x0[live], *(expand_leading("sigma", level, x0)[live] for level in (before, now))]
     loss = each_row(divergence, rows, positions, *fields, dtype=dtype or arithmetic_dtype(logits))
-    if bool(loss.isnan().any()):
+    if refuse_nan and bool(loss.isnan().any()):
         at_fault = "logits are NaN" if bool(rows.isnan().any()) else "some xt cannot have come from its x0 at this step"
         raise ValueError(f"the divergence is NaN at {int(loss.isnan().sum())} of {len(loss)} positions: {at_fault}")
     if factor is not None:
