@@ -17,6 +17,7 @@ from .adapters import (
 from .adaptive import adaptive_times
 from .ancestral import Ancestral, ancestral_probs
 from .asking import RowModel
+from .autoregressive import continue_left_to_right, left_to_right, sample_left_to_right
 from .categorical import draw_categorical
 from .controls import Control, allowed, controlled, temperature, top_k, top_p
 from .corrector import PredictorCorrector, correct, corrector_probs
@@ -88,6 +89,9 @@ __all__ = [
     "top_p",
     "allowed",
     "prompted",
+    "left_to_right",
+    "sample_left_to_right",
+    "continue_left_to_right",
     "live",
     "record",
     "classifier_free",

@@ -66,7 +66,7 @@ def adaptive_times(
         raise ValueError(f"t_min must lie in (0, 1), got {t_min!r}")
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ValueError(f"most must be a positive integer, got {most!r}")
-    check_prompt(x, given, graph)
+    check_prompt(x, given, graph.num_states, graph.mask_id)
     seeds = seed + torch.arange(len(x), device=x.device)
     pilot = Reverse(score, graph, noise, frozen=given, seeds=seeds)
     x = torch.where(given, x, pilot.prior())

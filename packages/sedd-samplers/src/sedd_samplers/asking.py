@@ -47,30 +47,32 @@ class Asked:
         model: the callable; a module is asked about its forward.
         num_states: N, the width its answers must have.
         name: what errors call it.
+        takes: what it is called with.
 
     Raises:
         ValueError: the model is not callable.
     """
 
-    def __init__(self, model: Any, num_states: int, name: str) -> None:
+    def __init__(self, model: Any, num_states: int, name: str, takes: str = "x, sigma") -> None:
         if not callable(model):
-            raise ValueError(
-                f"the {name} must be callable as {name.split()[0]}(x, sigma), got a {type(model).__name__}"
-            )
+            raise ValueError(f"the {name} must be callable as {name.split()[0]}({takes}), got a {type(model).__name__}")
         self._model, self._num_states, self._name = model, num_states, name
         self._offers_where, self._offers_rows = offers(model, "where"), offers(model, "rows")
 
-    def __call__(self, x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, sigma: Tensor | None, where: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """The answer as rows (R, N), and which of them belong to `where`, in order; None when all do, as they stand.
+
+        A model that does not take sigma is asked with None.
 
         Raises:
             ValueError: the answer has another shape or is no float tensor.
         """
+        inputs = (x,) if sigma is None else (x, sigma)
         further = {"rows": rows} if self._offers_rows else {}
         if self._offers_where:
-            answer = self._model(x, sigma, where=where, **further)
+            answer = self._model(*inputs, where=where, **further)
             return self._checked(answer, (int(where.sum()), self._num_states)), None
-        answer = self._checked(self._model(x, sigma, **further), (*x.shape, self._num_states))
+        answer = self._checked(self._model(*inputs, **further), (*x.shape, self._num_states))
         return answer.flatten(0, 1), where.flatten().nonzero()[:, 0]
 
     def _checked(self, answer: object, expected: tuple[int, ...]) -> Tensor:

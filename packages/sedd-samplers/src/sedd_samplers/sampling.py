@@ -86,10 +86,9 @@ def sample(
     Returns:
         (B, L) int64.
     """
-    if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"shape must be (batch, length), two positive integers, got {shape!r}")
-    free = torch.zeros(shape, dtype=torch.bool, device=_device(score, device))
-    return _last(trajectory(score, graph, noise, x=free.long(), given=free, **options), progress)
+    check_shape(shape)
+    free = torch.zeros(shape, dtype=torch.bool, device=device_of(score, device))
+    return last_state(trajectory(score, graph, noise, x=free.long(), given=free, **options), progress)
 
 
 def infill(
@@ -116,7 +115,7 @@ def infill(
     Returns:
         (B, L) int64, equal to x at the given positions.
     """
-    return _last(trajectory(score, graph, noise, x=x, given=given, **options), progress)
+    return last_state(trajectory(score, graph, noise, x=x, given=given, **options), progress)
 
 
 @torch.no_grad()
@@ -164,9 +163,9 @@ def trajectory(
             NaN or infinity, or leaves no state to draw, at the step where it does, which the message names. What else
             the model raises carries the step as a note.
     """
-    check_prompt(x, given, graph)
+    check_prompt(x, given, graph.num_states, graph.mask_id)
     grid = _grid(steps, t_min, times)
-    seeds = _row_seeds(seeds, generator, len(x)).to(x.device)
+    seeds = row_seeds(seeds, generator, len(x)).to(x.device)
     reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds)
     x = torch.where(given, x, reverse.prior())
 
@@ -181,8 +180,10 @@ def trajectory(
                 x = reverse.denoise(x, t.to(x.device).expand(len(x)))
         state = State(x, float(s), step, total)
         yield state
-        if until is not None and _finish(reverse, until(state)):
-            return
+        if until is not None:
+            reverse.frozen = reverse.frozen | check_finished(until(state), len(x))[:, None]
+            if reverse.frozen.all():
+                return
 
 
 def _grid(steps: int | None, t_min: float | None, times: Tensor | None) -> Tensor:
@@ -193,14 +194,12 @@ def _grid(steps: int | None, t_min: float | None, times: Tensor | None) -> Tenso
     return check_times(times)
 
 
-def _finish(reverse: Reverse, finished: object) -> bool:
-    """Freeze the finished sequences; whether all are."""
-    batch = len(reverse.frozen)
+def check_finished(finished: object, batch: int) -> Tensor:
+    """What `until` answered, or ValueError: (B,) bool, which sequences are finished."""
     if not isinstance(finished, Tensor) or finished.shape != (batch,) or finished.dtype != torch.bool:
         got = f"{finished.dtype} {tuple(finished.shape)}" if isinstance(finished, Tensor) else f"{finished!r}"
         raise ValueError(f"until must return bool of shape ({batch},), one a sequence, got {got}")
-    reverse.frozen = reverse.frozen | finished[:, None]
-    return bool(reverse.frozen.all())
+    return finished
 
 
 @contextmanager
@@ -216,14 +215,14 @@ def _named(step: int, total: int, t: float, s: float) -> Iterator[None]:
         raise
 
 
-def _last(states: Iterator[State], progress: bool) -> Tensor:
+def last_state(states: Iterator[State], progress: bool) -> Tensor:
     first = next(states)
     shown = tqdm(states, total=first.steps, desc="sampling", unit="step", disable=not progress)
     last: State = deque(itertools.chain([first], shown), maxlen=1).pop()
     return last.x
 
 
-def _row_seeds(seeds: Sequence[int] | Tensor | None, generator: Generator | None, batch: int) -> Tensor:
+def row_seeds(seeds: Sequence[int] | Tensor | None, generator: Generator | None, batch: int) -> Tensor:
     if seeds is None:
         device = "cpu" if generator is None else generator.device
         return torch.randint(2**63 - 1, (batch,), generator=generator, device=device)
@@ -235,22 +234,28 @@ def _row_seeds(seeds: Sequence[int] | Tensor | None, generator: Generator | None
     return seeds.long()
 
 
-def _device(score: ScoreModel, device: torch.device | str | None) -> torch.device:
-    if device is None and isinstance(score, torch.nn.Module):
-        device = next((p.device for p in score.parameters()), None)
+def device_of(model: object, device: torch.device | str | None) -> torch.device:
+    if device is None and isinstance(model, torch.nn.Module):
+        device = next((p.device for p in model.parameters()), None)
     return torch.device("cpu" if device is None else device)
 
 
-def check_prompt(x: Tensor, given: Tensor, graph: Graph) -> None:
+def check_prompt(x: Tensor, given: Tensor, num_states: int, mask_id: int | None) -> None:
     """ValueError unless x (B, L) int64 holds tokens at the given positions (B, L) bool."""
     if x.ndim != 2 or x.dtype != torch.int64:
         raise ValueError(f"x must be int64 of shape (batch, length), got {x.dtype} {tuple(x.shape)}")
     if given.shape != x.shape or given.dtype != torch.bool:
         raise ValueError(f"given must be bool of x's shape {tuple(x.shape)}, got {given.dtype} {tuple(given.shape)}")
     tokens = x[given]
-    wrong = (tokens < 0) | (tokens >= graph.num_states)
+    wrong = (tokens < 0) | (tokens >= num_states)
     if wrong.any():
         state = int(tokens[wrong][0])
-        raise ValueError(f"x holds the state {state} at a given position; states are 0..{graph.num_states - 1}")
-    if graph.mask_id is not None and (tokens == graph.mask_id).any():
-        raise ValueError(f"x holds the mask ({graph.mask_id}) at a given position, which would stay; leave it free")
+        raise ValueError(f"x holds the state {state} at a given position; states are 0..{num_states - 1}")
+    if mask_id is not None and (tokens == mask_id).any():
+        raise ValueError(f"x holds the mask ({mask_id}) at a given position, which would stay; leave it free")
+
+
+def check_shape(shape: tuple[int, int]) -> None:
+    """ValueError unless it is two positive integers."""
+    if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"shape must be (batch, length), two positive integers, got {shape!r}")
