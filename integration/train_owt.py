@@ -17,20 +17,18 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from sedd_nets import begin_with_frequencies, look_at_neighbours
-from sedd_samplers import sample
-from sedd_train import checkpoint, data, evaluate, launch, plan, pretrained, randomness, recipes, report, speed, watch
+from sedd_train import checkpoint, data, launch, plan, pretrained, randomness, recipes, report, speed, watch
 from sedd_train.boards import Boards
 from sedd_train.ema import EMA
-from sedd_train.engine import Loss, learning_rate, start_engine, train_step
-from sedd_train.evaluation import by_noise_level
-from torch import Tensor
+from sedd_train.engine import Batch, Loss, learning_rate, start_engine, train_step
+from sedd_train.evaluation import by_noise_level, measure
 from tqdm import tqdm
 
 # Arguments
@@ -100,10 +98,9 @@ try:
     corpus.check_length(recipe.length)
     vocab_size = len(corpus.tokenizer)
     graph = pretrained.make_graph(recipe.graph, vocab_size)
-    sections = pretrained.sections(
-        recipe.graph, recipe.noise, tokens=vocab_size, sigma_min=recipe.sigma_min, sigma_max=recipe.sigma_max
-    )
+    sections = pretrained.sections(recipe, tokens=vocab_size)
     noise = pretrained.make_noise(sections["noise"])
+    objective = pretrained.make_objective(sections["objective"], graph, noise)
 
     torch.manual_seed(recipe.seed)
     net = pretrained.make_net(recipe, graph.num_states)
@@ -132,7 +129,7 @@ averaged = (
 if saved:
     net.load_state_dict(checkpoint.with_buffers(net, saved.weights))
 engine = start_engine(
-    Loss(net, graph, noise),
+    Loss(net, objective),
     batch_size=recipe.batch_size,
     micro_batches=micro_batches,
     stage=recipe.zero_stage,
@@ -156,7 +153,7 @@ held_out = min(recipe.evaluate_blocks, corpus.valid.blocks(recipe.length))
 valid = corpus.valid.block(range(held_out), recipe.length)
 unigram = data.unigram_entropy(corpus.valid.flat)
 tokens_a_step = recipe.batch_size * recipe.length
-flops_a_step = tokens_a_step * speed.training_flops(net, graph, noise, recipe.length, recipe.t_min)
+flops_a_step = tokens_a_step * speed.training_flops(net, objective, recipe.length, recipe.t_min)
 peak = speed.peak_flops(recipe.precision, args.peak_tflops)
 if rank == 0:
     (output / "recipe.toml").write_text(recipes.to_toml(recipe))
@@ -198,23 +195,16 @@ def samples(step: int) -> list[int]:
     return [step * recipe.batch_size + g for g in numbers]
 
 
-def make(step: int) -> list[tuple[int, Tensor, Tensor, Tensor]]:
-    """This rank's micro-batches of a step: their number, x_0, x_t and t. A function of the step and nothing else."""
-    made = []
+def make(step: int) -> list[Batch]:
+    """This rank's micro-batches of a step: x_0, x_t, t, seeds of dropout. A function of the step and nothing else."""
+    made: list[Batch] = []
     for micro_batch in range(rank, micro_batches, world_size):
         numbers = randomness.sample_numbers(recipe.batch_size, micro_batches, micro_batch)
         x0 = corpus.train.at(starts([step * recipe.batch_size + g for g in numbers]), recipe.length)
         t = randomness.times(recipe.seed, step, numbers, recipe.batch_size, recipe.t_min)
-        xt = randomness.noised(graph, x0, noise(t)[0], recipe.seed, step, numbers)
-        made.append((micro_batch, x0, xt, t))
+        xt, t = objective.noised(x0, t, recipe.seed, step, numbers)
+        made.append((x0, xt, t, randomness.dropout_seeds(recipe.seed, step, numbers)))
     return made
-
-
-def batches(step: int, made: list[tuple[int, Tensor, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The micro-batches one after another, each with the seed of its dropout."""
-    for micro_batch, x0, xt, t in made:
-        randomness.seed_dropout(recipe.seed, step, micro_batch)
-        yield x0, xt, t
 
 
 def note(kind: str, **values: Any) -> None:
@@ -226,24 +216,24 @@ def note(kind: str, **values: Any) -> None:
 def look(step: int) -> float:
     """Measure the averaged weights on held-out text, and let them write; their bound, nats a token."""
     averaged.load_state_dict(checkpoint.with_buffers(averaged, ema.gather()))
-    found = evaluate(
+    found = measure(
         averaged,
-        graph,
-        noise,
+        objective,
         valid,
         characters_per_token=corpus.valid.characters_per_token,
         num_times=recipe.evaluate_times,
         seed=recipe.seed,
     )
-    levels = by_noise_level(averaged, graph, noise, valid, t_min=recipe.t_min, seed=recipe.seed)
+    levels = None
+    if recipe.objective == "score-entropy":
+        levels = by_noise_level(averaged, graph, noise, valid, t_min=recipe.t_min, seed=recipe.seed)
     if rank != 0:
         return found.nats_per_token
-    log.write("levels", step=step, **{name: value.tolist() for name, value in vars(levels).items()})
+    if levels is not None:
+        log.write("levels", step=step, **{name: value.tolist() for name, value in vars(levels).items()})
     random = randomness.generator(recipe.seed, randomness.SAMPLING, step, device=device)
     with torch.inference_mode():
-        x = sample(
-            averaged, graph, noise, shape=(1, recipe.length), steps=recipe.sample_steps, generator=random, device=device
-        )
+        x = objective.sample(averaged, (1, recipe.length), steps=recipe.sample_steps, generator=random, device=device)
     text = corpus.tokenizer.decode(x[0].tolist())
     note(
         "valid",
@@ -285,7 +275,7 @@ for step, made in zip(range(first, recipe.steps), data.ahead(make, range(first, 
     lr = learning_rate(
         step, peak=recipe.learning_rate, warmup=recipe.warmup, steps=recipe.steps, decay_to=recipe.decay_to
     )
-    done = train_step(engine, batches(step, made), lr, stop=preemption.requested)
+    done = train_step(engine, made, lr, stop=preemption.requested)
     if done.applied:
         ema.update()
     skipped = 0 if done.applied else skipped + 1
@@ -326,7 +316,7 @@ for step, made in zip(range(first, recipe.steps), data.ahead(make, range(first, 
             where = starts(at_fault)
             log.write("skipped", step=step + 1, loss=loss, grad_norm=done.grad_norm, samples=at_fault, starts=where)
     if skipped >= recipe.max_skipped:
-        diagnosis = watch.diagnose(engine, batches(step, made), samples(step))
+        diagnosis = watch.diagnose(engine, made, samples(step))
         if rank == 0:
             log.write("diagnosis", step=step + 1, text=diagnosis)
         failure = (
@@ -380,7 +370,8 @@ if rank == 0:
             unigram_entropy=unigram,
             characters_per_token=corpus.valid.characters_per_token,
         )
-        report.levels_picture(report.levels_of(output / "log.jsonl"), output / "levels.png")
+        if levels := report.levels_of(output / "log.jsonl"):
+            report.levels_picture(levels, output / "levels.png")
         (output / "summary.json").write_text(report.to_json(summary, indent=1))
         (output / "report.html").write_text(report.page(output), encoding="utf-8")
     except OSError as error:
@@ -394,8 +385,12 @@ if rank == 0:
         f"loss curve              {output / 'loss.png'}\n"
         f"report                  {output / 'report.html'}\n"
         f"checkpoints             {output / 'checkpoints'}, the best of them {best.name if best else 'unknown'}\n"
-        f"trained model           {output / 'export'}\n"
-        f"sample from it with     python integration/sample.py --checkpoint {output / 'export'} "
-        f"--prefix {shlex.quote(' '.join(corpus.tokenizer.decode(valid[0].tolist()).split()[:3]))}"
+        f"trained model           {output / 'export'}"
     )
+    if recipe.objective == "score-entropy":
+        prefix = " ".join(corpus.tokenizer.decode(valid[0].tolist()).split()[:3])
+        say(
+            f"sample from it with     python integration/sample.py --checkpoint {output / 'export'} "
+            f"--prefix {shlex.quote(prefix)}"
+        )
 launch.finish()

@@ -10,6 +10,7 @@ from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
 from sedd_train import launch, shards, watch
 from sedd_train.engine import Loss, start_engine, train_step
+from sedd_train.objectives import ScoreEntropy
 
 GRAPH, NOISE = Absorbing(11), LogLinear()
 launch.start()
@@ -18,7 +19,7 @@ found = []
 for stage in range(4):
     torch.manual_seed(0)
     net = SEDD(12, width=16, depth=2, heads=2, cond_dim=8, dropout=0.0, length=8)
-    engine = start_engine(Loss(net, GRAPH, NOISE), batch_size=8, micro_batches=4, stage=stage)
+    engine = start_engine(Loss(net, ScoreEntropy(GRAPH, NOISE)), batch_size=8, micro_batches=4, stage=stage)
     on = {"factor": 1.0}
     embedding = engine.module.net.vocab_embed
     embedding.register_forward_hook(lambda module, inputs, out, on=on: out * on["factor"])

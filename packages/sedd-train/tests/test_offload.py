@@ -9,6 +9,7 @@ from sedd_nets import SEDD
 from sedd_train import recipes, shards
 from sedd_train.ema import EMA
 from sedd_train.engine import Loss, start_engine, train_step
+from sedd_train.objectives import ScoreEntropy
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("process")]  # DeepSpeed warns
 GRAPH, NOISE = Absorbing(11), LogLinear()
@@ -20,7 +21,9 @@ def test_offloading_changes_no_number(stage):
     for offload in (False, True):
         torch.manual_seed(0)
         net = SEDD(12, width=16, depth=2, heads=2, cond_dim=8, dropout=0.0, length=8)
-        engine = start_engine(Loss(net, GRAPH, NOISE), batch_size=4, micro_batches=1, stage=stage, offload=offload)
+        engine = start_engine(
+            Loss(net, ScoreEntropy(GRAPH, NOISE)), batch_size=4, micro_batches=1, stage=stage, offload=offload
+        )
         average = EMA(engine, 0.9)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)

@@ -13,6 +13,7 @@ from sedd_nets import SEDD
 from sedd_train import plan, recipes
 from sedd_train.ema import EMA
 from sedd_train.engine import Loss, start_engine, train_step
+from sedd_train.objectives import ScoreEntropy
 
 PUBLISHED = [name for name in recipes.recipe_names() if name != "tiny"]
 
@@ -93,7 +94,7 @@ def test_memory_is_what_tensors_hold(process):
         before = live()
         net, averaged = (SEDD(1001, width=128, depth=2, heads=2, cond_dim=16, length=8, dropout=0.0) for _ in range(2))
         parameters = sum(p.numel() for p in net.parameters())
-        engine = start_engine(Loss(net, graph, noise), batch_size=1, micro_batches=1, stage=stage)
+        engine = start_engine(Loss(net, ScoreEntropy(graph, noise)), batch_size=1, micro_batches=1, stage=stage)
         average = EMA(engine, 0.9)
         train_step(engine, [batch], 1e-3)
         average.update()

@@ -13,6 +13,7 @@ from sedd_nets import SEDD
 from sedd_train import checkpoint, report, speed
 from sedd_train.boards import Boards
 from sedd_train.evaluation import by_noise_level
+from sedd_train.objectives import ScoreEntropy
 
 
 def steps(path) -> list[int]:
@@ -184,7 +185,7 @@ def test_the_arithmetic_of_training():
     net = SEDD(101, width=32, depth=3, heads=2, cond_dim=8, length=64)
     modulation = 2 * 8 * (256 + 8 + (6 * 3 + 2) * 32) / 64  # once a sequence
     head, blocks = 2 * 32 * 101, 3 * (2 * 12 * 32**2 + 4 * 64 * 32)
-    found = speed.training_flops(net, Absorbing(100), LogLinear(), 64)
+    found = speed.training_flops(net, ScoreEntropy(Absorbing(100), LogLinear()), 64)
     assert found == pytest.approx(3 * (blocks + head / 2 + modulation), rel=1e-9)
     assert speed.peak_flops("bf16", 2.0) == 2e12
     if not torch.cuda.is_available():

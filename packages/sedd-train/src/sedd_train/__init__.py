@@ -1,14 +1,14 @@
 """Training discrete diffusion language models by score entropy, with DeepSpeed ZeRO.
 
 Modules, in the order of a run: `recipes` (its numbers), `launch` (its processes), `data` (text to blocks),
-`randomness` (times and noise), `engine` (the step), `ema`, `evaluation`, `checkpoint`, `report`; `pretrained` reads
-what came out, `prompts` says which tokens of a sample are given.
+`randomness` (times and noise), `objectives` (the losses), `engine` (the step), `ema`, `evaluation`, `checkpoint`,
+`report`; `pretrained` reads what came out, `prompts` says which tokens of a sample are given.
 """
 
 from importlib.metadata import version
 
 from sedd_train.evaluation import Evaluation, evaluate
-from sedd_train.pretrained import Model, load
+from sedd_train.pretrained import Model, Trained, load, load_trained
 
-__all__ = ["Evaluation", "Model", "evaluate", "load", "__version__"]
+__all__ = ["Evaluation", "Model", "Trained", "evaluate", "load", "load_trained", "__version__"]
 __version__ = version("sedd-train")

@@ -1,8 +1,9 @@
 """The DeepSpeed engine: ZeRO 0 to 3, AdamW, clipping, accumulation, float32 or bfloat16, and one step of it.
 
 The loss and the network meet inside one module's forward, because ZeRO 3 gathers a module's weights when its forward
-runs and at no other time. bfloat16 is autocast over float32 weights; the loss switches autocast off for everything
-after the network's head.
+runs and at no other time. Head and score entropy are one operation, which makes the gradients of the head's weights on
+its way forward: ZeRO 3 is told that these weights are that module's, too. bfloat16 is autocast over float32 weights;
+the loss switches autocast off for everything after the network's head.
 """
 
 from __future__ import annotations
@@ -14,36 +15,39 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sedd_objectives import denoising_loss
+from sedd_nets.transformer import Transformer
 from torch import Tensor, nn
 
-__all__ = ["Loss", "start_engine", "learning_rate", "Step", "train_step"]
+from sedd_train.objectives import Objective
+
+__all__ = ["Batch", "Loss", "start_engine", "learning_rate", "Step", "train_step"]
+
+Batch = tuple[Tensor, ...]
+"""A micro-batch: the arguments of `Loss.forward`."""
 
 
 class Loss(nn.Module):
-    """The denoising loss of a network, as the one module that DeepSpeed sees.
+    """A network and what it is trained for, as the one module that DeepSpeed sees.
 
     Args:
-        net: the score model.
-        graph: the forward process.
-        noise: its schedule.
+        net: one of sedd_nets.
+        objective: see `sedd_train.objectives`.
     """
 
-    def __init__(self, net: nn.Module, graph: Any, noise: Any) -> None:
+    def __init__(self, net: Transformer, objective: Objective) -> None:
         super().__init__()
-        self.net, self.graph, self.noise = net, graph, noise
+        self.net, self.objective = net, objective
 
-    def forward(self, x0: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The integrand of eq. 10 at times t, nats a sequence; x0, xt (B, L), t (B,).
+    def forward(self, x0: Tensor, xt: Tensor, t: Tensor, dropout_seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The objective's loss, nats a sequence; x0, xt (B, L), t, dropout_seeds (B,).
 
         Returns:
             The mean over the batch, (), and, without a gradient, the loss of each sequence, (B,).
         """
-        # A NaN is no reason to raise on one of several ranks: the others would wait for it in their next exchange.
-        loss = denoising_loss(self.net, self.graph, self.noise, x0, t, xt=xt, refuse_nan=False)
+        total, each = self.objective.losses(self.net, x0, xt, t, dropout_seeds=dropout_seeds)
         # ZeRO skips a step by its gradient: this factor is 1, or NaN where the loss is infinite.
-        finite = 1 + 0 * loss.detach().mean()
-        return loss.mean() * finite, loss.detach()
+        finite = 1 + 0 * total.detach()
+        return total * finite / len(x0), each
 
 
 def start_engine(
@@ -102,6 +106,8 @@ def start_engine(
             "stage3_param_persistence_threshold": 1 << 14,
             "stage3_max_live_parameters": 1 << 30,
         }
+        for parameter in loss.net.output_layer.linear.parameters():
+            deepspeed.zero.register_external_parameter(loss, parameter)
     if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config)
@@ -135,8 +141,8 @@ class Step:
     losses: Tensor
 
 
-def train_step(engine: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], lr: float, stop: bool = False) -> Step:
-    """One optimiser step over this rank's micro-batches (x0, xt, t). Collective.
+def train_step(engine: Any, batches: Iterable[Batch], lr: float, stop: bool = False) -> Step:
+    """One optimiser step over this rank's micro-batches. Collective.
 
     A step whose loss or gradient is not finite leaves the weights and AdamW's moments as they were.
     """

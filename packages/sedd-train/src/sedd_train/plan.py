@@ -115,7 +115,8 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
     micro_batches = recipe.micro_batches(ranks)
     micro_batch = recipe.batch_size // micro_batches
     graph = pretrained.make_graph(recipe.graph, data.vocab_size(recipe.tokenizer))
-    noise = pretrained.make_noise({"type": recipe.noise, "sigma_min": recipe.sigma_min, "sigma_max": recipe.sigma_max})
+    sections = pretrained.sections(recipe, tokens=graph.num_states)
+    objective = pretrained.make_objective(sections["objective"], graph, pretrained.make_noise(sections["noise"]))
     with torch.device("meta"):
         net = pretrained.make_net(recipe, graph.num_states)
     counts = net.parameter_counts()
@@ -128,7 +129,7 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
 
     kept = micro_batch * activations(shallow, recipe.depth, recipe.length, precision=recipe.precision)
     step_tokens = recipe.batch_size * recipe.length
-    flops = speed.training_flops(net, graph, noise, recipe.length, recipe.t_min)
+    flops = speed.training_flops(net, objective, recipe.length, recipe.t_min)
     corpus = data.cached(recipe.corpus, recipe.tokenizer, cache)
     epochs = "not tokenised yet"
     if corpus is not None:

@@ -1,4 +1,8 @@
-"""A trained model as a whole: network, graph, noise schedule and tokenizer, from one folder or published name."""
+"""A trained model as a whole: network, graph, noise schedule and tokenizer, from one folder or published name.
+
+`load` gives score models, the paper's and those whose score is known. `load_trained` gives whatever the training script
+made, baselines included, as a network and its objective.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sedd_graphs import Absorbing, Geometric, LogLinear, Uniform
-from sedd_nets import MDLM, RADD, SEDD, from_pretrained
+from sedd_nets import MDLM, RADD, SEDD, Causal, from_pretrained
 
 from sedd_train import data
+from sedd_train.objectives import D3PM, Autoregressive, Objective, ScoreEntropy
 from sedd_train.recipes import Recipe
 
-__all__ = ["Model", "load", "make_graph", "make_net", "make_noise", "sections"]
+__all__ = [
+    *("Model", "load", "Trained", "load_trained"),
+    *("make_graph", "make_net", "make_noise", "make_objective", "sections"),
+]
 
 GPT2_SIZE = 50257
 
@@ -22,6 +30,14 @@ class Model(NamedTuple):
     net: SEDD | RADD | MDLM
     graph: Any
     noise: Any
+    tokenizer: Any
+
+
+class Trained(NamedTuple):
+    """What `load_trained` gives: a network in evaluation mode, what it was trained for, and its tokenizer."""
+
+    net: SEDD | RADD | MDLM | Causal
+    objective: Objective
     tokenizer: Any
 
 
@@ -37,7 +53,21 @@ def load(folder_or_name: str | Path, *, tokenizer: Any = None) -> Model:
 
     Raises:
         FileNotFoundError, ConnectionError: no such folder, and no such name on the hub or no hub.
-        ValueError: the config, the weights and the tokenizer do not fit each other.
+        ValueError: the config, the weights and the tokenizer do not fit each other, or the network is no score model.
+    """
+    net, objective, tokenizer = load_trained(folder_or_name, tokenizer=tokenizer)
+    if isinstance(net, Causal) or not isinstance(objective, ScoreEntropy):
+        raise ValueError(
+            f"{folder_or_name} was trained for {net.sections['objective']['type']}, and is no score model: read it by "
+            "sedd_train.load_trained"
+        )
+    return Model(net, objective.graph, objective.noise, tokenizer)
+
+
+def load_trained(folder_or_name: str | Path, *, tokenizer: Any = None) -> Trained:
+    """Read any checkpoint: those that `load` reads, and those of other objectives that the training script wrote.
+
+    Args and errors are those of `load`.
     """
     source = _folder(Path(folder_or_name)) if Path(folder_or_name).is_dir() else folder_or_name
     net = from_pretrained(source)
@@ -51,7 +81,7 @@ def load(folder_or_name: str | Path, *, tokenizer: Any = None) -> Model:
             f"{source}: config.json names {config.get('tokens')} tokens and the {config['graph']['type']} graph, which "
             f"makes {graph.num_states} states, but the weights have {net.num_states}"
         )
-    noise = make_noise(config["noise"])
+    objective = make_objective(config.get("objective", {"type": "score-entropy"}), graph, make_noise(config["noise"]))
     vocabulary = graph.num_states - (graph.mask_id is not None)
     if tokenizer is None:
         if isinstance(source, Path) and (source / "tokenizer.json").exists():
@@ -68,7 +98,7 @@ def load(folder_or_name: str | Path, *, tokenizer: Any = None) -> Model:
             f"{source} was trained on a vocabulary of {vocabulary} tokens, and the tokenizer has {len(tokenizer)}: it "
             "is another model's; give the one it was trained with"
         )
-    return Model(net, graph, noise, tokenizer)
+    return Trained(net, objective, tokenizer)
 
 
 def _folder(folder: Path) -> Path:
@@ -94,18 +124,31 @@ def make_graph(kind: str, vocab_size: int) -> Absorbing | Uniform:
     raise ValueError(f"graph type {kind!r}: expected 'absorb' or 'uniform'")
 
 
-def make_net(recipe: Recipe, num_states: int) -> SEDD:
-    """A fresh network of a recipe's sizes."""
-    return SEDD(
-        num_states,
-        width=recipe.width,
-        depth=recipe.depth,
-        heads=recipe.heads,
-        cond_dim=recipe.cond_dim,
-        dropout=recipe.dropout,
-        scale_by_sigma=recipe.scale_by_sigma,
-        length=recipe.length,
-    )
+def make_net(recipe: Recipe, num_states: int) -> SEDD | RADD | MDLM | Causal:
+    """A fresh network of a recipe's kind and sizes."""
+    sizes: dict[str, Any] = {name: getattr(recipe, name) for name in ("width", "depth", "heads", "dropout", "length")}
+    if recipe.network == "radd":
+        return RADD(num_states, **sizes)
+    if recipe.network == "mdlm":
+        return MDLM(num_states, cond_dim=recipe.cond_dim, **sizes)
+    if recipe.network == "causal":
+        return Causal(num_states, **sizes)
+    return SEDD(num_states, cond_dim=recipe.cond_dim, scale_by_sigma=recipe.scale_by_sigma, **sizes)
+
+
+def make_objective(section: dict[str, Any], graph: Any, noise: Any) -> Objective:
+    """The objective that a config's `objective` section describes.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if section["type"] == "score-entropy":
+        return ScoreEntropy(graph, noise)
+    if section["type"] == "d3pm":
+        return D3PM(graph, noise, int(section["steps"]))
+    if section["type"] == "autoregressive":
+        return Autoregressive(start=graph.mask_id)
+    raise ValueError(f"objective {section['type']!r}: expected 'score-entropy', 'd3pm' or 'autoregressive'")
 
 
 def make_noise(section: dict[str, Any]) -> LogLinear | Geometric:
@@ -121,10 +164,14 @@ def make_noise(section: dict[str, Any]) -> LogLinear | Geometric:
     raise ValueError(f"noise type {section['type']!r}: expected 'loglinear' or 'geometric'")
 
 
-def sections(graph: str, noise: str, *, tokens: int, sigma_min: float, sigma_max: float) -> dict[str, Any]:
+def sections(recipe: Recipe, *, tokens: int) -> dict[str, Any]:
     """What a published config.json says beside the network's sizes; `load` reads it back."""
+    objective: dict[str, Any] = {"type": recipe.objective}
+    if recipe.objective == "d3pm":
+        objective["steps"] = recipe.d3pm_steps
     return {
         "tokens": tokens,
-        "graph": {"type": graph},
-        "noise": {"type": noise, "sigma_min": sigma_min, "sigma_max": sigma_max},
+        "objective": objective,
+        "graph": {"type": recipe.graph},
+        "noise": {"type": recipe.noise, "sigma_min": recipe.sigma_min, "sigma_max": recipe.sigma_max},
     }

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["generator", "sample_numbers", "times", "noised", "seed_dropout"]
+__all__ = ["generator", "sample_numbers", "times", "noised", "dropout_seeds"]
 
 TIMES, NOISE, DROPOUT, EVALUATION, SAMPLING, LEVELS = range(6)  # what a stream of random numbers is for
 
@@ -60,6 +60,6 @@ def noised(graph: _Graph, x0: Tensor, sigma: Tensor, seed: int, step: int, sampl
     return torch.cat(rows)
 
 
-def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
-    """Seed torch's own generators for the dropout of one micro-batch, whichever rank runs it."""
-    torch.manual_seed(_seed(seed, DROPOUT, step, micro_batch))
+def dropout_seeds(seed: int, step: int, samples: Sequence[int]) -> Tensor:
+    """What the dropout of samples g of a step depends on, (len(samples),) int64, whichever rank runs them."""
+    return torch.tensor([_seed(seed, DROPOUT, step, g) for g in samples], dtype=torch.uint64).view(torch.int64)

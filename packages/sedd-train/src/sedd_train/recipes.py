@@ -20,6 +20,10 @@ from typing import Any, get_type_hints
 __all__ = ["Recipe", "recipe_names", "read_recipe", "for_run", "add_arguments", "override", "to_toml"]
 
 
+OBJECTIVES = ("score-entropy", "d3pm", "autoregressive")
+NETWORKS = ("sedd", "radd", "mdlm", "causal")
+
+
 def _value(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -40,6 +44,11 @@ class Recipe:
     length: int = _value(1024, "tokens a block")
     crops: bool = _value(False, "train on crops that begin anywhere, in place of the text cut into blocks once")
 
+    objective: str = _value("score-entropy", "what is trained for: score-entropy, or d3pm or autoregressive to compare")
+    network: str = _value(
+        "sedd", "sedd; radd or mdlm, normalised, so that score entropy is masked cross-entropy; causal (autoregressive)"
+    )
+    d3pm_steps: int = _value(1000, "T, the steps of the d3pm objective")
     graph: str = _value("absorb", "forward process: absorb or uniform")
     noise: str = _value("loglinear", "noise schedule: loglinear or geometric")
     sigma_min: float = _value(1e-4, "least total noise of the geometric schedule")
@@ -112,6 +121,13 @@ class Recipe:
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "0, 1, 2 or 3")
         _require(not (self.offload and self.zero_stage == 0), "offload", True, "false without ZeRO (zero_stage = 0)")
+        _require(self.objective in OBJECTIVES, "objective", self.objective, ", ".join(OBJECTIVES))
+        _require(self.network in NETWORKS, "network", self.network, ", ".join(NETWORKS))
+        _require(self.d3pm_steps > 0, "d3pm_steps", self.d3pm_steps, "a positive number")
+        causal = self.objective == "autoregressive"
+        _require((self.network == "causal") == causal, "network", self.network, "causal if and only if autoregressive")
+        normalised = self.network in ("radd", "mdlm", "causal")
+        _require(not (normalised and self.graph != "absorb"), "graph", self.graph, f"absorb for {self.network}")
         informed = self.informed_start and self.graph != "absorb"
         _require(not informed, "informed_start", True, "false for another graph than absorb")
         _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads = {self.heads}")
@@ -174,7 +190,21 @@ def read_recipe(name: str | Path) -> Recipe:
 
 
 FIXED = (  # what a run keeps to its end: another value would make it another run
-    *("corpus", "tokenizer", "length", "graph", "noise", "sigma_min", "sigma_max", "width", "depth", "heads"),
+    *(
+        "corpus",
+        "tokenizer",
+        "length",
+        "objective",
+        "network",
+        "d3pm_steps",
+        "graph",
+        "noise",
+        "sigma_min",
+        "sigma_max",
+        "width",
+        "depth",
+        "heads",
+    ),
     *("cond_dim", "scale_by_sigma", "batch_size", "seed", "crops"),
 )
 

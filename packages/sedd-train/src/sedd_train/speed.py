@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sedd_train.objectives import Autoregressive, Objective
+
 __all__ = ["training_flops", "peak_flops", "memory", "duration"]
 
 PEAKS = {  # dense, of one device, as their makers state: (bfloat16, float32) in FLOP/s
@@ -27,20 +29,19 @@ PEAKS = {  # dense, of one device, as their makers state: (bfloat16, float32) in
 }
 
 
-def training_flops(net: Any, graph: Any, noise: Any, length: int, t_min: float = 1e-3) -> float:
+def training_flops(net: Any, objective: Objective, length: int, t_min: float = 1e-3) -> float:
     """Floating-point operations that one token costs in training, on average over times.
 
     Args:
         net: the network; its `flops` counts a forward pass.
-        graph: the forward process.
-        noise: its schedule.
+        objective: what it is trained for.
         length: tokens a block.
         t_min: least time.
     """
     share = 1.0
-    if graph.mask_id is not None:
+    if not isinstance(objective, Autoregressive) and objective.graph.mask_id is not None:
         t = t_min + (1 - t_min) * (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-        share = float(-torch.expm1(-noise(t)[0]).mean())
+        share = float(-torch.expm1(-objective.noise(t)[0]).mean())
     return 3 * float(net.flops(length, rows=round(share * length))) / length
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sedd_train import shards
+from sedd_train.engine import Batch
 
 __all__ = ["not_finite", "diagnose"]
 
@@ -31,14 +32,14 @@ def not_finite(losses: Tensor, samples: Sequence[int]) -> list[int]:
     return sorted(g for found in _from_all(mine) for g in found)
 
 
-def diagnose(engine: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], samples: Sequence[int]) -> str:
+def diagnose(engine: Any, batches: Iterable[Batch], samples: Sequence[int]) -> str:
     """Run a step's forward and backward pass once more, and say where numbers stop being finite. Collective.
 
     The engine is of no further use: gradients are left in it.
 
     Args:
         engine: the DeepSpeed engine.
-        batches: this rank's micro-batches (x0, xt, t).
+        batches: this rank's micro-batches.
         samples: the numbers g of their samples, in order.
 
     Returns:

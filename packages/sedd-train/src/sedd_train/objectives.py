@@ -1,0 +1,162 @@
+"""What a network is trained for: the paper's loss and those it is compared with, behind one interface.
+
+    ScoreEntropy     denoising score entropy (eq. 10), and the bound of eq. 9; for SEDD, RADD and MDLM. The latter two
+                     output p(x0 | x), and the denoising score entropy of their score is the cross-entropy they are
+                     known for (see `sedd_objectives.cross_entropy`): a masked-cross-entropy run is this with `MDLM`.
+    D3PM             the divergences of T discrete steps; any score network, whose row's softmax is p(x0 | x). An entry
+                     that a score holds at 0, its own state's, takes nothing from a softmax.
+    Autoregressive   -log p of each token given those before it; for `Causal`.
+
+An objective says how a batch is noised (`noised`), its loss (`losses`), what is reported of held-out text (`bound`),
+and how to sample (`sample`): all three have these methods, with the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sedd_objectives import autoregressive_loss, d3pm_bound, d3pm_loss, fused_denoising_loss, likelihood_bound
+from sedd_samplers import Ancestral, allowed, from_logits, sample, sample_left_to_right
+from torch import Generator, Tensor
+
+from sedd_train import randomness
+
+__all__ = ["Objective", "ScoreEntropy", "D3PM", "Autoregressive"]
+
+Losses = tuple[Tensor, Tensor]
+"""Of a batch: the sum over its sequences, (), to be differentiated, and without a gradient each sequence's, (B,) nats.
+A sequence whose loss is NaN does not raise: on one of several ranks the others would wait for it."""
+
+
+@dataclass(frozen=True)
+class ScoreEntropy:
+    """The paper's. Head and loss are one operation, which never holds a batch's log-scores.
+
+    Attributes:
+        graph: the forward process.
+        noise: its schedule.
+    """
+
+    graph: Any
+    noise: Any
+
+    def noised(self, x0: Tensor, t: Tensor, seed: int, step: int, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """x_t ~ p(. | x0) at the times given."""
+        return randomness.noised(self.graph, x0, self.noise(t)[0], seed, step, samples), t
+
+    def losses(self, net: Any, x0: Tensor, xt: Tensor, t: Tensor, **given: Any) -> Losses:
+        """The integrand of eq. 10 at times t; the network has `hidden` and `head`, as those of sedd_nets."""
+        sigma, dsigma = self.noise(t)
+        hidden = net.hidden(xt, sigma, **given)
+        return fused_denoising_loss(hidden, net.head, self.graph, xt, x0, sigma, dsigma, refuse_nan=False)
+
+    def bound(self, net: Any, x0: Tensor, *, num_times: int, generator: Generator) -> Tensor:
+        """Eq. 9, with prior and reconstruction."""
+        return likelihood_bound(net, self.graph, self.noise, x0, num_times=num_times, generator=generator).value
+
+    def sample(
+        self, net: Any, shape: tuple[int, int], *, steps: int, generator: Generator, device: torch.device | str
+    ) -> Tensor:
+        """By Tweedie tau-leaping (eq. 19)."""
+        return sample(net, self.graph, self.noise, shape=shape, steps=steps, generator=generator, device=device)
+
+
+@dataclass(frozen=True)
+class D3PM:
+    """Austin et al. 2021, in T steps of the same process.
+
+    Attributes:
+        graph: the forward process.
+        noise: its schedule, looked at at t = 1/T, 2/T, ..., 1.
+        num_steps: T.
+    """
+
+    graph: Any
+    noise: Any
+    num_steps: int = 1000
+
+    def noised(self, x0: Tensor, t: Tensor, seed: int, step: int, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """x_i ~ p(. | x0) at the first of the T steps that is not before t."""
+        t = self._number(t) / self.num_steps
+        return randomness.noised(self.graph, x0, self.noise(t)[0], seed, step, samples), t
+
+    def losses(self, net: Any, x0: Tensor, xt: Tensor, t: Tensor, **given: Any) -> Losses:
+        """T times the divergence of the step at t, a multiple of 1 / T."""
+
+        def model(x: Tensor, sigma: Tensor, where: Tensor | None = None) -> Any:
+            return net(x, sigma, where, **given)
+
+        loss = d3pm_loss(
+            *(model, self.graph, self.noise, x0, self._number(t)), num_steps=self.num_steps, xt=xt, refuse_nan=False
+        )
+        return loss.sum(), loss.detach()
+
+    def bound(self, net: Any, x0: Tensor, *, num_times: int, generator: Generator) -> Tensor:
+        """The bound of T steps, with the prior's term and the first step's."""
+        return d3pm_bound(
+            *(net, self.graph, self.noise, x0), num_steps=self.num_steps, num_times=num_times, generator=generator
+        ).value
+
+    def sample(
+        self, net: Any, shape: tuple[int, int], *, steps: int, generator: Generator, device: torch.device | str
+    ) -> Tensor:
+        """By D3PM's ancestral steps."""
+        return sample(
+            from_logits(net, self.graph),
+            self.graph,
+            self.noise,
+            shape=shape,
+            steps=steps,
+            method=Ancestral(),
+            generator=generator,
+            device=device,
+        )
+
+    def _number(self, t: Tensor) -> Tensor:
+        """The step i in 1..T at or behind t; a multiple of 1/T in float32 is its own."""
+        return (t.double() * self.num_steps - 1e-4).ceil().clamp(1, self.num_steps).long()
+
+
+@dataclass(frozen=True)
+class Autoregressive:
+    """Left to right. The likelihood is exact: nothing is noised, and times do not count.
+
+    Attributes:
+        start: the state that a sequence begins behind.
+    """
+
+    start: int
+
+    def noised(self, x0: Tensor, t: Tensor, seed: int, step: int, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The clean sequence."""
+        return x0, t
+
+    def losses(self, net: Any, x0: Tensor, xt: Tensor, t: Tensor, **given: Any) -> Losses:
+        """-log p(x0)."""
+        loss = autoregressive_loss(lambda x: net(x, **given), x0, start=self.start, refuse_nan=False)
+        return loss.sum(), loss.detach()
+
+    def bound(self, net: Any, x0: Tensor, *, num_times: int, generator: Generator) -> Tensor:
+        """-log p(x0) itself."""
+        return autoregressive_loss(net, x0, start=self.start)
+
+    def sample(
+        self, net: Any, shape: tuple[int, int], *, steps: int, generator: Generator, device: torch.device | str
+    ) -> Tensor:
+        """Token by token; the number of steps does not count."""
+        tokens = torch.arange(net.num_states) != self.start
+        return sample_left_to_right(
+            net,
+            shape=shape,
+            start=self.start,
+            num_states=net.num_states,
+            controls=[allowed(tokens.expand(shape[1], -1))],
+            generator=generator,
+            device=device,
+        )
+
+
+Objective = ScoreEntropy | D3PM | Autoregressive
