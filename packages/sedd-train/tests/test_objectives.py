@@ -84,8 +84,8 @@ def test_the_steps_of_d3pm_are_all_hit_alike():
             "--d3pm-steps",
             "20",
         ],
-        "--objective autoregressive --network causal".split(),
-        "--network mdlm".split(),
+        ["--objective", "autoregressive", "--network", "causal"],
+        ["--network", "mdlm"],
     ],
     ids=["d3pm", "autoregressive", "mdlm"],
 )
