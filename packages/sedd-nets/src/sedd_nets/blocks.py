@@ -136,18 +136,34 @@ class Block(nn.Module):
         sin: Tensor,
         attention: Attention,
         documents: Documents | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
-        """One step of the residual stream h (B, L, D), given the conditioning c (B, 1 or L, cond_dim) if any."""
+        """One step of the residual stream.
+
+        Args:
+            h: (B, L, D).
+            c: the conditioning (B, 1 or L, cond_dim), for a block that is modulated.
+            cos: (L, d/2), from `Rotary`.
+            sin: the same.
+            attention: see `sedd_nets.attention`.
+            documents: where attention stays within.
+            dropout_keys: (B, 2) int64, for the branches of attention and MLP (`sedd_nets.dropout`); None: torch's
+                generator chooses what is dropped.
+
+        Returns:
+            (B, L, D).
+        """
         shift1: Tensor | None
         shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
         if self.adaLN_modulation is not None:
             shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         dropout = self.dropout if self.training else 0.0
+        key1, key2 = (None, None) if dropout_keys is None else dropout_keys.unbind(1)
 
         qkv = self.attn_qkv(self.norm1(h, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
         attended = attention(rotate(qkv, cos, sin), documents).flatten(-2)
-        h = add_gated(h, self.attn_out(attended), gate1, dropout)
-        return add_gated(h, self.mlp(self.norm2(h, shift2, scale2)), gate2, dropout)
+        h = add_gated(h, self.attn_out(attended), gate1, dropout, key1)
+        return add_gated(h, self.mlp(self.norm2(h, shift2, scale2)), gate2, dropout, key2)
 
 
 class Head(nn.Linear):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sedd_nets.dropout import dropped
+
 __all__ = ["add_gated", "gelu_linear", "modulated_norm"]
 
 EPS = 1e-5
@@ -93,7 +95,7 @@ class _GeluLinear(torch.autograd.Function):
         return by_a, by_weight, rows.sum(0)
 
 
-def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, dropout: float) -> Tensor:
+def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, dropout: float, keys: Tensor | None = None) -> Tensor:
     """H + gate dropout(branch).
 
     Keeps the gate, the branch in its own dtype, and a byte an element of what dropout chose.
@@ -103,35 +105,40 @@ def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, dropout: float) ->
         branch: (B, L, D).
         gate: (B, 1, D) or (B, L, D), or None for 1.
         dropout: the probability of an element of the branch to count 0; the others are divided by the rest.
+        keys: (B,) int64, what chooses the elements of each row (`sedd_nets.dropout`); None: torch's generator.
 
     Returns:
         (B, L, D) in h's dtype.
     """
-    if gate is None:
-        return h + F.dropout(branch, dropout).to(h.dtype)
-    if torch.compiler.is_compiling():
-        return torch.addcmul(h, gate.to(h.dtype), F.dropout(branch, dropout).to(h.dtype))
-    gate, dropped = gate.to(h.dtype), None
+    chosen = None
     if dropout > 0:
         # bfloat16 knows too few numbers between 0 and 1 for probabilities.
-        dropped = torch.rand(branch.shape, dtype=torch.float32, device=branch.device) < dropout
-        gate = gate / (1 - dropout)
-    out: Tensor = _AddGated.apply(h, branch, gate, dropped)  # type: ignore[no-untyped-call]
+        chosen = (
+            torch.rand(branch.shape, dtype=torch.float32, device=branch.device) < dropout
+            if keys is None
+            else dropped(keys, branch.shape[1], branch.shape[2], dropout)
+        )
+    if gate is None:
+        return torch.add(h, _kept(branch, chosen).to(h.dtype), alpha=1 / (1 - dropout))
+    gate = gate.to(h.dtype) / (1 - dropout)
+    if torch.compiler.is_compiling():
+        return torch.addcmul(h, gate, _kept(branch, chosen).to(h.dtype))
+    out: Tensor = _AddGated.apply(h, branch, gate, chosen)  # type: ignore[no-untyped-call]
     return out
 
 
 class _AddGated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, branch: Tensor, gate: Tensor, dropped: Tensor | None) -> Tensor:
-        ctx.save_for_backward(branch, gate, dropped)
-        return torch.addcmul(h, gate, _kept(branch, dropped).to(h.dtype))
+    def forward(ctx: Any, h: Tensor, branch: Tensor, gate: Tensor, chosen: Tensor | None) -> Tensor:
+        ctx.save_for_backward(branch, gate, chosen)
+        return torch.addcmul(h, gate, _kept(branch, chosen).to(h.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        branch, gate, dropped = ctx.saved_tensors
-        by_branch = _kept(grad * gate, dropped).to(branch.dtype)
-        return grad, by_branch, (grad * _kept(branch, dropped)).sum_to_size(gate.shape), None
+        branch, gate, chosen = ctx.saved_tensors
+        by_branch = _kept(grad * gate, chosen).to(branch.dtype)
+        return grad, by_branch, (grad * _kept(branch, chosen)).sum_to_size(gate.shape), None
 
 
-def _kept(a: Tensor, dropped: Tensor | None) -> Tensor:
-    return a if dropped is None else a.masked_fill(dropped, 0)
+def _kept(a: Tensor, chosen: Tensor | None) -> Tensor:
+    return a if chosen is None else a.masked_fill(chosen, 0)

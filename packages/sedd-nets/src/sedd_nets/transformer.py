@@ -23,6 +23,7 @@ from sedd_nets.blocks import Block, OutputLayer, SigmaEmbedding, TokenEmbedding
 from sedd_nets.checks import check_sizes, check_states, over_last_axis
 from sedd_nets.conditioning import LabelCondition, PromptCondition, condition_from_section
 from sedd_nets.documents import Documents
+from sedd_nets.dropout import check_seeds, place_keys
 from sedd_nets.pretrained import load_strictly, read_config, read_weights, write_checkpoint
 from sedd_nets.rotary import Rotary
 
@@ -98,7 +99,13 @@ class Transformer(nn.Module, ABC):
         return F.silu(c)
 
     def hidden(
-        self, x: Tensor, sigma: Tensor, *, condition: Tensor | None = None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        *,
+        condition: Tensor | None = None,
+        documents: Documents | None = None,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """What enters the head.
 
@@ -107,46 +114,47 @@ class Transformer(nn.Module, ABC):
             sigma: (B,) or (B, L) total noise.
             condition: class labels (B,) or prompt embeddings (B, P), for a network with a `condition_embed`.
             documents: where attention stays within; None: each row is one text.
+            dropout_seeds: (B,) int64, any values. In training mode a row's dropout is then a function of its seed alone
+                (`sedd_nets.dropout`); None: of torch's generator. Without dropout they change nothing.
 
         Returns:
             (B, L, D), after the final norm.
 
         Raises:
             ValueError: x is no (B, L) or too long, sigma's shape is no leading part of x's, documents are another
-                batch's, or a condition is given that the network does not take.
+                batch's, dropout_seeds are not one a row, or a condition is given that the network does not take.
             IndexError: a state is out of range.
         """
         if documents is not None and documents.ids.shape != x.shape:
             raise ValueError(f"documents describe a batch {tuple(documents.ids.shape)}; x is {tuple(x.shape)}")
         check_states(x, x.shape[-1] if documents is None else documents.longest, self.length)
+        if dropout_seeds is not None:
+            check_seeds(dropout_seeds, x)
         c = self.conditioning(x, sigma, condition)
         cos, sin = self.rotary_emb(x.shape[1])
         h = self.vocab_embed(x)
-        for block in self.blocks:
+        keys = None if dropout_seeds is None else place_keys(dropout_seeds, 2 * len(self.blocks))
+        for number, block in enumerate(self.blocks):
+            of_block = None if keys is None else keys[:, 2 * number : 2 * number + 2]
             if self.checkpoint_activations and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, cos, sin, self.attention, documents, use_reentrant=False)
+                h = checkpoint(block, h, c, cos, sin, self.attention, documents, of_block, use_reentrant=False)
             else:
-                h = block(h, c, cos, sin, self.attention, documents)
+                h = block(h, c, cos, sin, self.attention, documents, of_block)
         out: Tensor = self.output_layer(h, c)
         return out
 
-    def rows(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        where: Tensor | None,
-        *,
-        condition: Tensor | None = None,
-        documents: Documents | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `head`: `hidden`, x and sigma, at the true positions of `where` or at all."""
+    def rows(self, x: Tensor, sigma: Tensor, where: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `head`: `hidden`, x and sigma, at the true positions of `where` or at all.
+
+        `given` are the other arguments of `hidden`.
+        """
         if where is None:
-            return self.hidden(x, sigma, condition=condition, documents=documents), x, sigma
+            return self.hidden(x, sigma, **given), x, sigma
         if where.shape != x.shape or where.dtype != torch.bool:
             raise ValueError(
                 f"where must be a bool mask of x's shape {tuple(x.shape)}; got {where.dtype} {tuple(where.shape)}"
             )
-        hidden = self.hidden(x, sigma, condition=condition, documents=documents)
+        hidden = self.hidden(x, sigma, **given)
         return hidden[where], x[where], over_last_axis(sigma, x)[..., 0].expand(x.shape)[where]
 
     def forward(
@@ -157,6 +165,7 @@ class Transformer(nn.Module, ABC):
         *,
         condition: Tensor | None = None,
         documents: Documents | None = None,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """The log-score, log p_t(y) / p_t(x) for every state y of every position.
 
@@ -166,6 +175,7 @@ class Transformer(nn.Module, ABC):
             where: (B, L) bool; the rows to compute. The head sees those only.
             condition: class labels (B,) or prompt embeddings (B, P), for a network with a `condition_embed`.
             documents: where attention stays within; None: each row is one text.
+            dropout_seeds: (B,) int64; see `hidden`.
 
         Returns:
             (B, L, N), or (M, N) for the M true positions of `where` in row-major order; float32.
@@ -175,7 +185,8 @@ class Transformer(nn.Module, ABC):
                 not take the condition.
             IndexError: a state is out of range.
         """
-        return self.head(*self.rows(x, sigma, where, condition=condition, documents=documents))
+        given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds}
+        return self.head(*self.rows(x, sigma, where, **given))
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part: `embedding`, `conditioning` (of sigma and y), `blocks` (the rest of them), `head`."""
