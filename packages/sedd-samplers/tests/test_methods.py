@@ -25,12 +25,15 @@ from sedd_samplers import (
     capped,
     chance,
     confidence,
+    controlled,
     correct,
     entropy,
     infill,
     margin,
     rescaled,
     sample,
+    to_posterior,
+    top_k,
     trajectory,
 )
 
@@ -55,6 +58,7 @@ ABSORBING = {
     "by entropy": Ordered(entropy),
     "by margin": Ordered(margin),
     "by chance": Ordered(chance),
+    "by confidence, of two": Ordered(confidence, controls=(top_k(2),)),
     "corrected first-hitting": PredictorCorrector(FirstHitting()),
 }
 METHODS = {**ANY_GRAPH, **ABSORBING}
@@ -286,6 +290,45 @@ def test_the_order_decides_who_comes_first(ref):
                                 times=torch.tensor([0.999, 0.75, 0.5, 0.25, 0.001]), seeds=range(40)):  # fmt: skip
             seen.append((state.x != 5).float().mean(0).tolist())
         assert seen[:5] == [[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("order", [confidence, entropy, margin])
+def test_greedy_decoding_takes_the_likeliest_token_where_the_order_says(ref, order):
+    """Against a loop on the exact posterior; the ranks are the model's, not those of what the control leaves."""
+    graph = ref.StructuredAbsorbing(3)
+    score = ref.ExactScore(ref.random_data(3, 4, 4, 3), graph.Q)
+    times = torch.tensor([0.999, 0.75, 0.5, 0.25, 0.001])
+    x = torch.zeros(30, 4, dtype=torch.int64)
+    method = Ordered(order, controls=(top_k(1),))
+    run = trajectory(score, graph, ref.LogLinear(0.0), x=x, given=x > 0, method=method, times=times, seeds=range(30))
+    got = [state.x for state in run]
+    state = torch.full((1, 4), 3)
+    for step in range(1, 5):
+        p = to_posterior(score, graph)(state, torch.ones(1, dtype=torch.float64))[0]
+        top = p.topk(2).values
+        rank = {confidence: top[:, 0], entropy: torch.xlogy(p, p).sum(-1), margin: top[:, 0] - top[:, 1]}[order]
+        i = int(rank.masked_fill(state[0] != 3, -math.inf).argmax())
+        state[0, i] = p[i].argmax()
+        assert (got[step] == state).all()
+
+
+def test_what_is_drawn_is_controlled_and_what_ranks_is_not(ref):
+    """Of two tokens allowed by top-k both come, of the third none; a score with one token left ranks nothing."""
+    graph = ref.StructuredAbsorbing(3)
+    score = ref.ExactScore(ref.random_data(3, 4, 4, 3), graph.Q)
+    x = torch.zeros(400, 4, dtype=torch.int64)
+
+    def first(score, method):
+        return infill(score, graph, ref.LogLinear(0.0), x=x, given=x > 0, method=method, denoise=False,
+                      times=torch.tensor([0.999, 0.75]), seeds=range(400))  # fmt: skip
+
+    out = first(score, Ordered(entropy, controls=(top_k(2),)))
+    places = (out != 3).nonzero()[:, 1]
+    assert len(places.unique()) == 1
+    p = to_posterior(score, graph)(torch.full((1, 4), 3), torch.ones(1, dtype=torch.float64))[0, places[0]]
+    assert out[:, places[0]].unique().tolist() == p.topk(2).indices.sort().values.tolist()
+    anywhere = first(controlled(score, graph, top_k(1)), Ordered(entropy))
+    assert len((anywhere != 3).nonzero()[:, 1].unique()) == 4
 
 
 def test_randomness_disturbs_the_order(ref):

@@ -137,8 +137,8 @@ def widened(rows: Tensor) -> Tensor:
 def check_recoverable(graph: Graph, sigma: Tensor, dtype: torch.dtype) -> None:
     """That a posterior can be told from a score at sigma: ValueError where tokens are noised and e^sigma eps > 1e-3.
 
-    Where a jump leads into some state other than the mask, all that the score knows of x0 is of the size e^-sigma; the
-    rest of it is 1, and so is what rounding is relative to.
+    Where a jump leads into some state other than the mask, all that the score knows of x0 is of the size e^-sigma, and
+    what a network computes is rounded more coarsely than that.
     """
     limit = math.log(1e-3 / torch.finfo(dtype).eps)
     if not len(sigma) or float(sigma.max()) <= limit:

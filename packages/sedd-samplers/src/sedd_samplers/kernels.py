@@ -19,6 +19,10 @@ Tweedie's equation can be read backwards: whoever knows the law p(x_s | x_t = x)
 Euler is tau-leaping to first order in the step; tau-leaping never leaves the simplex: each jump has a clock with its
 rate held fixed, and the state at the end of the step is where the clock that rang last leads. With the exact score
 Tweedie gives each position its true reverse marginal whatever the step's length.
+
+Where tokens themselves are noised, exp(-D Q) takes apart what is nearly equal: errors grow by e^D. Those of the score
+itself nothing can undo, and short steps keep them small. Rounding in here is another matter: a log-score of 1e-9 is as
+precise in float32 as any number, its exponential 1 + 1e-9 is not. So long steps are worked in float64.
 """
 
 from __future__ import annotations
@@ -76,8 +80,10 @@ def tweedie_probs(log_score: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> T
     Returns:
         (M, N), each row summing to 1; negative entries where the score is not that of any distribution.
     """
-    dose = dose.to(log_score.dtype)
-    return _scale(graph.propagate(_concrete_score(log_score, x), -dose), graph.transition_into(x, dose))
+    dtype = _precision(log_score, dose)
+    dose = dose.to(dtype)
+    before = graph.propagate(_concrete_score(log_score.to(dtype), x), -dose)
+    return _scale(before, graph.transition_into(x, dose)).to(log_score.dtype)
 
 
 def tweedie_score(probs: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> Tensor:
@@ -93,11 +99,13 @@ def tweedie_score(probs: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> Tenso
     Returns:
         (M, N): 0 at y = x, -inf where no probability leads, NaN where no state of positive probability can become x.
     """
-    dose = dose.to(probs.dtype)
-    reach = _reach(probs, x, graph, dose)
-    s = graph.propagate(torch.where(reach > 0, probs / reach, 0.0), dose).clamp_min(0)
+    dtype = _precision(probs, dose)
+    dose = dose.to(dtype)
+    p = probs.to(dtype)
+    reach = _reach(p, x, graph, dose)
+    s = graph.propagate(torch.where(reach > 0, p / reach, 0.0), dose).clamp_min(0)
     at_x = s.gather(1, x[:, None])  # 1, had every row the sum 1 over the states that can have become x
-    return s.div_(at_x).log_()
+    return s.div_(at_x).log_().to(probs.dtype)
 
 
 def possible(probs: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> Tensor:
@@ -126,6 +134,12 @@ def leap(doses: Tensor, x: Tensor) -> Tensor:
     expected = doses.sum(-1, keepdim=True)
     doses.mul_(torch.where(expected > 0, -torch.expm1(-expected) / expected, 1.0))
     return doses.scatter_(1, x[:, None], torch.exp(-expected))
+
+
+def _precision(like: Tensor, dose: Tensor) -> torch.dtype:
+    """What a step of the noise `dose` (M,) is worked in: float64 where e^D times float32's rounding exceeds 1e-6."""
+    long = len(dose) > 0 and float(dose.max()) > 2
+    return torch.float64 if long else like.dtype
 
 
 def _reach(like: Tensor, x: Tensor, graph: Graph, dose: Tensor) -> Tensor:

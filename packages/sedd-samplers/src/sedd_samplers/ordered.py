@@ -11,9 +11,13 @@ numbers. The orders are callables (posterior (M, N), drawn token (M,)) -> (M,), 
     margin        first minus second probability        Kim et al., Train for the worst, plan for the best (2025)
     chance        0: any order                          Hoogeboom et al., Autoregressive diffusion models (2022)
 
-Equal positions come in random order. These are heuristics: they choose what is likely, and the samples do not follow
-the model's distribution. One position a step, they do for every order that does not look at the drawn token: that is
-the chain rule of probability, in an order that depends on what is known.
+Equal positions come in random order. Ranks are read off the model's own posterior, while `controls` change what tokens
+are drawn from: `Ordered(confidence, controls=(top_k(1),))` is greedy decoding. (A score whose posterior has but one
+token left would be equally confident everywhere.)
+
+These are heuristics: they choose what is likely, and the samples do not follow the model's distribution. One position a
+step, they do for every order that does not look at the drawn token: that is the chain rule of probability, in an order
+that depends on what is known.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .categorical import draw_categorical
+from .controls import Control, apply_controls
 from .masking import absorption_rate, clean_posterior, mask_probability
 from .reverse import Reverse
 
@@ -59,11 +64,11 @@ def chance(posterior: Tensor, token: Tensor) -> Tensor:
 class Ordered:
     """Unmasks the first positions by some order, for absorbing graphs; one evaluation of the score a step.
 
-    For greedy decoding hand in a score whose posterior has one token left.
-
     Args:
         order: what ranks the masked positions.
         randomness: how much Gumbel noise, times the mask probability, is added to the rank; MaskGIT's temperature.
+        controls: temperature, top-k and the like, applied in this order to what tokens are drawn from, not to what
+            ranks them; what a grid leaves to the final denoise is drawn without them.
 
     Raises:
         ValueError: for a negative randomness; when called, for a graph that is not absorbing.
@@ -71,6 +76,7 @@ class Ordered:
 
     order: Order = confidence
     randomness: float = 0.0
+    controls: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.randomness < float("inf"):
@@ -90,7 +96,8 @@ class Ordered:
         posterior = reverse.evaluate(
             x, sigma, masked, lambda log_score, x, b, _: clean_posterior(log_score, x, reverse.graph, sigma[b])
         )
-        token = draw_categorical(posterior, reverse.uniforms(sequence, position))
+        law = apply_controls(self.controls, posterior, sequence, position) if self.controls else posterior
+        token = draw_categorical(law, reverse.uniforms(sequence, position))
         u = reverse.uniforms(sequence, position)
         rank = self.order(posterior, token).double()
         if self.randomness:
