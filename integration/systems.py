@@ -1,0 +1,173 @@
+"""What writes text in the tables of samples, one interface for all: fill the free positions of token sequences.
+
+Score models fill them in many steps, autoregressive ones from left to right. With nothing given this is writing from
+scratch. A sequence's sample depends on its own seed and on nothing else in its batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from judge import load_causal
+from sedd_samplers import (
+    Ancestral,
+    Control,
+    Euler,
+    FirstHitting,
+    Method,
+    Tweedie,
+    continue_left_to_right,
+    from_logits,
+    infill,
+    top_p,
+)
+from sedd_train import load_trained
+from sedd_train.objectives import D3PM, Autoregressive
+from torch import Tensor
+
+__all__ = ["METHODS", "Checkpoint", "Filler", "named", "read_checkpoint", "read_causal"]
+
+Filler = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+"""(x (B, L), given (B, L) bool, B seeds) -> (B, L), equal to x where given."""
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "tweedie": Tweedie,
+    "euler": Euler,
+    "ancestral": Ancestral,
+    "first-hitting": FirstHitting,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model, on the CPU until it is asked.
+
+    Attributes:
+        name: for the tables.
+        tokenizer: the one it was trained with.
+        length: the longest sequence it takes.
+        masks: whether its tokens come to light one by one, and `first-hitting` is open to it.
+        autoregressive: whether it writes from left to right; then there are no methods and steps.
+        fingerprint: of its weights.
+    """
+
+    name: str
+    tokenizer: Any
+    length: int
+    masks: bool
+    autoregressive: bool
+    fingerprint: str
+    _net: Any
+    _fill: Callable[..., Tensor]
+
+    def filler(self, device: str, method: str = "", steps: int = 1, nucleus: float = 1.0) -> Filler:
+        """What fills free positions with this model.
+
+        Args:
+            device: where the network computes.
+            method: one of `METHODS`, for a score model.
+            steps: from t = 1 to t_min, for a score model; the final denoise comes on top.
+            nucleus: the mass of the likeliest tokens that each is drawn from, for an autoregressive model.
+        """
+        controls = [] if nucleus == 1 else [top_p(nucleus)]
+        how = {"controls": controls} if self.autoregressive else {"method": METHODS[method](), "steps": steps}
+
+        def fill(x: Tensor, given: Tensor, seeds: Sequence[int]) -> Tensor:
+            self._net.to(device)
+            return self._fill(x=x.to(device), given=given.to(device), seeds=seeds, **how).cpu()
+
+        return fill
+
+    def rest(self) -> None:
+        """Take the network off the device."""
+        self._net.to("cpu")
+
+
+def named(source: str) -> tuple[str, str]:
+    """The name and the source in NAME=SOURCE; a source alone is its own name."""
+    name, _, rest = source.partition("=")
+    return (name, rest) if rest else (source, source)
+
+
+def read_checkpoint(name: str, source: str) -> Checkpoint:
+    """A checkpoint of this project, or a published SEDD, RADD or MDLM one, by folder or name on the hub.
+
+    Raises:
+        ValueError, OSError: as `sedd_train.load_trained`.
+    """
+    net, objective, tokenizer = load_trained(source)
+    common = (name, tokenizer, net.length)
+    if isinstance(objective, Autoregressive):
+        start, banned = objective.start, _without(objective.start)
+
+        def write(x: Tensor, given: Tensor, seeds: Sequence[int], controls: Sequence[Control]) -> Tensor:
+            return continue_left_to_right(
+                net, x=x, given=given, start=start, num_states=net.num_states, seeds=seeds, controls=[banned, *controls]
+            )
+
+        return Checkpoint(
+            *common, masks=False, autoregressive=True, fingerprint=_fingerprint(net), _net=net, _fill=write
+        )
+    graph, noise = objective.graph, objective.noise
+    score = from_logits(net, graph) if isinstance(objective, D3PM) else net
+
+    def fill(x: Tensor, given: Tensor, seeds: Sequence[int], method: Method, steps: int) -> Tensor:
+        return infill(score, graph, noise, x=x, given=given, seeds=seeds, method=method, steps=steps)
+
+    masks = graph.mask_id is not None
+    return Checkpoint(*common, masks=masks, autoregressive=False, fingerprint=_fingerprint(net), _net=net, _fill=fill)
+
+
+def read_causal(name: str, source: str) -> Checkpoint:
+    """A causal language model of transformers, such as GPT-2; its end-of-text token begins every text.
+
+    Raises:
+        ValueError: the folder holds no such model, or its tokenizer has no end of text.
+        ConnectionError: the hub cannot be reached.
+    """
+    model, tokenizer = load_causal(source)
+    start = tokenizer.eos_token_id
+    if start is None:
+        raise ValueError(f"{source}: the tokenizer has no end-of-text token, which a text is begun with")
+
+    def logits(x: Tensor) -> Tensor:
+        answer: Tensor = model(input_ids=x).logits
+        return answer
+
+    def write(x: Tensor, given: Tensor, seeds: Sequence[int], controls: Sequence[Control]) -> Tensor:
+        states = model.config.vocab_size
+        return continue_left_to_right(
+            logits, x=x, given=given, start=start, num_states=states, seeds=seeds, controls=controls
+        )
+
+    length = int(model.config.max_position_embeddings)
+    return Checkpoint(
+        *(name, tokenizer, length),
+        masks=False,
+        autoregressive=True,
+        fingerprint=_fingerprint(model),
+        _net=model,
+        _fill=write,
+    )
+
+
+def _without(state: int) -> Control:
+    """The law without one state, that is no token."""
+
+    def control(law: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+        return law.index_fill(-1, torch.tensor([state], device=law.device), 0.0)
+
+    return control
+
+
+def _fingerprint(net: torch.nn.Module) -> str:
+    """Of the weights' names and bytes."""
+    digest = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
