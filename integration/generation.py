@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
             "characters": only_characters(checkpoint.tokenizer),
         }
         results.agree(f"checkpoint {checkpoint.name}", facts)
-    done = sum(len(results.cells.get(row.key, {}).get("nats", [])) for row in rows)
+    done = sum(min(args.num, len(results.cells.get(row.key, {}).get("nats", []))) for row in rows)
     with tqdm(total=sum(min(args.num, row.most) for row in rows), initial=done, unit="text") as bar:
         for row in rows:
             bar.set_description(row.key)
