@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ import torch
 from judge import Judge, load_judge, only_characters, shares_tokens, to_text
 from sedd_train import data
 from systems import METHODS, Checkpoint, named, read_causal, read_checkpoint
-from tables import Results, markdown, mean_and_error, panels, save_picture, with_error
+from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,6 +54,7 @@ class Row:
         steps: in which one text is written; None for text that is not.
         draw: the numbers of texts -> their tokens (n, L).
         most: how many there can be.
+        source: fingerprint of the text that they are from, where they are not drawn.
     """
 
     checkpoint: Checkpoint
@@ -62,6 +62,7 @@ class Row:
     steps: int | None
     draw: Callable[[range], Tensor]
     most: float = math.inf
+    source: str = ""
 
     @property
     def key(self) -> str:
@@ -93,12 +94,14 @@ def main(argv: Sequence[str] | None = None) -> Results:
             "characters": only_characters(checkpoint.tokenizer),
         }
         results.agree(f"checkpoint {checkpoint.name}", facts)
+    results.made_by("generation.py", sys.argv[1:] if argv is None else argv)
     done = sum(min(args.num, len(results.cells.get(row.key, {}).get("nats", []))) for row in rows)
     with tqdm(total=sum(min(args.num, row.most) for row in rows), initial=done, unit="text") as bar:
         for row in rows:
             bar.set_description(row.key)
             fill(row, results, judge, args, bar)
-    write(results, args, argv)
+    results.save()
+    write(results, args.output)
     return results
 
 
@@ -183,7 +186,8 @@ def rows_of(checkpoint: Checkpoint, args: argparse.Namespace) -> list[Row]:
         def block(numbers: range) -> Tensor:
             return text.block(data.order(args.seed, numbers, have), length)
 
-        rows.append(Row(checkpoint, HELD_OUT, None, block, most=have))
+        source = fingerprint(torch.from_numpy(text.flat))
+        rows.append(Row(checkpoint, HELD_OUT, None, block, most=have, source=source))
     if checkpoint.autoregressive:
         return [*rows, Row(checkpoint, LEFT_TO_RIGHT, length, sampled("", 1))]
     for method in args.methods:
@@ -196,6 +200,8 @@ def rows_of(checkpoint: Checkpoint, args: argparse.Namespace) -> list[Row]:
 
 def fill(row: Row, results: Results, judge: Judge, args: argparse.Namespace, bar: Any) -> None:
     """Draw and judge what the row still lacks; each batch is kept as soon as it is judged."""
+    if row.source:
+        results.agree(f"text of {row.key}", row.source)
     empty = {"nats": [], "bits": [], "entropy": [], "cut": 0, "texts": []}
     cell = results.cells.setdefault(
         row.key,
@@ -224,18 +230,16 @@ def unigram_entropy(tokens: Sequence[int]) -> float:
 # What is written
 
 
-def write(results: Results, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+def write(results: Results, output: Path) -> None:
     """The table, the picture and the texts of all that the results hold."""
-    output: Path = args.output
-    argv = sys.argv[1:] if argv is None else argv
-    output.with_name(output.name + ".md").write_text(table(results, argv), encoding="utf-8")
+    output.with_name(output.name + ".md").write_text(table(results), encoding="utf-8")
     picture(results, output.with_name(output.name + ".png"))
     shown = [(key, i, text) for key, cell in results.cells.items() for i, text in enumerate(cell["texts"])]
     texts = "\n".join(f"=== {key}, sample {i}\n\n{text}\n" for key, i, text in shown)
     output.with_name(output.name + "-samples.txt").write_text(texts, encoding="utf-8")
 
 
-def table(results: Results, argv: Sequence[str]) -> str:
+def table(results: Results) -> str:
     """The results in Markdown, with what they were made by, beside the published ones."""
     names = ["checkpoint, method", "steps", "samples", "perplexity", "exp of mean nats", "bits a character"]
     names += ["entropy, nats", "nats a token against the row above"]
@@ -254,7 +258,7 @@ def table(results: Results, argv: Sequence[str]) -> str:
     cut = sum(cell["cut"] for cell in results.cells.values())
     parts = [
         "# Unconditional generation\n",
-        f"    python integration/generation.py {shlex.join(argv)}\n",
+        "".join(f"    {command}\n" for command in results.commands),
         f"Judge: {results.settings['judge']}. Perplexity: the mean over the samples of each one's, the first token",
         "being a condition; ± is the standard error over the samples. Entropy: of the token frequencies in a sample.",
         "Draws are exact (float64). A step is one call of the network, and a final denoise is one more; first-hitting",

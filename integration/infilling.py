@@ -26,7 +26,6 @@ OUTPUT.png, and OUTPUT-samples.txt, where what was filled in stands in [brackets
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -105,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     for name, value in facts.items():
         results.agree(name, value)
 
+    results.made_by("infilling.py", sys.argv[1:] if argv is None else argv)
     original = features(judge, tokenizer, windows)
 
     def compared(x: Tensor) -> float:
@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     with tqdm(total=len(cells) * args.sets, initial=have, unit="set") as bar:
         for system, prompt in cells:
             fill_cell(system, systems[system], prompt, windows, compared, tokenizer, results, args, bar)
-    write(results, args.output, sys.argv[1:] if argv is None else argv)
+    results.save()
+    write(results, args.output)
     return results
 
 
@@ -293,9 +294,9 @@ def in_brackets(tokenizer: Any, tokens: list[int], given: list[bool]) -> str:
 # What is written
 
 
-def write(results: Results, output: Path, argv: Sequence[str]) -> None:
+def write(results: Results, output: Path) -> None:
     """The table, the picture and the texts of all that the results hold."""
-    output.with_name(output.name + ".md").write_text(table(results, argv), encoding="utf-8")
+    output.with_name(output.name + ".md").write_text(table(results), encoding="utf-8")
     picture(results, output.with_name(output.name + ".png"))
     shown = [(key, text) for key, cell in results.cells.items() for text in cell["texts"]]
     texts = "\n".join(f"=== {key}\n\n{text}\n" for key, text in shown)
@@ -311,7 +312,7 @@ def by_system(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def table(results: Results, argv: Sequence[str]) -> str:
+def table(results: Results) -> str:
     """The results in Markdown, with what they were made by, beside the published ones."""
     settings, systems = results.settings, by_system(results)
     prompts = [prompt for prompt in PROMPTS if any(prompt in cells for cells in systems.values())]
@@ -325,7 +326,7 @@ def table(results: Results, argv: Sequence[str]) -> str:
     sets = sorted({len(cell["mauve"]) for cells in systems.values() for cell in cells.values()})
     parts = [
         "# Infilling\n",
-        f"    python integration/infilling.py {shlex.join(argv)}\n",
+        "".join(f"    {command}\n" for command in results.commands),
         f"MAUVE of {settings['num']} windows of {settings['length']} tokens of {settings['corpus']} (held out, seed",
         f"{settings['seed']}), half of each given, against the originals; {' or '.join(map(str, sets))} sets of",
         "samples, ± the standard error over the sets. Features: the last hidden state of",

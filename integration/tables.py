@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,12 +29,14 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.commands: list[str] = []
         self.settings: dict[str, Any] = {}
         self.cells: dict[str, dict[str, Any]] = {}
         if path.exists():
             try:
                 held = json.loads(path.read_text(encoding="utf-8"))
                 self.settings, self.cells = held["settings"], held["cells"]
+                self.commands = held.get("commands", [])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} holds no results of this script; give another --output") from error
 
@@ -50,12 +53,19 @@ class Results:
                 "belong into one table; give another --output, or remove the file"
             )
 
+    def made_by(self, script: str, argv: Sequence[str]) -> None:
+        """Note a command that adds to the file."""
+        command = f"python integration/{script} {shlex.join(argv)}"
+        if command not in self.commands:
+            self.commands.append(command)
+
     def save(self) -> None:
         """Write the file anew."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(".tmp")
         lines = ",\n".join(f"{to_json(key)}: {to_json(cell)}" for key, cell in self.cells.items())
-        text = f'{{"settings": {to_json(self.settings, indent=1)},\n"cells": {{\n{lines}\n}}}}\n'
+        made = f'"commands": {to_json(self.commands, indent=1)},\n"settings": {to_json(self.settings, indent=1)}'
+        text = f'{{{made},\n"cells": {{\n{lines}\n}}}}\n'
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(self.path)
 
