@@ -94,8 +94,8 @@ try:
         say(plan.describe(recipe, args.plan or world_size, args.cache))
         sys.exit(0)
     micro_batches = recipe.micro_batches(world_size)
-    corpus = data.prepare(recipe.corpus, recipe.tokenizer, args.cache, say)
-    corpus.check_length(recipe.length)
+    corpus = data.prepare(recipe.corpus, recipe.tokenizer, args.cache, say, streaming=recipe.streaming)
+    corpus.check_length(recipe.length, packing=recipe.packing)
     vocab_size = len(corpus.tokenizer)
     graph = pretrained.make_graph(recipe.graph, vocab_size)
     sections = pretrained.sections(recipe, tokens=vocab_size)
@@ -148,9 +148,16 @@ if saved:
     checkpoint.restore(saved, engine, ema)
     first = saved.step
 
-blocks = corpus.train.blocks(recipe.length)
-held_out = min(recipe.evaluate_blocks, corpus.valid.blocks(recipe.length))
-valid = corpus.valid.block(range(held_out), recipe.length)
+end = corpus.tokenizer.eos_token_id
+if recipe.packing:
+    blocks, have = corpus.train.blocks(recipe.length), corpus.valid.blocks(recipe.length)
+    held_out = range(min(recipe.evaluate_blocks, have))
+    valid, valid_lengths = corpus.valid.block(held_out, recipe.length), None
+else:
+    blocks, have = corpus.train.documents, corpus.valid.documents
+    held_out = range(min(recipe.evaluate_blocks, have))
+    valid = corpus.valid.rows(held_out, recipe.length, end)
+    valid_lengths = corpus.valid.lengths(held_out, recipe.length)
 unigram = data.unigram_entropy(corpus.valid.flat)
 tokens_a_step = recipe.batch_size * recipe.length
 flops_a_step = tokens_a_step * speed.training_flops(net, objective, recipe.length, recipe.t_min)
@@ -181,11 +188,12 @@ say(
 # Training
 
 
-def starts(numbers: Sequence[int]) -> list[int]:
-    """Where in the training text these samples of the run begin, in tokens."""
+def where(numbers: Sequence[int]) -> list[int]:
+    """Where in the training text these samples of the run begin, in tokens; without packing, which documents."""
     if recipe.crops:
         return data.crops(recipe.seed, numbers, len(corpus.train), recipe.length)
-    return [block * recipe.length for block in data.order(recipe.seed, numbers, blocks)]
+    order = data.order(recipe.seed, numbers, blocks)
+    return [block * recipe.length for block in order] if recipe.packing else order
 
 
 def samples(step: int) -> list[int]:
@@ -195,15 +203,25 @@ def samples(step: int) -> list[int]:
     return [step * recipe.batch_size + g for g in numbers]
 
 
+def text_tokens(step: int) -> int:
+    """How many tokens of all ranks in a step are text, not padding."""
+    if recipe.packing:
+        return tokens_a_step
+    every = where(range(step * recipe.batch_size, (step + 1) * recipe.batch_size))
+    return int(corpus.train.lengths(every, recipe.length).sum())
+
+
 def make(step: int) -> list[Batch]:
-    """This rank's micro-batches of a step: x_0, x_t, t, seeds of dropout. A function of the step and nothing else."""
+    """This rank's micro-batches of a step, arguments of `Loss.forward`: a function of the step and nothing else."""
     made: list[Batch] = []
     for micro_batch in range(rank, micro_batches, world_size):
         numbers = randomness.sample_numbers(recipe.batch_size, micro_batches, micro_batch)
-        x0 = corpus.train.at(starts([step * recipe.batch_size + g for g in numbers]), recipe.length)
+        at = where([step * recipe.batch_size + g for g in numbers])
+        x0 = corpus.train.at(at, recipe.length) if recipe.packing else corpus.train.rows(at, recipe.length, end)
         t = randomness.times(recipe.seed, step, numbers, recipe.batch_size, recipe.t_min)
         xt, t = objective.noised(x0, t, recipe.seed, step, numbers)
-        made.append((x0, xt, t, randomness.dropout_seeds(recipe.seed, step, numbers)))
+        lengths = [] if recipe.packing else [corpus.train.lengths(at, recipe.length)]
+        made.append((x0, xt, t, randomness.dropout_seeds(recipe.seed, step, numbers), *lengths))
     return made
 
 
@@ -220,13 +238,16 @@ def look(step: int) -> float:
         averaged,
         objective,
         valid,
+        lengths=valid_lengths,
         characters_per_token=corpus.valid.characters_per_token,
         num_times=recipe.evaluate_times,
         seed=recipe.seed,
     )
     levels = None
     if recipe.objective == "score-entropy":
-        levels = by_noise_level(averaged, graph, noise, valid, t_min=recipe.t_min, seed=recipe.seed)
+        levels = by_noise_level(
+            averaged, graph, noise, valid, lengths=valid_lengths, t_min=recipe.t_min, seed=recipe.seed
+        )
     if rank != 0:
         return found.nats_per_token
     if levels is not None:
@@ -280,7 +301,7 @@ for step, made in zip(range(first, recipe.steps), data.ahead(make, range(first, 
         ema.update()
     skipped = 0 if done.applied else skipped + 1
 
-    loss = done.loss / recipe.length
+    loss = done.loss * recipe.batch_size / text_tokens(step)
     smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss if math.isfinite(loss) else smooth
     now = time.perf_counter()
     seconds = now - clock
@@ -313,8 +334,8 @@ for step, made in zip(range(first, recipe.steps), data.ahead(make, range(first, 
         )
         if rank == 0:
             at_fault = bad or list(range(step * recipe.batch_size, (step + 1) * recipe.batch_size))
-            where = starts(at_fault)
-            log.write("skipped", step=step + 1, loss=loss, grad_norm=done.grad_norm, samples=at_fault, starts=where)
+            found = {"samples": at_fault, "starts": where(at_fault)}
+            log.write("skipped", step=step + 1, loss=loss, grad_norm=done.grad_norm, **found)
     if skipped >= recipe.max_skipped:
         diagnosis = watch.diagnose(engine, made, samples(step))
         if rank == 0:

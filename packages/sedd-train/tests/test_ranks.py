@@ -1,8 +1,8 @@
 """Any launcher, any ZeRO stage, one rank or two: the same training run. These are the tiny recipe's own first steps.
 
-With dropout, to see that this too is a sample's own, whichever rank runs it. AdamW divides a gradient by its size: where
-that is a rounding error, so is the step's sign, and weights would part by whole steps. A larger epsilon keeps such
-gradients small, so that weights can be compared as closely as losses.
+With dropout, to see that this too is a sample's own, whichever rank runs it. AdamW divides a gradient by its size:
+where that is a rounding error, so is the step's sign, and weights would part by whole steps. A larger epsilon keeps
+such gradients small, so that weights can be compared as closely as losses.
 """
 
 from __future__ import annotations

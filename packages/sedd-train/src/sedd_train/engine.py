@@ -38,13 +38,15 @@ class Loss(nn.Module):
         super().__init__()
         self.net, self.objective = net, objective
 
-    def forward(self, x0: Tensor, xt: Tensor, t: Tensor, dropout_seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The objective's loss, nats a sequence; x0, xt (B, L), t, dropout_seeds (B,).
+    def forward(
+        self, x0: Tensor, xt: Tensor, t: Tensor, dropout_seeds: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The objective's loss, nats a sequence; x0, xt (B, L), the others (B,).
 
         Returns:
             The mean over the batch, (), and, without a gradient, the loss of each sequence, (B,).
         """
-        total, each = self.objective.losses(self.net, x0, xt, t, dropout_seeds=dropout_seeds)
+        total, each = self.objective.losses(self.net, x0, xt, t, lengths=lengths, dropout_seeds=dropout_seeds)
         # ZeRO skips a step by its gradient: this factor is 1, or NaN where the loss is infinite.
         finite = 1 + 0 * total.detach()
         return total * finite / len(x0), each

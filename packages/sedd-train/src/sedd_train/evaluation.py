@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sedd_objectives import denoising_loss
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,10 +81,20 @@ def evaluate(
 
 
 def measure(
-    net: Any, objective: Objective, blocks: Tensor, *, characters_per_token: float, **options: Any
+    net: Any,
+    objective: Objective,
+    blocks: Tensor,
+    *,
+    characters_per_token: float,
+    lengths: Tensor | None = None,
+    **options: Any,
 ) -> Evaluation:
-    """As `evaluate`, of what any objective reports: D3PM's bound, an autoregressive model's likelihood."""
-    return _mean(bounds(net, objective, blocks, **options), characters_per_token)
+    """As `evaluate`, of what any objective reports: D3PM's bound, an autoregressive model's likelihood.
+
+    The options are those of `bounds`. With `lengths` it is a ratio, all nats over all tokens that are text.
+    """
+    values = bounds(net, objective, blocks, lengths=lengths, **options)
+    return _mean(values, characters_per_token, None if lengths is None else lengths / blocks.shape[1])
 
 
 @torch.no_grad()
@@ -98,30 +107,40 @@ def bounds(
     seed: int = 0,
     chunk: int = 8,
     progress: bool = False,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """What `measure` averages, (n,) float64 nats a token on the CPU: one number a block, to compare models in pairs."""
+    """One number a block, to compare models in pairs: (n,) float64 nats on the CPU, divided by the blocks' length L.
 
-    def of_chunk(number: int, x0: Tensor) -> Tensor:
+    The arguments are those of `evaluate`, which averages these numbers; `lengths`, (n,) int64, says how many tokens of
+    each block are text, all unless given.
+    """
+
+    def of_chunk(number: int, x0: Tensor, lengths: Tensor | None) -> Tensor:
         random = generator(seed, EVALUATION, number, device=x0.device)
-        return objective.bound(net, x0, num_times=num_times, generator=random)
+        return objective.bound(net, x0, num_times=num_times, generator=random, lengths=lengths)
 
-    return _of_chunks(of_chunk, net, blocks, chunk, progress) / blocks.shape[1]
+    return _of_chunks(of_chunk, net, blocks, lengths, chunk, progress) / blocks.shape[1]
 
 
-def _mean(values: Tensor, characters_per_token: float) -> Evaluation:
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else float("nan")
-    return Evaluation(float(values.mean()), error, characters_per_token)
+def _mean(values: Tensor, characters_per_token: float, share: Tensor | None = None) -> Evaluation:
+    """Mean and error of n values a token; a ratio's, if only this share (n,) of each block's tokens is text."""
+    share = torch.ones_like(values) if share is None else share
+    mean = float(values.sum() / share.sum())
+    errors = (values - mean * share) / share.mean()
+    error = float(errors.std() / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return Evaluation(mean, error, characters_per_token)
 
 
 def _of_chunks(
-    measure: Callable[[int, Tensor], Tensor],
+    measure: Callable[[int, Tensor, Tensor | None], Tensor],
     net: Any,
     blocks: Tensor,
+    lengths: Tensor | None,
     chunk: int,
     progress: bool = False,
     columns: tuple[int, ...] = (),
 ) -> Tensor:
-    """What `measure(number, x0)` gives for each chunk of the blocks, (n, *columns) float64 on the CPU. Collective.
+    """What `measure(number, x0, lengths)` gives for each chunk, (n, *columns) float64 on the CPU. Collective.
 
     Each rank takes some of the chunks. If one of them raises ValueError, all do, after all have come to the end.
     """
@@ -133,7 +152,9 @@ def _of_chunks(
     for number, start in enumerate(starts):
         if number % world == rank and not failure:
             try:
-                values[start : start + chunk] = measure(number, blocks[start : start + chunk].to(device)).double().cpu()
+                part = slice(start, start + chunk)
+                own = None if lengths is None else lengths[part].to(device)
+                values[part] = measure(number, blocks[part].to(device), own).double().cpu()
             except ValueError as raised:  # kept until all ranks know of it: the others would wait for this one
                 failure = str(raised)
     _raise_together(failure)
@@ -181,6 +202,7 @@ def by_noise_level(
     t_min: float = 1e-3,
     seed: int = 0,
     chunk: int = 8,
+    lengths: Tensor | None = None,
 ) -> Levels:
     """Where in time the loss on held-out text comes from: eq. 10's integral over K equal parts of [t_min, 1].
 
@@ -196,22 +218,25 @@ def by_noise_level(
         t_min: where the integral begins.
         seed: of times and noise.
         chunk: sequences at once.
+        lengths: (n,) int64, how many tokens of each block are text; all, unless given.
 
     Raises:
         ValueError: on every rank, if the loss is NaN on one of them.
     """
+    objective = ScoreEntropy(graph, noise)
+    tokens = blocks.shape[1] if lengths is None else float(lengths.double().mean())
 
-    def measure(number: int, x0: Tensor) -> Tensor:
+    def measure(number: int, x0: Tensor, lengths: Tensor | None) -> Tensor:
         random = generator(seed, LEVELS, number, device=x0.device)
         losses = []
         for level in range(num_levels):
             u = torch.rand(len(x0), generator=random, device=x0.device)
             t = (t_min + (1 - t_min) * (level + u) / num_levels).clamp_max(1)
-            losses.append(denoising_loss(net, graph, noise, x0, t, generator=random))
+            losses.append(objective.loss(net, x0, t, generator=random, lengths=lengths))
         return torch.stack(losses, 1)
 
-    values = _of_chunks(measure, net, blocks, chunk, columns=(num_levels,))
-    values *= (1 - t_min) / num_levels / blocks.shape[1]
+    values = _of_chunks(measure, net, blocks, lengths, chunk, columns=(num_levels,))
+    values *= (1 - t_min) / num_levels / tokens
     error = values.std(0) / math.sqrt(len(values)) if len(values) > 1 else torch.full((num_levels,), math.nan).double()
     middles = t_min + (1 - t_min) * (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
     return Levels(middles, values.mean(0), error)

@@ -7,6 +7,9 @@
                      that a score holds at 0, its own state's, takes nothing from a softmax.
     Autoregressive   -log p of each token given those before it; for `Causal`.
 
+Where each document has a row of its own, `lengths` (B,) says how many of a row's tokens are the document's. The rest,
+padding, enters neither attention nor the loss. Numbers are nats a sequence, of the document alone.
+
 An objective says how a batch is noised (`noised`), its loss (`losses`), what is reported of held-out text (`bound`),
 and how to sample (`sample`): all three have these methods, with the same arguments.
 """
@@ -15,14 +18,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from sedd_objectives import autoregressive_loss, d3pm_bound, d3pm_loss, fused_denoising_loss, likelihood_bound
+from sedd_nets import Documents
+from sedd_objectives import (
+    autoregressive_loss,
+    d3pm_bound,
+    d3pm_loss,
+    denoising_loss,
+    fused_denoising_loss,
+    likelihood_bound,
+)
 from sedd_samplers import Ancestral, allowed, from_logits, sample, sample_left_to_right
 from torch import Generator, Tensor
 
 from sedd_train import randomness
+from sedd_train.data import inside
 
 __all__ = ["Objective", "ScoreEntropy", "D3PM", "Autoregressive"]
 
@@ -47,15 +60,37 @@ class ScoreEntropy:
         """x_t ~ p(. | x0) at the times given."""
         return randomness.noised(self.graph, x0, self.noise(t)[0], seed, step, samples), t
 
-    def losses(self, net: Any, x0: Tensor, xt: Tensor, t: Tensor, **given: Any) -> Losses:
+    def losses(
+        self,
+        net: Any,
+        x0: Tensor,
+        xt: Tensor,
+        t: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
+    ) -> Losses:
         """The integrand of eq. 10 at times t; the network has `hidden` and `head`, as those of sedd_nets."""
         sigma, dsigma = self.noise(t)
-        hidden = net.hidden(xt, sigma, **given)
-        return fused_denoising_loss(hidden, net.head, self.graph, xt, x0, sigma, dsigma, refuse_nan=False)
+        hidden = net.hidden(xt, sigma, documents=_documents(lengths, x0), dropout_seeds=dropout_seeds)
+        weight = _inside(lengths, x0)
+        return fused_denoising_loss(
+            hidden, net.head, self.graph, xt, x0, sigma, dsigma, weight=weight, refuse_nan=False
+        )
 
-    def bound(self, net: Any, x0: Tensor, *, num_times: int, generator: Generator) -> Tensor:
-        """Eq. 9, with prior and reconstruction."""
-        return likelihood_bound(net, self.graph, self.noise, x0, num_times=num_times, generator=generator).value
+    def loss(self, net: Any, x0: Tensor, t: Tensor, *, generator: Generator, lengths: Tensor | None = None) -> Tensor:
+        """The integrand of eq. 10 at times t (B,), with noise of the generator's; refuses NaN. For measuring."""
+        score, weight = _within(net, lengths, x0), _inside(lengths, x0)
+        return denoising_loss(score, self.graph, self.noise, x0, t, weight=weight, generator=generator)
+
+    def bound(
+        self, net: Any, x0: Tensor, *, num_times: int, generator: Generator, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Eq. 9, with prior and reconstruction, by `num_times` draws of each sequence's time."""
+        score, weight = _within(net, lengths, x0), _inside(lengths, x0)
+        return likelihood_bound(
+            score, self.graph, self.noise, x0, num_times=num_times, weight=weight, generator=generator
+        ).value
 
     def sample(
         self, net: Any, shape: tuple[int, int], *, steps: int, generator: Generator, device: torch.device | str
@@ -83,21 +118,44 @@ class D3PM:
         t = self._number(t) / self.num_steps
         return randomness.noised(self.graph, x0, self.noise(t)[0], seed, step, samples), t
 
-    def losses(self, net: Any, x0: Tensor, xt: Tensor, t: Tensor, **given: Any) -> Losses:
+    def losses(
+        self,
+        net: Any,
+        x0: Tensor,
+        xt: Tensor,
+        t: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
+    ) -> Losses:
         """T times the divergence of the step at t, a multiple of 1 / T."""
-
-        def model(x: Tensor, sigma: Tensor, where: Tensor | None = None) -> Any:
-            return net(x, sigma, where, **given)
-
+        model = _within(net, lengths, x0, dropout_seeds=dropout_seeds)
         loss = d3pm_loss(
-            *(model, self.graph, self.noise, x0, self._number(t)), num_steps=self.num_steps, xt=xt, refuse_nan=False
+            model,
+            self.graph,
+            self.noise,
+            x0,
+            self._number(t),
+            num_steps=self.num_steps,
+            xt=xt,
+            weight=_inside(lengths, x0),
+            refuse_nan=False,
         )
         return loss.sum(), loss.detach()
 
-    def bound(self, net: Any, x0: Tensor, *, num_times: int, generator: Generator) -> Tensor:
+    def bound(
+        self, net: Any, x0: Tensor, *, num_times: int, generator: Generator, lengths: Tensor | None = None
+    ) -> Tensor:
         """The bound of T steps, with the prior's term and the first step's."""
         return d3pm_bound(
-            *(net, self.graph, self.noise, x0), num_steps=self.num_steps, num_times=num_times, generator=generator
+            _within(net, lengths, x0),
+            self.graph,
+            self.noise,
+            x0,
+            num_steps=self.num_steps,
+            num_times=num_times,
+            weight=_inside(lengths, x0),
+            generator=generator,
         ).value
 
     def sample(
@@ -134,14 +192,29 @@ class Autoregressive:
         """The clean sequence."""
         return x0, t
 
-    def losses(self, net: Any, x0: Tensor, xt: Tensor, t: Tensor, **given: Any) -> Losses:
+    def losses(
+        self,
+        net: Any,
+        x0: Tensor,
+        xt: Tensor,
+        t: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
+    ) -> Losses:
         """-log p(x0)."""
-        loss = autoregressive_loss(lambda x: net(x, **given), x0, start=self.start, refuse_nan=False)
+
+        def model(x: Tensor) -> Any:
+            return net(x, dropout_seeds=dropout_seeds)
+
+        loss = autoregressive_loss(model, x0, start=self.start, weight=_inside(lengths, x0), refuse_nan=False)
         return loss.sum(), loss.detach()
 
-    def bound(self, net: Any, x0: Tensor, *, num_times: int, generator: Generator) -> Tensor:
+    def bound(
+        self, net: Any, x0: Tensor, *, num_times: int, generator: Generator, lengths: Tensor | None = None
+    ) -> Tensor:
         """-log p(x0) itself."""
-        return autoregressive_loss(net, x0, start=self.start)
+        return autoregressive_loss(net, x0, start=self.start, weight=_inside(lengths, x0))
 
     def sample(
         self, net: Any, shape: tuple[int, int], *, steps: int, generator: Generator, device: torch.device | str
@@ -157,6 +230,19 @@ class Autoregressive:
             generator=generator,
             device=device,
         )
+
+
+def _documents(lengths: Tensor | None, x: Tensor) -> Documents | None:
+    return None if lengths is None else Documents.padded(lengths, x.shape[1])
+
+
+def _inside(lengths: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if lengths is None else inside(lengths, x.shape[1])
+
+
+def _within(net: Any, lengths: Tensor | None, x: Tensor, **given: Any) -> Any:
+    """The network, attending within documents."""
+    return partial(net, documents=_documents(lengths, x), **given)
 
 
 Objective = ScoreEntropy | D3PM | Autoregressive

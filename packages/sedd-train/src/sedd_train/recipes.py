@@ -42,6 +42,10 @@ class Recipe:
         "gpt2", "'gpt2', 'bpe:SIZE' (trained on the corpus), 'characters' (text8's), a folder, or a name on the hub"
     )
     length: int = _value(1024, "tokens a block")
+    packing: bool = _value(
+        True, "cut blocks out of all documents one after another; false: one document a row, cut or padded"
+    )
+    streaming: bool = _value(False, "tokenise a data set of the hub as it comes, without storing it first")
     crops: bool = _value(False, "train on crops that begin anywhere, in place of the text cut into blocks once")
 
     objective: str = _value("score-entropy", "what is trained for: score-entropy, or d3pm or autoregressive to compare")
@@ -121,6 +125,8 @@ class Recipe:
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "0, 1, 2 or 3")
         _require(not (self.offload and self.zero_stage == 0), "offload", True, "false without ZeRO (zero_stage = 0)")
+        _require(self.packing or not self.crops, "crops", True, "false without packing")
+        _require(self.packing or not self.compile, "compile", True, "false without packing: rows have many lengths")
         _require(self.objective in OBJECTIVES, "objective", self.objective, ", ".join(OBJECTIVES))
         _require(self.network in NETWORKS, "network", self.network, ", ".join(NETWORKS))
         _require(self.d3pm_steps > 0, "d3pm_steps", self.d3pm_steps, "a positive number")
@@ -205,7 +211,7 @@ FIXED = (  # what a run keeps to its end: another value would make it another ru
         "depth",
         "heads",
     ),
-    *("cond_dim", "scale_by_sigma", "batch_size", "seed", "crops"),
+    *("cond_dim", "scale_by_sigma", "batch_size", "seed", "crops", "packing"),
 )
 
 
