@@ -289,44 +289,51 @@ def picture(results: Results, path: Path) -> None:
     for cell in results.cells.values():
         lines.setdefault((cell["checkpoint"], cell["method"]), []).append(cell)
     several = len(stated(results)) > 1
+    levels: list[float] = []  # of the samples' lines; real text may be far below, and is named with its number
     for number, ((name, method), cells) in enumerate(lines.items()):
         label = f"{name}, {method}" if several else method
         cells = sorted(cells, key=lambda cell: cell["steps"] or 0)
         likely = [cell["bits"] if characters else [math.exp(nats) for nats in cell["nats"]] for cell in cells]
-        for axes, values in [(left, likely), (right, [cell["entropy"] for cell in cells])]:
-            draw_line(axes, [cell["steps"] for cell in cells], values, f"C{number}", label)
+        steps = [cell["steps"] for cell in cells]
+        levels += draw_line(left, steps, likely, f"C{number}", label)
+        draw_line(right, steps, [cell["entropy"] for cell in cells], f"C{number}", label)
     if results.settings["judge"].rpartition("/")[2] == "gpt2-large" and not characters:
         for which, style in [(0, "-"), (1, ":")]:
             label = f"published, SEDD medium, {('float64', 'float32')[which]} draws"
-            left.plot(
-                list(PUBLISHED), [both[which] for both in PUBLISHED.values()], "0.6", linestyle=style, label=label
-            )
+            quoted = [float(both[which]) for both in PUBLISHED.values()]
+            left.plot(list(PUBLISHED), quoted, "0.6", linestyle=style, label=label)
+            levels += quoted
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlabel("steps")
-    if not characters:
+    if levels and max(levels) > 5 * min(levels):
         left.set_yscale("log")
         left.yaxis.set_major_formatter("{x:.0f}")
-        left.yaxis.set_minor_formatter("{x:.0f}")
+    if levels:
+        left.set_ylim(0.85 * min(levels), 1.15 * max(levels))
     left.set_ylabel("bits a character" if characters else "perplexity")
     left.set_title(f"Judge: {results.settings['judge']}", loc="left", fontsize=10)
     right.set_ylabel("unigram entropy of a sample, nats a token")
     right.set_title("Entropy of the same samples", loc="left", fontsize=10)
     left.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8)
     save_picture(figure, path)
 
 
-def draw_line(axes: Any, steps: list[int | None], values: list[list[float]], color: str, label: str) -> None:
-    """Means and standard errors against the steps; as a level where there are no steps."""
+def draw_line(
+    axes: Any, steps: list[int | None], values: list[list[float]], color: str, label: str
+) -> tuple[float, ...]:
+    """Means and standard errors against the steps, and the means; as a level where there are no steps."""
     means, errors = zip(*map(mean_and_error, values), strict=True)
     errors = tuple(0.0 if math.isnan(error) else error for error in errors)
     if steps[0] is None:
-        axes.axhline(means[0], color="0.45", linestyle=(0, (5, 4)), linewidth=1, label=label)
+        axes.axhline(means[0], color="0.45", linestyle=(0, (5, 4)), linewidth=1, label=f"{label}: {means[0]:.3g}")
         axes.axhspan(means[0] - errors[0], means[0] + errors[0], color="0.93", zorder=0)
-    else:
-        style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 2.5, "linewidth": 1.4}
-        axes.errorbar(steps, means, yerr=errors, color=color, label=label, **style)
+        return ()
+    style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 2.5, "linewidth": 1.4}
+    axes.errorbar(steps, means, yerr=errors, color=color, label=label, **style)
+    return means
 
 
 if __name__ == "__main__":
