@@ -56,6 +56,15 @@ class NormalisedNet(Net):
         return (self.scale * logits).log_softmax(-1) - sigma.expm1().log()[..., None]
 
 
+class SharedNet(Net):
+    """A gradient that two operations receive: neither may clear entries of it for the other."""
+
+    def head(self, hidden, x, sigma):
+        self.rows.append(len(hidden))
+        log_score = self.linear(hidden)
+        return log_score + log_score.clone().scatter_(-1, (x[..., None] + 1) % log_score.shape[-1], 0.0)
+
+
 class FrozenNet(Net):
     """The bias learns, the weight does not."""
 
@@ -88,7 +97,7 @@ def gradients(loss, net):
     return torch.autograd.grad(loss, learning, allow_unused=True)
 
 
-@pytest.mark.parametrize("kind", [Net, NormalisedNet, FrozenNet])
+@pytest.mark.parametrize("kind", [Net, NormalisedNet, SharedNet, FrozenNet])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.usefixtures("small_chunks")
 def test_the_loss_and_all_gradients_are_those_of_the_plain_path(kind, weighted, graph, log_linear, case, generator):

@@ -50,16 +50,17 @@ def _half_square_series(d: Tensor) -> Tensor:
     return total.mul_(d).mul_(d).mul_(0.5)
 
 
-def divergence(log_score: Tensor, ratio: Tensor) -> Divergence:
+def divergence(log_score: Tensor, ratio: Tensor, *, out: Tensor | None = None) -> Divergence:
     """The Bregman divergence of s = exp(log_score) from the ratio, elementwise in broadcast shapes. Not differentiable.
 
     Args:
         log_score: log s, float; -inf is allowed.
         ratio: r >= 0, of a shape that broadcasts against log_score's; its dtype may be wider.
+        out: room of log_score's shape that may be used for the result: fresh memory costs more than the exponential.
     """
     positive = ratio > 0
     if not bool(positive.any()):
-        score = log_score.exp()
+        score = torch.exp(log_score, out=out)
         return Divergence(score, score, log_score)
     # log r in two parts: one rounding of it is up to 1e-6 in float32, more than d itself near the optimum.
     exact = torch.where(positive, ratio, 1).to(sum_dtype(ratio.device)).log()
@@ -88,51 +89,56 @@ def _excess(d: Tensor, growth: Tensor) -> Tensor:
 
 
 def row_divergence(
-    log_score: Tensor, jumps: Jumps, *, scale: Tensor | None = None, want_slope: bool
-) -> tuple[Tensor, Tensor | None]:
+    log_score: Tensor, jumps: Jumps, *, scale: Tensor | None = None, slope: Tensor | None = None
+) -> Tensor:
     """sum_y w_y D(s_y, r_y) over each row, and its gradient with respect to the row's log-score.
 
     Args:
         log_score: (m, N) float.
         jumps: the weights and ratios of the m rows.
         scale: (m,) factor of each row in the gradient, 1 if None.
-        want_slope: whether to work out the gradient.
+        slope: (m, N), where to write scale times the gradient, of log_score's dtype; not worked out if None.
 
     Returns:
-        (m,) sums, and scale times their gradient (m, N), or None.
+        (m,) sums.
     """
     total = torch.empty_like(log_score[:, 0])
-    slope = torch.empty_like(log_score) if want_slope else None
-    has_base = bool((jumps.base_weight > 0).any())
-    size = max(1, _IN_CACHE // log_score.shape[-1]) if log_score.device.type == "cpu" else len(log_score)
-    for start in range(0, len(log_score), max(1, size)):
-        part = slice(start, start + size)
-        out = None if slope is None else slope[part]
-        factor = None if scale is None else scale[part]
-        total[part] = _sum_rows(log_score[part], jumps.at(part), factor, out, has_base=has_base)
-    return total, slope
-
-
-def _sum_rows(log_score: Tensor, jumps: Jumps, scale: Tensor | None, slope: Tensor | None, *, has_base: bool) -> Tensor:
-    """`row_divergence` of a few rows: the sums (m,); the gradient is written to `slope` (m, N), if given."""
-    at_index = divergence(log_score.gather(-1, jumps.index), jumps.ratio)
-    total = _weighted(jumps.weight, at_index.value).sum(-1)
     factor = jumps.base_weight if scale is None else jumps.base_weight * scale
-    if has_base:
-        base = divergence(log_score, jumps.base_ratio[:, None])
-        total += _weighted(jumps.base_weight, base.value.scatter_(-1, jumps.index, 0).sum(-1))
+    if bool((jumps.base_weight > 0).any()):
+        for part in _blocks(log_score, log_score.shape[-1]):
+            out = None if slope is None else slope[part]
+            total[part] = _sum_of_base(log_score[part], jumps.at(part), factor[part], out)
+    else:
+        total.zero_()
         if slope is not None:
-            torch.mul(base.slope, factor[:, None], out=slope)
-            if not bool((jumps.base_weight > 0).all()):  # 0 times an overflowed score is no number
-                slope.masked_fill_((jumps.base_weight == 0)[:, None], 0)
-    elif slope is not None:
-        slope.zero_()
+            slope.zero_()
+    for part in _blocks(log_score, jumps.index.shape[-1]):
+        index, weight = jumps.index[part], jumps.weight[part]
+        listed = divergence(log_score[part].gather(-1, index), jumps.ratio[part])
+        total[part] += _weighted(weight, listed.value).sum(-1)
+        if slope is not None:
+            by_score = _weighted(weight, listed.slope)
+            if scale is not None:
+                by_score *= scale[part, None]
+            # Repeated states have weight 0: clear first and add, so that the one that counts is not overwritten.
+            slope[part].scatter_(-1, index, 0).scatter_add_(-1, index, by_score)
+    return total
+
+
+def _blocks(log_score: Tensor, width: int) -> list[slice]:
+    """Blocks of rows, of which `width` numbers each are worked on at a time."""
+    size = max(1, _IN_CACHE // max(1, width)) if log_score.device.type == "cpu" else max(1, len(log_score))
+    return [slice(start, start + size) for start in range(0, len(log_score), size)]
+
+
+def _sum_of_base(log_score: Tensor, jumps: Jumps, factor: Tensor, slope: Tensor | None) -> Tensor:
+    """The part of the rows' sums that bears the base's weight, (m,); its gradient is written to `slope`, if given."""
+    base = divergence(log_score, jumps.base_ratio[:, None], out=slope)
+    total = _weighted(jumps.base_weight, base.value.scatter_(-1, jumps.index, 0).sum(-1))
     if slope is not None:
-        listed = _weighted(jumps.weight, at_index.slope)
-        if scale is not None:
-            listed *= scale[:, None]
-        # Repeated states have weight 0: clear first and add, so that the one that counts is not overwritten.
-        slope.scatter_(-1, jumps.index, 0).scatter_add_(-1, jumps.index, listed)
+        torch.mul(base.slope, factor[:, None], out=slope)
+        if not bool((jumps.base_weight > 0).all()):  # 0 times an overflowed score is no number
+            slope.masked_fill_((jumps.base_weight == 0)[:, None], 0)
     return total
 
 

@@ -17,6 +17,7 @@ plain way, where working the chunk out again in the backward pass would cost fou
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -36,8 +37,11 @@ from .score_entropy import JumpsAt, check_not_nan, with_gradients
 
 __all__ = ["FusedLoss", "Head", "fused_denoising_loss"]
 
-CHUNK_ELEMENTS = 1 << 24
-"""Log-scores at a time if every position could move, 64 MiB of float32."""
+CHUNK_ELEMENTS = 1 << 25
+"""Log-scores at a time, at most: 128 MiB of float32, and their slopes as much again.
+
+Each chunk reads all of the head's weight and of its gradient: with a quarter of the rows the products take longer.
+"""
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden (m, D), x (m,), sigma (m,)) -> log_score (m, N), for any m >= 0, each row from its own arguments alone."""
@@ -68,7 +72,7 @@ def fused_denoising_loss(
 
     Gradients reach hidden, sigma, dsigma, weight and whatever parameters the head uses; these are found by following
     the gradient of one call with no rows. The head is called the same number of times for the same B L and N, however
-    many positions can move, so that ranks which gather its parameters for every call stay in step.
+    many positions can move, the last times without rows: ranks which gather its parameters for every call stay in step.
 
     Under `torch.compile` this function is a break in the graph; the network before it is compiled as usual. A float16
     head with a scaled loss is not for this function: its gradients are made before the scale is known, and underflow.
@@ -106,12 +110,20 @@ def fused_denoising_loss(
         factor, live = factor * weight, live & (weight > 0)
     dtype = arithmetic_dtype(hidden, sigma)
     jumps_at = denoising_jumps(graph, rates, x[live], x0[live], dtype)
-    num_chunks = max(1, math.ceil(live.numel() * graph.num_states / CHUNK_ELEMENTS))
+    size = max(1, CHUNK_ELEMENTS // graph.num_states)
+    parts = _parts(int(live.sum()), size, num_parts=max(1, math.ceil(live.numel() / size)))
     total, loss = _in_chunks(
-        *(head, jumps_at, graph.num_states, num_chunks, refuse_nan),
+        *(head, jumps_at, graph.num_states, parts, refuse_nan),
         *(x[live], hidden[live], sigma[live], factor[live].to(dtype)),
     )
     return FusedLoss(total, spread(loss, live).sum(-1))
+
+
+def _parts(count: int, size: int, *, num_parts: int) -> list[slice]:
+    """`count` rows in as few equal parts as hold no more than `size`, then empty ones up to `num_parts` in all."""
+    filled = max(1, math.ceil(count / size))
+    ends = [min(i, filled) * count // filled for i in range(num_parts + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -119,7 +131,7 @@ def _in_chunks(
     head: Head,
     jumps_at: JumpsAt,
     num_states: int,
-    num_chunks: int,
+    parts: list[slice],
     refuse_nan: bool,
     x: Tensor,
     hidden: Tensor,
@@ -128,7 +140,6 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss and its parts (M,) for the M positions of x; see `_HeadAndLoss`."""
     parameters = _parameters(head, hidden, x, sigma) if torch.is_grad_enabled() else []
-    parts = [slice(i * len(x) // num_chunks, (i + 1) * len(x) // num_chunks) for i in range(num_chunks)]
     both: tuple[Tensor, Tensor] = _HeadAndLoss.apply(  # type: ignore[no-untyped-call]
         head, jumps_at, num_states, parts, refuse_nan, x, hidden, sigma, factor, *parameters
     )
@@ -176,7 +187,9 @@ class _HeadAndLoss(torch.autograd.Function):
         loss = torch.empty_like(factor)
         hidden_slope, sigma_slope = torch.zeros_like(hidden), torch.zeros_like(sigma)
         sums = [torch.zeros_like(p, dtype=arithmetic_dtype(p)) for p in parameters]
-        in_place = _LinearInPlace({id(p): total for p, total in zip(parameters, sums, strict=True)})
+        longest = max(part.stop - part.start for part in parts) if needed else 0
+        room = factor.new_empty(longest, num_states)  # for the slopes by log_score, of one chunk after the other
+        in_place = _InPlace({id(p): total for p, total in zip(parameters, sums, strict=True)})
         for part in parts:
             rows, noise = hidden[part].detach().requires_grad_(by_hidden), sigma[part].detach().requires_grad_(by_sigma)
             with torch.set_grad_enabled(needed), in_place:
@@ -187,7 +200,7 @@ class _HeadAndLoss(torch.autograd.Function):
             with torch.autocast(x.device.type, enabled=False):
                 with torch.set_grad_enabled(by_sigma):
                     jumps = jumps_at(part, noise.to(sum_dtype(x.device)))
-                loss[part], outputs, slopes = _loss_and_slopes(log_score, jumps, factor[part])
+                loss[part], outputs, slopes = _loss_and_slopes(log_score, jumps, factor[part], room[: len(rows)])
                 if refuse_nan:
                     check_not_nan(loss[part], log_score)
             if outputs:
@@ -217,21 +230,32 @@ class _HeadAndLoss(torch.autograd.Function):
         return (None,) * 6 + tuple(None if slope is None else slope.mul_(grad) for slope in slopes)
 
 
-def _loss_and_slopes(log_score: Tensor, jumps: Jumps, factor: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The loss (m,) of rows; what of log_score and jumps requires a gradient, and the slopes of factor * loss by it."""
+def _loss_and_slopes(
+    log_score: Tensor, jumps: Jumps, factor: Tensor, room: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The loss (m,) of rows; what of log_score and jumps requires a gradient, and the slopes of factor * loss by it.
+
+    The slopes by log_score are written to `room` (m, N), of factor's dtype, if they are wanted.
+    """
     values = log_score.detach().to(factor.dtype)
-    loss, slope = row_divergence(values, jumps.detach(), scale=factor, want_slope=log_score.requires_grad)
+    wanted = log_score.requires_grad
+    loss = row_divergence(values, jumps.detach(), scale=factor, slope=room if wanted else None)
     outputs, slopes = with_gradients(values, jumps, factor)
-    if slope is not None:
-        outputs, slopes = [log_score, *outputs], [slope.to(log_score.dtype), *slopes]
+    if wanted:
+        made_by: Any = log_score.grad_fn
+        if isinstance(made_by, _ScatterBackward):
+            made_by.grad_is_free = True
+        outputs, slopes = [log_score, *outputs], [room.to(log_score.dtype), *slopes]
     return loss, outputs, slopes
 
 
-class _LinearInPlace(TorchFunctionMode):
-    """While active, F.linear adds the gradients of its weight and bias to the sums kept for them.
+class _InPlace(TorchFunctionMode):
+    """While active, spares copies of the two largest tensors in the backward pass of a head: its weight and its output.
 
-    autograd would make a new tensor of each chunk's share and leave it to be added: for the matrix of a vocabulary that
-    is the largest tensor of all and several passes over it. Any other use of a parameter is left to autograd.
+    F.linear adds the gradients of its weight and bias to the sums kept for them. autograd would make a new tensor of
+    each chunk's share and leave it to be added: several passes over the matrix of a vocabulary. And scatter_ of a
+    number, if it is what makes the output, clears its entries in the gradient itself. Any other operation is left to
+    autograd.
     """
 
     def __init__(self, sums: Mapping[int, Tensor]) -> None:
@@ -241,7 +265,11 @@ class _LinearInPlace(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return (self._linear if func is F.linear else func)(*args, **(kwargs or {}))
+        if func is F.linear:
+            func = self._linear
+        elif func is Tensor.scatter_:
+            func = self._scatter_
+        return func(*args, **(kwargs or {}))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         plain = input.dtype == weight.dtype and not torch.is_autocast_enabled(input.device.type)
@@ -250,6 +278,33 @@ class _LinearInPlace(TorchFunctionMode):
         bias_sum = None if bias is None else self.sums[id(bias)]
         out: Tensor = _Linear.apply(input, weight, bias, self.sums[id(weight)], bias_sum)  # type: ignore[no-untyped-call]
         return out
+
+    def _scatter_(self, input: Tensor, dim: int, index: Tensor, value: Tensor | float, **how: Any) -> Tensor:
+        if isinstance(value, Tensor) or how or input.is_leaf or input._is_view():
+            return input.scatter_(dim, index, value, **how)
+        out: Tensor = _Scatter.apply(input, dim, index, value)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Scatter(torch.autograd.Function):
+    """input.scatter_(dim, index, value) of a number; `grad_is_free` once the gradient is known to be no one else's."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
+        ctx.mark_dirty(input)
+        ctx.save_for_backward(index)
+        ctx.dim, ctx.grad_is_free = dim, False
+        return input.scatter_(dim, index, value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        cleared = grad if ctx.grad_is_free else grad.clone()
+        return cleared.scatter_(ctx.dim, index, 0), None, None, None
+
+
+_ScatterBackward: Any = _Scatter._backward_cls
 
 
 class _Linear(torch.autograd.Function):

@@ -146,7 +146,7 @@ class _SumOverChunks(torch.autograd.Function):
         with torch.autocast(log_score.device.type, enabled=False):
             for part in _chunks(log_score, len(loss)):
                 jumps = jumps_at(part, *(value[part] for value in inputs))
-                loss[part], _ = row_divergence(_rows(log_score, positions, part, dtype), jumps, want_slope=False)
+                loss[part] = row_divergence(_rows(log_score, positions, part, dtype), jumps)
         return loss
 
     @staticmethod
@@ -167,9 +167,9 @@ class _SumOverChunks(torch.autograd.Function):
                         leaf.requires_grad_(want)
                     jumps = ctx.jumps_at(part, *leaves)
                 if by_score is not None:
-                    _, slope = row_divergence(rows, jumps.detach(), scale=grad[part], want_slope=True)
-                    assert slope is not None
-                    by_score[part if positions is None else positions[part]] = slope.to(by_score.dtype)
+                    by_row = torch.empty_like(rows)
+                    row_divergence(rows, jumps.detach(), scale=grad[part], slope=by_row)
+                    by_score[part if positions is None else positions[part]] = by_row.to(by_score.dtype)
                 if any(wanted):
                     outputs, slopes = with_gradients(rows, jumps, grad[part])
                     asked = [leaf for leaf in leaves if leaf.requires_grad]
