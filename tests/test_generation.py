@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_nets import SEDD, Causal
-from sedd_train import data, load
+from sedd_train import data, load, load_trained
 from transformers import GPT2Config, GPT2LMHeadModel
 
 INTEGRATION = Path(__file__).parents[1] / "integration"
@@ -59,6 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, coder: Any) -> dict[str, Path
     torch.manual_seed(0)
     absorb, uniform = SEDD(len(coder) + 1, cond_dim=8, **sizes), SEDD(len(coder), cond_dim=8, **sizes)
     start = {"graph": {"type": "absorb"}, **LOGLINEAR, "objective": {"type": "autoregressive"}}
+    d3pm = {"graph": {"type": "absorb"}, **LOGLINEAR, "objective": {"type": "d3pm", "steps": 100}}
     characters = data.tokenizer("characters")
     (root / "corpus.txt").write_text("".join(TEXTS) * 40)
     return {
@@ -68,6 +69,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, coder: Any) -> dict[str, Path
         "characters": save_net(
             root / "characters", SEDD(28, cond_dim=8, **sizes), characters, graph={"type": "absorb"}, **LOGLINEAR
         ),
+        "d3pm": save_net(root / "d3pm", SEDD(len(coder) + 1, cond_dim=8, **sizes), coder, **d3pm),
         "judge": save_judge(root / "judge", coder),
         "other judge": save_judge(root / "other", data.tokenizer("bpe:270", lambda: TEXTS)),
         "short judge": save_judge(root / "short", coder, context=8),
@@ -148,6 +150,25 @@ def test_a_run_that_was_cut_off_goes_on_and_more_samples_are_added(
     for key, cell in cells.items():
         assert cell["nats"] == pytest.approx(whole[key]["nats"], abs=1e-5)
         assert cell["entropy"] == whole[key]["entropy"]
+
+
+def test_a_d3pm_writes_tokens_by_its_own_law(run: Any, script: ModuleType, made: dict[str, Path]) -> None:
+    """In one step from pure noise each token is the softmax of its logits at the mask, the mask left out."""
+    checkpoint = script.read_checkpoint("d3pm", str(made["d3pm"]))
+    free = torch.zeros(4000, 1, dtype=torch.bool)
+    x = checkpoint.filler("cpu", "ancestral", 1)(free.long(), free, range(4000))
+    net = load_trained(str(made["d3pm"])).net
+    with torch.no_grad():
+        mask = torch.full((1, 1), net.num_states - 1)
+        law = net(mask, torch.tensor([6.9]))[0, 0, :-1].softmax(-1)
+    share = torch.bincount(x[:, 0], minlength=len(law)) / len(x)
+    likeliest = law.argmax()
+    # a binomial (4000, p) within 5 deviations: false alarm 6e-7
+    assert abs(share[likeliest] - law[likeliest]) < 5 * float(law[likeliest] * (1 - law[likeliest]) / 4000) ** 0.5
+    assert law[likeliest] > 0.02
+    assert set(run("--num", 2, "--methods", "ancestral", of=("d3pm",)).cells) == {
+        f"d3pm | ancestral | {n}" for n in (2, 4)
+    }
 
 
 def test_rows_compare_in_pairs(script: ModuleType, run: Any, tmp_path: Path) -> None:
