@@ -14,12 +14,16 @@ on the losses of earlier batches, as a step function on equal bins of t (Nichol 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["uniform_times", "stratified_times", "low_discrepancy_times", "ImportanceTimes"]
+from .checks import sum_dtype
+from .interfaces import Noise
+
+__all__ = ["uniform_times", "stratified_times", "low_discrepancy_times", "ImportanceTimes", "NoiseTimes"]
 
 
 def uniform_times(
@@ -154,6 +158,47 @@ class ImportanceTimes:
         if state["square"].shape != self.square.shape or state["count"].shape != self.count.shape:
             raise ValueError(f"state must have {len(self.count)} bins, got {len(state['count'])}")
         self.square, self.count = (state[name].double().cpu().clone() for name in ("square", "count"))
+
+
+class NoiseTimes:
+    """Times of which a share is drawn evenly in log(1 - e^-sigma), not in t: small noise comes up as often as large.
+
+    Where jumps are rare and dear, as on a uniform graph at small sigma, a loss of order log(1 / sigma) / sigma comes up
+    with probability sigma. Over uniform times its third moment grows with log(1 / t_min), and a mean of many draws is
+    skewed still; divided by a density of order dsigma / sigma the loss is of order log(1 / sigma). The density is
+    constant between knots in t, so that the weights are exact whatever the schedule.
+
+    Args:
+        noise: the schedule.
+        share: in [0, 1), of the draws; the others are uniform in t, and no weight exceeds 1 / (1 - share).
+        t_min: the smallest time drawn, > 0.
+        device: of the times.
+    """
+
+    def __init__(self, noise: Noise, share: float, *, t_min: float, device: torch.device | None = None) -> None:
+        self.t_min, self.share = t_min, share
+        dtype = sum_dtype(torch.device(device or "cpu"))
+        even = torch.linspace(t_min, 1, 257, dtype=dtype, device=device)
+        close = torch.logspace(math.log10(t_min), 0, 257, dtype=dtype, device=device)
+        knots = torch.unique(torch.cat([even, close]).clamp(t_min, 1))
+        sigma = noise(knots)[0].detach().to(knots.dtype)
+        depth = (-torch.expm1(-sigma)).clamp_min(torch.finfo(knots.dtype).tiny).log()
+        uniform = (knots - t_min) / (1 - t_min)
+        self.knots, self.upper = knots, (1 - share) * uniform + share * (depth - depth[0]) / (depth[-1] - depth[0])
+
+    def at(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """The quantiles `unit` (B,) in [0, 1) of the density, as times (B,), and the weights that make up for it (B,).
+
+        The mean of weight * f(t) over uniform `unit` is that of f over uniform times.
+        """
+        if self.share == 0:
+            return _onto_interval(unit, self.t_min), torch.ones_like(unit)
+        place = unit.to(self.upper.dtype)
+        k = (torch.searchsorted(self.upper, place, right=True) - 1).clamp(0, len(self.knots) - 2)
+        width, probability = self.knots[k + 1] - self.knots[k], self.upper[k + 1] - self.upper[k]
+        t = self.knots[k] + (place - self.upper[k]) / probability * width
+        below_one = 1 - torch.finfo(unit.dtype).eps / 2
+        return t.to(unit.dtype).clamp(self.t_min, below_one), width / probability / (1 - self.t_min)
 
 
 def _onto_interval(unit: Tensor, t_min: float) -> Tensor:
