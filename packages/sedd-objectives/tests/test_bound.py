@@ -140,14 +140,41 @@ def test_padding_leaves_all_three_terms_unchanged(graph, log_linear, enumerated)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"x0": torch.zeros(3, dtype=torch.int64)}, r"x0 must have shape \(B, L\)"),
+        ({"x0": torch.full((2, 3), 9)}, "x0 must lie in"),
         ({"num_times": 7}, "num_times must be even"),
         ({"num_reconstructions": 1}, "num_reconstructions must be at least 2"),
         ({"t_min": 0.0}, "t_min must lie in"),
         ({"small_noise_share": 1.0}, "small_noise_share must lie in"),
         ({"weight": torch.zeros(2)}, "weight is 0 at every position"),
+        ({"score": lambda x, s: torch.full((2, 3, 6), float("nan"))}, "log_score is NaN"),
     ],
 )
 def test_bad_input_is_named(arguments, message, make_graphs, log_linear):
     graph = make_graphs(5)["absorbing"]
+    arguments = {"score": lambda x, s: torch.zeros(2, 3, 6), "x0": torch.zeros(2, 3, dtype=torch.int64)} | arguments
+    score, x0 = arguments.pop("score"), arguments.pop("x0")
     with pytest.raises(ValueError, match=message):
-        likelihood_bound(lambda x, s: torch.zeros(2, 3, 6), graph, log_linear, torch.zeros(2, 3).long(), **arguments)
+        likelihood_bound(score, graph, log_linear, x0, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x0": torch.zeros(3, dtype=torch.int64)}, r"x0 must have shape \(B, L\)"),
+        ({"x0": torch.full((2, 3), 9)}, "x0 must lie in"),
+        ({"xt": torch.zeros(2, 2, dtype=torch.int64)}, "xt must have shape"),
+        ({"xt": torch.full((2, 3), -1)}, "xt must lie in"),
+        ({"t": torch.ones(3)}, "sigma must have a shape that is a leading part"),
+        ({"t": torch.full((2,), -1.0)}, "sigma is a total noise and must be >= 0"),
+        ({"weight": torch.zeros(2)}, "weight is 0 at every position"),
+        ({"score": lambda x, s: torch.zeros(2, 3, 4)}, "score model must return log_score of shape"),
+        ({"score": lambda x, s: torch.full((2, 3, 5), float("nan"))}, "log_score is NaN"),
+    ],
+)
+def test_bad_input_of_the_reconstruction_is_named(change, message, make_graphs, log_linear):
+    arguments = {"score": lambda x, s: torch.zeros(2, 3, 5), "x0": torch.zeros(2, 3, dtype=torch.int64)}
+    arguments |= {"t": torch.full((2,), 0.1), "xt": None, "weight": None} | change
+    score, x0, t = (arguments.pop(name) for name in ("score", "x0", "t"))
+    with pytest.raises(ValueError, match=message):
+        reconstruction_loss(score, make_graphs(5)["uniform"], log_linear, x0, t, **arguments)

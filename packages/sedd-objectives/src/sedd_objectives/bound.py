@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from .checks import check_states, check_weight, expand_leading, sum_dtype
-from .denoising import denoising_loss, score_rows, spread
+from .checks import check_weight, sum_dtype
+from .denoising import check_clean, denoising_loss, noised, score_rows, spread
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
 from .jumps import RatesInto
 from .score_entropy import CHUNK_ELEMENTS, check_not_nan
@@ -92,9 +92,7 @@ def likelihood_bound(
         raise ValueError(f"t_min must lie in (0, 1), got {t_min}")
     if not 0 <= small_noise_share < 1:
         raise ValueError(f"small_noise_share must lie in [0, 1), got {small_noise_share}")
-    if x0.ndim != 2:
-        raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
-    check_states("x0", x0, graph.num_states)
+    check_clean(x0, graph.num_states)
     dtype, batch = sum_dtype(x0.device), len(x0)
     factor = None if weight is None else check_weight(weight, x0)
 
@@ -151,11 +149,11 @@ def reconstruction_loss(
 
     Returns:
         (B,) nats a sequence, float64 where the device has it. A position into which no jump leads is still clean: 0.
+
+    Raises:
+        ValueError: as `denoising_loss`.
     """
-    sigma, _ = noise(t)
-    per_position = expand_leading("sigma", sigma, x0)
-    if xt is None:
-        xt = graph.sample(x0, sigma, generator=generator)
+    xt, sigma, per_position, _ = noised(graph, noise, x0, t, xt, generator=generator, t_min=0)
     live = RatesInto.of(graph, xt).can_move(xt, graph.num_states)
     factor = None if weight is None else check_weight(weight, x0)
     if factor is not None:
