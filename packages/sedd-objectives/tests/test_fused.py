@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -177,6 +178,7 @@ def test_the_head_is_called_as_often_whatever_can_move_and_sees_nothing_else(mak
         )  # 21 positions, 6 states, 25 log-scores at a time: 6 chunks, and one call without rows
         assert sum(net.rows) == masked
         assert max(net.rows) <= 4
+        assert sum(count > 0 for count in net.rows) == math.ceil(masked / 4)  # large products, then calls without rows
         assert all(slope is not None for slope in gradients(loss.total, net))
 
 
