@@ -14,8 +14,9 @@ MAUVE compares the filled windows with the original ones: whole windows, by the 
 token. Each set fills all windows once; the table has the mean over the sets and its standard error, which does not
 tell what another choice of windows would do. Given tokens are compared with the originals one by one.
 
-A left-to-right model does not see what comes after the token that it writes. Where that is given it is kept, so that
-its rows for suffix, middle and scattered prompts say what looking ahead is worth. Two rows frame the others: other
+A left-to-right model does not see what comes after the token that it writes; where that is given it is kept. MAUVE's
+features are taken at the last token, so that it tells systems apart best where that is free: with the end given it is
+high for whoever writes of the right things, whether the joint fits or not. Two rows frame the others: other
 held-out windows, and windows whose free tokens are drawn from the frequencies of tokens. MAUVE falls with the number
 of windows, whatever the text: compare only within one table.
 
