@@ -12,9 +12,10 @@ each row of WikiText is a document, blank ones too (--documents articles joins t
 the parts of the others are its held-out ones: validation for PTB and WikiText103, test for LAMBADA and One Billion
 Words (--part NAME=PART for another). Blocks do not depend on the number of processes: their fingerprint is given.
 
-A set that cannot be had, for want of a connection say, is named and passed over; the exit code is 2 if that leaves
-none. The results are kept in OUTPUT.json as they come, and the same command again continues. From it are made
-OUTPUT.md, the table beside the published numbers, and OUTPUT.png.
+A set that cannot be had, for want of a connection say, is named and passed over (HF_HUB_OFFLINE=1 spares the half
+minute in which the hub is tried again); the exit code is 2 if that leaves none. The results are kept in OUTPUT.json as
+they come, and the same command again continues. From it are made OUTPUT.md, the table beside the published numbers, and
+OUTPUT.png.
 """
 
 from __future__ import annotations

