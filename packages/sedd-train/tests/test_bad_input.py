@@ -23,7 +23,7 @@ def script(name, *options) -> tuple[int, str]:
     [
         (
             ["--recipe", "tinny"],
-            "unknown recipe 'tinny': the package has sedd-medium-absorb-owt, sedd-medium-uniform-owt, sedd-small",
+            "unknown recipe 'tinny': the package has ",
         ),
         (["--heads", "3"], "width = 32: expected a multiple of heads = 3"),
         (["--learning-rate", "-1"], "learning_rate = -1.0: expected a positive number"),
