@@ -35,8 +35,20 @@ class Rotary(nn.Module):
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (length, d/2) float32."""
-        angle = torch.outer(torch.arange(length, device=self.inv_freq.device, dtype=torch.float32), self.inv_freq)
-        return angle.cos(), angle.sin()
+        cos, sin = _turns(self.inv_freq, length)
+        return cos, sin
+
+
+@torch.library.custom_op("sedd_nets::turns", mutates_args=())
+def _turns(inv_freq: Tensor, length: int) -> list[Tensor]:
+    """The cosines and sines of all angles; closed to compilers, which would work them out again at each use."""
+    angle = torch.outer(torch.arange(length, device=inv_freq.device, dtype=torch.float32), inv_freq)
+    return [angle.cos(), angle.sin()]
+
+
+@_turns.register_fake
+def _(inv_freq: Tensor, length: int) -> list[Tensor]:
+    return [inv_freq.new_empty(length, inv_freq.shape[0]) for _ in range(2)]
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
