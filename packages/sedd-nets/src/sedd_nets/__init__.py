@@ -13,7 +13,6 @@ from sedd_nets.documents import Documents
 from sedd_nets.families import from_pretrained
 from sedd_nets.initialisation import begin_with_frequencies, look_at_neighbours
 from sedd_nets.mdlm import MDLM
-from sedd_nets.plain_products import plain_products
 from sedd_nets.pretrained import read_config
 from sedd_nets.radd import RADD
 from sedd_nets.sedd import SEDD
@@ -31,7 +30,6 @@ __all__ = [
     "sdpa",
     "FlexAttention",
     "FlashAttention",
-    "plain_products",
     "Documents",
     "LabelCondition",
     "PromptCondition",

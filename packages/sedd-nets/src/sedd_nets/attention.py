@@ -1,4 +1,4 @@
-"""Attention over the whole sequence, softmax(q k' / sqrt d) v: kernels to choose from, one contract.
+"""Attention over the whole sequence, softmax(q k' / sqrt d) v: three kernels, one contract.
 
 `net.attention` holds a callable; the default, `sdpa`, runs everywhere. The others are chosen by assigning them,
 `net.attention = FlexAttention()`, and give the same numbers: to 1e-5 in float32, to 2e-2 in bfloat16, relative to
@@ -8,7 +8,6 @@ values of order one. Positions that belong to no document get zeros.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -45,17 +44,12 @@ def sdpa(qkv: Tensor, documents: Documents | None, *, causal: bool = False) -> T
     if documents is None:
         q, k, v = qkv.transpose(1, 3).unbind(2)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-    return one_by_one(partial(sdpa, causal=causal), qkv, documents)
-
-
-def one_by_one(attention: Attention, qkv: Tensor, documents: Documents) -> Tensor:
-    """Attend within each document by itself; (B, L, 3, H, d) to (B, L, H, d), 0 where there is none."""
     flat = qkv.flatten(0, 1)
     out, end = [], 0
     for start, stop in documents.spans:
         if start > end:
             out.append(flat.new_zeros(start - end, *flat.shape[-2:]))
-        out.append(attention(flat[None, start:stop], None)[0])
+        out.append(sdpa(flat[None, start:stop], None, causal=causal)[0])
         end = stop
     if end < len(flat):
         out.append(flat.new_zeros(len(flat) - end, *flat.shape[-2:]))
