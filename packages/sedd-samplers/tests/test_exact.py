@@ -97,6 +97,20 @@ def test_first_hitting_infills_exactly(ref):
     assert ref.chi_square(out, law) > ALARM
 
 
+def test_uniformization_infills_exactly(ref):
+    """The same by the other exact method, down to the noise at which the denoise takes over."""
+    graph, p0, score = problem(ref, "absorbing")
+    x = torch.tensor([[0, 1, 0]]).expand(SAMPLES, -1)
+    given = torch.tensor([[False, True, False]]).expand(SAMPLES, -1)
+    out = infill(
+        score, graph, ref.LogLinear(), x=x, given=given, steps=1, t_min=1e-3, method=Uniformization(),
+        generator=seeded(),
+    )  # fmt: skip
+    law = torch.zeros_like(p0)
+    law[:, 1] = p0[:, 1]
+    assert ref.chi_square(out, law) > ALARM
+
+
 @pytest.mark.parametrize(("order", "exact"), [(entropy, True), (chance, True), (confidence, False)])
 def test_one_position_at_a_time_is_the_chain_rule_unless_the_token_is_looked_at(ref, order, exact):
     graph, p0, score = problem(ref, "absorbing")

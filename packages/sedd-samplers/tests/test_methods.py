@@ -21,6 +21,7 @@ from sedd_samplers import (
     Trapezoidal,
     Tweedie,
     Uniformization,
+    adaptive_times,
     at_rate,
     capped,
     chance,
@@ -29,6 +30,7 @@ from sedd_samplers import (
     correct,
     entropy,
     infill,
+    level_times,
     margin,
     rescaled,
     sample,
@@ -93,15 +95,25 @@ def test_given_positions_never_change(ref, data):
     tokens = torch.tensor([y for y in range(6) if y != graph.mask_id])
     x = tokens[torch.randint(len(tokens), shape, generator=rng)]
     fixed = torch.rand(shape, generator=rng) < data.draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
-    denoise = data.draw(st.booleans())
+    denoise, stopping = data.draw(st.booleans()), data.draw(st.booleans())
+    finished = torch.rand(shape[0], generator=rng) < 0.3
+    noise, steps = ref.Linear(3.0), data.draw(st.integers(1, 4))
+    grid = data.draw(st.sampled_from(["uniform", "by level", "adaptive"]))
+    if grid == "uniform":
+        times = {"steps": steps, "t_min": 0.01}
+    elif grid == "by level":
+        times = {"times": level_times(noise, steps, torch.log, t_min=0.01)}
+    else:
+        times = {"times": adaptive_times(lively, graph, noise, x=x, given=fixed, target=5.0, t_min=0.1)}
     states = trajectory(
-        lively, graph, ref.Linear(3.0), x=x, given=fixed, steps=data.draw(st.integers(1, 4)), t_min=0.01,
-        method=METHODS[name], denoise=denoise, generator=rng,
+        lively, graph, noise, x=x, given=fixed, method=METHODS[name], denoise=denoise, generator=rng,
+        until=(lambda state: finished) if stopping else None, **times,
     )  # fmt: skip
-    for state in states:
-        assert torch.equal(state.x[fixed], x[fixed])
-        assert ((state.x >= 0) & (state.x < 6)).all()
-    if denoise and graph.mask_id is not None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=data.draw(st.booleans())):
+        for state in states:
+            assert torch.equal(state.x[fixed], x[fixed])
+            assert ((state.x >= 0) & (state.x < 6)).all()
+    if denoise and not stopping and graph.mask_id is not None:
         assert not (state.x == graph.mask_id).any()
 
 

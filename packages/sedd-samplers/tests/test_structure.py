@@ -17,6 +17,7 @@ from sedd_samplers import (
     sample,
     trajectory,
 )
+from sedd_samplers.randomness import uniforms
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ALARM = 1e-4
@@ -82,6 +83,26 @@ def test_which_positions_move_does_not_depend_on_the_model(ref):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("method", [Tweedie(), Euler(), Unmasking()])
+def test_a_draw_takes_one_uniform_number(ref, method, monkeypatch):
+    """Not one for each of the N states: three steps of four masks of 4096 states, the prior included."""
+    taken = []
+
+    def counted(seed, draw, position):
+        taken.append(len(seed))
+        return uniforms(seed, draw, position)
+
+    monkeypatch.setattr("sedd_samplers.reverse.uniforms", counted)
+    graph, masked = ref.StructuredAbsorbing(4095), []
+    x = torch.zeros(2, 2, dtype=torch.int64)
+    for state in trajectory(lambda x, sigma: torch.zeros(*x.shape, 4096), graph, ref.LogLinear(), x=x, given=x > 0,
+                            steps=3, method=method, seeds=[0, 1]):  # fmt: skip
+        masked.append(int((state.x == 4095).sum()))
+    choices = 1 if method != Unmasking() else 2  # whether it moves, and where to
+    assert sum(taken) <= 4 + choices * sum(masked[:-1])
+    assert sum(taken) >= 4 + masked[0]
+
+
 def test_unmasking_refuses_graphs_in_which_tokens_move(ref):
     with pytest.raises(ValueError, match="Unmasking needs an absorbing graph"):
         sample(lambda x, sigma: torch.zeros(*x.shape, 5), ref.hybrid_matrix(4), ref.LogLinear(), shape=(1, 2),
@@ -125,6 +146,22 @@ def test_what_is_remembered_belongs_to_a_sequence_and_its_states(ref):
     assert ask(x[[2, 1]], sigma[1:], part, torch.tensor([2, 1]))[:, 0].tolist() == [12, 11, 11]
     assert ask(x[:1], sigma[:1], everywhere[:1], torch.tensor([0]))[:, 0].tolist() == [0, 10]
     assert seen == [[0, 1, 2], [1], [2], [0]]
+
+
+def test_what_is_remembered_is_compared_exactly():
+    """Tokens 150,000 and 150,001 are not the same; to a relative tolerance they would be."""
+    asked = []
+
+    def model(x, sigma, where):
+        asked.append(x.tolist())
+        return x.double()[where][:, None]
+
+    ask = remembered(model)
+    everywhere, sigma = torch.ones(1, 2, dtype=torch.bool), torch.ones(1)
+    for token in (150_000, 150_001, 150_001):
+        x = torch.tensor([[7, token]])
+        assert ask(x, sigma, everywhere, torch.arange(1))[:, 0].tolist() == [7, token]
+    assert asked == [[[7, 150_000]], [[7, 150_001]]]
 
 
 class Peak(TorchDispatchMode):
