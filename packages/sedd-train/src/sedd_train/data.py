@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,7 +90,8 @@ def documents(corpus: str, *, rows: bool = False, streaming: bool = False) -> Do
     A data set that published numbers exist of goes through their detokenizer (`sedd_train.detokenizers`), row by row.
 
     Args:
-        corpus: 'sotu'; 'sotu-text8', the same speeches in text8's alphabet; a text file or a folder of text files;
+        corpus: 'sotu'; 'sotu-text8', the same speeches in text8's alphabet; 'sotu-sentences', each of their sentences a
+            document; a text file or a folder of text files;
             'openwebtext', 'text8', 'lm1b', 'wikitext2', 'wikitext103', 'ptb' or 'lambada', from the Hugging Face hub,
             or with ':PATH' behind it from that file or folder (text8's own file, else parquet, JSON lines or text with
             train, valid or test in their names); or 'hub:NAME[:CONFIG]', any other data set there.
@@ -118,6 +119,9 @@ def documents(corpus: str, *, rows: bool = False, streaming: bool = False) -> Do
         return split(identity, load=functools.cache(functools.partial(_from_files, Path(path), streaming)))
     if corpus == "sotu-text8":
         return _streams(corpus, [" ".join(map(to_text8, texts)) for texts in _in_three(_sotu())])
+    if corpus == "sotu-sentences":
+        parts = [[sentence for text in texts for sentence in _sentences(text)] for texts in _in_three(_sotu())]
+        return Documents(_identity(corpus, parts), *(functools.partial(list, part) for part in parts))
     if corpus == "sotu":
         texts = _sotu()
     elif Path(corpus).is_dir():
@@ -130,17 +134,27 @@ def documents(corpus: str, *, rows: bool = False, streaming: bool = False) -> Do
     else:
         raise ValueError(
             f"no corpus {corpus!r}: expected the path of a text file or folder, 'hub:NAME[:CONFIG]', sotu, "
-            f"sotu-text8, {', '.join(KNOWN)}, or one of the last with ':PATH' for files on this machine"
+            f"sotu-text8, sotu-sentences, {', '.join(KNOWN)}, or one of the last with ':PATH' for files on this machine"
         )
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"corpus {corpus} is empty: there is no text to train on")
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode()).digest())
     train, valid = _split(texts)
-    identity = f"{corpus if corpus == 'sotu' else 'text'}:{digest.hexdigest()}"
+    identity = _identity(corpus if corpus == "sotu" else "text", [texts])
     return Documents(identity, *(functools.partial(list, part) for part in (train, valid, valid)))
+
+
+def _identity(name: str, parts: Iterable[Iterable[str]]) -> str:
+    """A name for the content of documents."""
+    digest = hashlib.sha256()
+    for text in chain.from_iterable(parts):
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return f"{name}:{digest.hexdigest()}"
+
+
+def _sentences(text: str) -> list[str]:
+    """The text cut behind full stops, question and exclamation marks that a space and a capital follow."""
+    return [" ".join(part.split()) for part in re.split(r"(?<=[.?!])\s+(?=[A-Z])", text) if part.strip()]
 
 
 def _sotu() -> list[str]:

@@ -1,0 +1,265 @@
+"""The paper's likelihood tables, text8 and One Billion Words: every system that can run, beside the published numbers.
+
+python integration/likelihood_table.py text8                      in miniature: six rows of 13 minutes on two CPU cores
+python integration/likelihood_table.py lm1b --padded              rows of one sentence each; without: packed
+python integration/likelihood_table.py text8 --rows "SEDD absorb" "D3PM absorb" -- --steps 200             a glimpse
+python integration/likelihood_table.py text8 --scale full --launch "deepspeed --num_gpus 8"    as published, on GPUs
+
+All rows share text, network sizes, optimiser and tokens seen; they differ in objective, graph and, where the objective
+asks for it, in the network's conditioning. A row is trained by train_owt.py, and goes on from its last checkpoint if it
+was cut off; one that is done is not trained again. Measured is the part of the corpus kept for that: the bound with all
+of its terms, on the same blocks for every row, and the difference to SEDD absorb block by block, whose error is smaller
+than that of either. Each number is in --output/table.json as soon as it is known, then in table.md and table.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sedd_train import data, load_trained, recipes
+from sedd_train.evaluation import bounds
+from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
+from torch import Tensor
+
+TRAIN = Path(__file__).with_name("train_owt.py")
+REFERENCE = "SEDD absorb"
+D3PM = ("--objective", "d3pm", "--t-min", "1e-6")  # the first of its steps begins at 0
+ROWS = {  # whether the graph is the absorbing one, and what a row replaces in the recipe
+    "SEDD absorb": (True, ()),
+    "SEDD uniform": (False, ()),
+    "D3PM absorb": (True, D3PM),
+    "D3PM uniform": (False, D3PM),
+    "Masked cross-entropy": (True, ("--network", "mdlm")),
+    "Autoregressive": (True, ("--objective", "autoregressive", "--network", "causal")),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper.
+
+    Attributes:
+        recipes: by scale, the recipe with the absorbing graph and the one with the uniform.
+        perplexity: whether numbers are perplexities a token rather than bits a character.
+        published: by row, Lou, Meng and Ermon 2024 but for the masked cross-entropy, of the MDLM paper.
+        quoted: of systems that are not built here.
+    """
+
+    recipes: dict[str, tuple[str, str]]
+    perplexity: bool
+    published: dict[str, float]
+    quoted: dict[str, float]
+
+
+TABLES = {
+    "text8": Table(
+        {"mini": ("text8-mini", "text8-mini-uniform"), "full": ("sedd-small-absorb-text8", "sedd-small-uniform-text8")},
+        perplexity=False,
+        published={
+            "SEDD absorb": 1.39,
+            "SEDD uniform": 1.47,
+            "D3PM absorb": 1.45,
+            "D3PM uniform": 1.61,
+            "Masked cross-entropy": 1.40,
+            "Autoregressive": 1.23,
+        },
+        quoted={
+            "IAF/SCF": 1.88,
+            "AR Argmax Flow": 1.39,
+            "Discrete Flow": 1.23,
+            "Multinomial Diffusion": 1.72,
+            "MAC": 1.40,
+            "BFN": 1.41,
+            "MD4": 1.37,
+        },
+    ),
+    "lm1b": Table(
+        {"mini": ("lm1b-mini", "lm1b-mini-uniform"), "full": ("sedd-small-absorb-lm1b", "sedd-small-uniform-lm1b")},
+        perplexity=True,
+        published={"SEDD absorb": 32.79, "SEDD uniform": 40.25, "D3PM absorb": 77.50, "Autoregressive": 31.98},
+        quoted={"Diffusion-LM": 118.62, "BERT-Mouth": 142.89, "DiffusionBert": 63.78},
+    ),
+}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("table", choices=TABLES)
+parser.add_argument("--scale", choices=["mini", "full"], default="mini", help="which recipes (default: %(default)s)")
+parser.add_argument("--padded", action="store_true", help="each document a row of its own; its numbers do not compare")
+parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
+parser.add_argument("--output", type=Path, metavar="DIR", help="folder of table and runs (default: runs/TABLE-SCALE)")
+parser.add_argument("--launch", default=sys.executable, help='what starts train_owt.py, such as "deepspeed"')
+parser.add_argument("--corpus", help="in place of the recipe's, for instance from files: text8:PATH, lm1b:FOLDER")
+parser.add_argument("--blocks", type=int, default=512, help="blocks measured; 0 for all (default: %(default)s)")
+parser.add_argument("--num-times", type=int, default=64, help="noise levels for each of them (default: %(default)s)")
+parser.add_argument("--seed", type=int, default=0, help="of training, times and noise (default: %(default)s)")
+parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="tokenised text (default: %(default)s)")
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+parser.epilog = "What stands after -- goes to train_owt.py, for every row."
+
+
+def main() -> None:
+    """Train and measure the rows that are not done, then draw the table."""
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:cut], argparse.Namespace(training=given[cut + 1 :]))
+    table = TABLES[args.table]
+    folder: Path = args.output or Path("runs") / f"{args.table}-{args.scale}{'-padded' * args.padded}"
+    try:
+        recipe = recipes.read_recipe(table.recipes[args.scale][0])
+        if args.num_times < 2 or args.num_times % 2:
+            raise ValueError(f"--num-times {args.num_times}: expected an even number")
+        if args.padded and recipe.crops:
+            raise ValueError(f"--padded: {args.table} is cut into crops of one text, and has no documents")
+        source = args.corpus or recipe.corpus
+        corpus = data.prepare(source, recipe.tokenizer, args.cache, say)
+        corpus.check_length(recipe.length, packing=not args.padded)
+        have = corpus.test.documents if args.padded else corpus.test.blocks(recipe.length)
+        if not 0 <= args.blocks <= have:
+            raise ValueError(f"--blocks {args.blocks}: {source} has {have} to measure; 0 for all of them")
+        blocks, lengths = text(corpus, range(args.blocks or have), recipe.length, args.padded)
+        results = Results(folder / "table.json")
+        results.agree("table", args.table)
+        results.agree("corpus", source)
+        results.agree("padded", args.padded)
+        results.agree("blocks", {"count": len(blocks), "length": recipe.length, "fingerprint": fingerprint(blocks)})
+        results.agree("tokens", int(lengths.sum()))
+        results.agree("num_times", args.num_times)
+        results.agree("seed", args.seed)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    for name in args.rows:
+        run = folder / name.lower().replace(" ", "-")
+        trained = train(name, run, table, args)
+        if results.cells.get(name, {}).get("trained") != trained:
+            say(f"measuring {name} on {len(blocks)} blocks of {recipe.length}")
+            results.cells[name] = {"trained": trained, "nats": measure(run, blocks, lengths, args)}
+            results.save()
+    write_table(folder, results, table, lengths, args)
+    say(f"{(folder / 'table.md').read_text()}\nwritten to {folder / 'table.md'}, .json and .png")
+
+
+def text(corpus: data.Corpus, numbers: range, length: int, padded: bool) -> tuple[Tensor, Tensor]:
+    """What is measured, (n, L), and how many tokens of each block are text, (n,)."""
+    if not padded:
+        return corpus.test.block(numbers, length), torch.full((len(numbers),), length)
+    return corpus.test.rows(numbers, length, corpus.tokenizer.eos_token_id), corpus.test.lengths(numbers, length)
+
+
+def train(name: str, run: Path, table: Table, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a row to its end, unless it is there; what it was trained with."""
+    absorbs, options = ROWS[name]
+    if not (run / "summary.json").exists():
+        recipe = table.recipes[args.scale][0 if absorbs else 1]
+        given = ["--recipe", recipe, *options, "--seed", str(args.seed), *args.training]
+        given += ["--corpus", args.corpus] if args.corpus else []
+        given += ["--no-packing"] if args.padded else []
+        if any((run / "checkpoints").glob("step-*")):
+            given = ["--resume"]
+        command = [*shlex.split(args.launch), str(TRAIN), *given, "--output", str(run), "--cache", str(args.cache)]
+        say(f"\n{name}: {shlex.join(command)}")
+        if code := subprocess.run(command, check=False).returncode:
+            parser.exit(
+                1, f"{parser.prog}: error: {name} was not trained to its end ({TRAIN.name} ended with {code})\n"
+            )
+    done = recipes.read_recipe(run / "recipe.toml")
+    names = ("objective", "network", "graph", "noise", "steps", "batch_size", "length", "width", "depth", "seed")
+    return {value: getattr(done, value) for value in names}
+
+
+def measure(run: Path, blocks: Tensor, lengths: Tensor, args: argparse.Namespace) -> list[float]:
+    """The bound of each block, nats."""
+    net, objective, _ = load_trained(run)
+    found = bounds(
+        net.to(args.device),
+        objective,
+        blocks,
+        num_times=args.num_times,
+        seed=args.seed,
+        chunk=16,
+        progress=True,
+        lengths=lengths if args.padded else None,
+    )
+    return [round(value, 5) for value in (found * blocks.shape[1]).tolist()]
+
+
+def write_table(folder: Path, results: Results, table: Table, lengths: Tensor, args: argparse.Namespace) -> None:
+    """The Markdown table and the picture."""
+    nats = {name: results.cells[name]["nats"] for name in ROWS if name in results.cells}
+    reference = nats.get(REFERENCE)
+    lines = []
+    for name, values in nats.items():
+        apart = "" if name == REFERENCE or reference is None else with_error(*bits_a_token(values, lengths, reference))
+        published = table.published.get(name)
+        shown = with_error(*number(values, lengths, table))
+        lines.append([name, shown, apart, "–" if published is None else f"{published:.2f}"])
+    lines += [[f"{name} (quoted)", "–", "–", f"{value:.2f}"] for name, value in table.quoted.items()]
+    unit = "perplexity" if table.perplexity else "bits a character"
+    cells = list(results.cells.values())
+    seen = {cell["trained"]["steps"] * cell["trained"]["batch_size"] * cell["trained"]["length"] for cell in cells}
+    how, blocks = results.settings, results.settings["blocks"]
+    notes = (
+        f"`python integration/likelihood_table.py {args.table} --scale {args.scale}{' --padded' * args.padded}`",
+        f"trained on {' or '.join(f'{n:,}' for n in sorted(seen))} tokens of {how['corpus']}, seed {how['seed']}, "
+        + ("padded: a document a row" if args.padded else "packed"),
+        f"measured on {blocks['count']} blocks of {blocks['length']} ({how['tokens']:,} tokens of text, fingerprint "
+        f"{blocks['fingerprint']}), {how['num_times']} noise levels each",
+        "± is one standard error over the blocks, for differences over pairs",
+        "autoregressive is a likelihood, the others are upper bounds",
+        "published: Lou, Meng and Ermon 2024; of the masked cross-entropy and MD4, their own papers",
+    )
+    names = ["", unit, f"bits a token above {REFERENCE}", f"published, {args.table}"]
+    (folder / "table.md").write_text(
+        markdown(names, lines) + "\n" + "".join(f"- {note}\n" for note in notes), encoding="utf-8"
+    )
+    picture(folder / "table.png", nats, lengths, table, unit)
+
+
+def bits_a_token(values: list[float], lengths: Tensor, reference: list[float] | None = None) -> tuple[float, float]:
+    """All nats over all tokens, in bits, and the standard error; of the difference to a reference on these blocks."""
+    nats = torch.tensor(values, dtype=torch.float64) / math.log(2)
+    if reference is not None:
+        nats -= torch.tensor(reference, dtype=torch.float64) / math.log(2)
+    ratio = float(nats.sum() / lengths.sum())
+    return ratio, mean_and_error(((nats - ratio * lengths) / lengths.double().mean()).tolist())[1]
+
+
+def number(values: list[float], lengths: Tensor, table: Table) -> tuple[float, float]:
+    """What the table shows, and its standard error."""
+    bits, error = bits_a_token(values, lengths)
+    return (2**bits, math.log(2) * error * 2**bits) if table.perplexity else (bits, error)
+
+
+def picture(path: Path, nats: dict[str, list[float]], lengths: Tensor, table: Table, unit: str) -> None:
+    """The rows as points, ours with two standard errors to both sides, and the published ones beside them."""
+    figure, (ours, theirs) = panels(2, height=0.45 * len(nats) + 1.6)
+    found = {name: number(values, lengths, table) for name, values in nats.items()}
+    names = sorted(found, key=lambda name: -found[name][0])
+    for y, name in enumerate(names):
+        mean, error = found[name]
+        color = "#c8501e" if name.startswith("SEDD") else "#1f4e8c"
+        ours.errorbar(mean, y, xerr=2 * error, color=color, marker="o", markersize=5, capsize=3)
+        if name in table.published:
+            theirs.plot(table.published[name], y, color=color, marker="D", markersize=5)
+    for axes, title in ((ours, "here, ± 2 standard errors"), (theirs, "published")):
+        axes.set_yticks(range(len(names)), names if axes is ours else [""] * len(names))
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_xlabel(unit)
+        axes.set_title(title, loc="left", fontsize=11)
+    save_picture(figure, path)
+
+
+def say(line: str) -> None:
+    """Tell whoever waits."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
