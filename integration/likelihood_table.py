@@ -206,7 +206,8 @@ def write_table(folder: Path, results: Results, table: Table, lengths: Tensor, a
     seen = {cell["trained"]["steps"] * cell["trained"]["batch_size"] * cell["trained"]["length"] for cell in cells}
     how, blocks = results.settings, results.settings["blocks"]
     notes = (
-        f"`python integration/likelihood_table.py {args.table} --scale {args.scale}{' --padded' * args.padded}`",
+        f"`python integration/likelihood_table.py {args.table} --scale {args.scale}{' --padded' * args.padded} "
+        f"--blocks {args.blocks} --num-times {args.num_times} --seed {args.seed}`",
         f"trained on {' or '.join(f'{n:,}' for n in sorted(seen))} tokens of {how['corpus']}, seed {how['seed']}, "
         + ("padded: a document a row" if args.padded else "packed"),
         f"measured on {blocks['count']} blocks of {blocks['length']} ({how['tokens']:,} tokens of text, fingerprint "
