@@ -241,8 +241,10 @@ def _inside(lengths: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _within(net: Any, lengths: Tensor | None, x: Tensor, **given: Any) -> Any:
-    """The network, attending within documents."""
-    return partial(net, documents=_documents(lengths, x), **given)
+    """The network, attending within documents; as it is where there is nothing to tell it."""
+    given |= {"documents": _documents(lengths, x)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return partial(net, **given) if given else net
 
 
 Objective = ScoreEntropy | D3PM | Autoregressive
