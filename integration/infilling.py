@@ -34,10 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judge import Judge, load_judge, shares_tokens, to_text
+from judge import Judge, add_judge_option, load_judge, shares_tokens, to_text
 from sedd_samplers import draw_categorical
 from sedd_train import data
-from systems import METHODS, Checkpoint, Filler, named, read_causal, read_checkpoint
+from systems import METHODS, Checkpoint, Filler, add_model_options, named, read_causal, read_checkpoint
 from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from torch import Tensor
 from tqdm import tqdm
@@ -128,19 +128,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", nargs="*", default=[], metavar="[NAME=]CHECKPOINT",
-        help="runs, folders or published names such as louaaron/sedd-medium, under a name for the table if so wished",
-    )  # fmt: skip
-    parser.add_argument(
-        "--causal", nargs="*", default=[], metavar="[NAME=]MODEL",
-        help="causal language models of transformers to set beside them, such as gpt2; of the same tokens",
-    )  # fmt: skip
-    parser.add_argument(
-        "--judge", default="gpt2-large",
-        help="a causal language model of transformers by name or folder, or smollm2, which comes as a package "
-        "(default: %(default)s)",
-    )  # fmt: skip
+    add_model_options(parser, "; of the same tokens")
+    add_judge_option(parser)
     parser.add_argument("--corpus", default="sotu", help="any corpus that training takes (default: %(default)s)")
     parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS), help="(default: all four)")
     parser.add_argument("--num", type=int, default=1000, help="windows (default: %(default)s)")

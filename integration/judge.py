@@ -7,6 +7,7 @@ the paper's public code: no token is put before it.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Judge", "Verdict", "load_judge", "load_causal", "shares_tokens", "to_text", "only_characters"]
+__all__ = [
+    "Judge",
+    "Verdict",
+    "add_judge_option",
+    "load_judge",
+    "load_causal",
+    "shares_tokens",
+    "to_text",
+    "only_characters",
+]
 
 TOKENS = 2048  # that the judge reads at once
 
@@ -105,6 +115,15 @@ class Judge:
             width = min(max(map(len, part)), self.context)
             ids = torch.tensor([[*text[:width], *[0] * (width - len(text))] for text in part])
             yield part, ids.to(self.model.device)
+
+
+def add_judge_option(parser: argparse.ArgumentParser) -> None:
+    """The option --judge; `load_judge` reads what it names."""
+    parser.add_argument(
+        "--judge", default="gpt2-large",
+        help="a causal language model of transformers by name or folder, or smollm2, which comes as a package "
+        "(default: %(default)s)",
+    )  # fmt: skip
 
 
 def load_judge(name: str, device: str = "cpu") -> Judge:

@@ -124,13 +124,15 @@ def main() -> None:
         have = corpus.test.documents if args.padded else corpus.test.blocks(recipe.length)
         if not 0 <= args.blocks <= have:
             raise ValueError(f"--blocks {args.blocks}: {source} has {have} to measure; 0 for all of them")
-        blocks, lengths = text(corpus, range(args.blocks or have), recipe.length, args.padded)
+        end = corpus.tokenizer.eos_token_id if args.padded else None
+        blocks, lengths = corpus.test.first(args.blocks or None, recipe.length, end)
+        tokens = torch.full((len(blocks),), recipe.length) if lengths is None else lengths
         results = Results(folder / "table.json")
         results.agree("table", args.table)
         results.agree("corpus", source)
         results.agree("padded", args.padded)
         results.agree("blocks", {"count": len(blocks), "length": recipe.length, "fingerprint": fingerprint(blocks)})
-        results.agree("tokens", int(lengths.sum()))
+        results.agree("tokens", int(tokens.sum()))
         results.agree("num_times", args.num_times)
         results.agree("seed", args.seed)
     except (ValueError, OSError) as error:
@@ -142,15 +144,8 @@ def main() -> None:
             say(f"measuring {name} on {len(blocks)} blocks of {recipe.length}")
             results.cells[name] = {"trained": trained, "nats": measure(run, blocks, lengths, args)}
             results.save()
-    write_table(folder, results, table, lengths, args)
+    write_table(folder, results, table, tokens, args)
     say(f"{(folder / 'table.md').read_text()}\nwritten to {folder / 'table.md'}, .json and .png")
-
-
-def text(corpus: data.Corpus, numbers: range, length: int, padded: bool) -> tuple[Tensor, Tensor]:
-    """What is measured, (n, L), and how many tokens of each block are text, (n,)."""
-    if not padded:
-        return corpus.test.block(numbers, length), torch.full((len(numbers),), length)
-    return corpus.test.rows(numbers, length, corpus.tokenizer.eos_token_id), corpus.test.lengths(numbers, length)
 
 
 def train(name: str, run: Path, table: Table, args: argparse.Namespace) -> dict[str, Any]:
@@ -174,7 +169,7 @@ def train(name: str, run: Path, table: Table, args: argparse.Namespace) -> dict[
     return {value: getattr(done, value) for value in names}
 
 
-def measure(run: Path, blocks: Tensor, lengths: Tensor, args: argparse.Namespace) -> list[float]:
+def measure(run: Path, blocks: Tensor, lengths: Tensor | None, args: argparse.Namespace) -> list[float]:
     """The bound of each block, nats."""
     net, objective, _ = load_trained(run)
     found = bounds(
@@ -185,7 +180,7 @@ def measure(run: Path, blocks: Tensor, lengths: Tensor, args: argparse.Namespace
         seed=args.seed,
         chunk=16,
         progress=True,
-        lengths=lengths if args.padded else None,
+        lengths=lengths,
     )
     return [round(value, 5) for value in (found * blocks.shape[1]).tolist()]
 

@@ -6,6 +6,7 @@ scratch. A sequence's sample depends on its own seed and on nothing else in its 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ from sedd_train import load_trained
 from sedd_train.objectives import D3PM, Autoregressive
 from torch import Tensor
 
-__all__ = ["METHODS", "Checkpoint", "Filler", "named", "read_checkpoint", "read_causal"]
+__all__ = [
+    *("METHODS", "Checkpoint", "Filler", "add_model_options", "named", "read_checkpoint"),
+    *("read_causal", "load_with_start", "weights_fingerprint"),
+]
 
 Filler = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """(x (B, L), given (B, L) bool, B seeds) -> (B, L), equal to x where given."""
@@ -87,6 +91,18 @@ class Checkpoint:
         self._net.to("cpu")
 
 
+def add_model_options(parser: argparse.ArgumentParser, causal: str = "") -> None:
+    """The options --checkpoint and --causal; `causal` is what else there is to say of the latter."""
+    parser.add_argument(
+        "--checkpoint", nargs="*", default=[], metavar="[NAME=]CHECKPOINT",
+        help="runs, folders or published names such as louaaron/sedd-small, under a name for the table if so wished",
+    )  # fmt: skip
+    parser.add_argument(
+        "--causal", nargs="*", default=[], metavar="[NAME=]MODEL",
+        help=f"causal language models of transformers, by name or folder, such as gpt2{causal}",
+    )  # fmt: skip
+
+
 def named(source: str) -> tuple[str, str]:
     """The name and the source in NAME=SOURCE; a source alone is its own name."""
     name, _, rest = source.partition("=")
@@ -102,15 +118,17 @@ def read_checkpoint(name: str, source: str) -> Checkpoint:
     net, objective, tokenizer = load_trained(source)
     common = (name, tokenizer, net.length)
     if isinstance(objective, Autoregressive):
-        start, banned = objective.start, _without(objective.start)
+        start, only_tokens = objective.start, objective.only_tokens
 
         def write(x: Tensor, given: Tensor, seeds: Sequence[int], controls: Sequence[Control]) -> Tensor:
+            states = net.num_states
+            controls = [only_tokens(states, x.shape[1], x.device), *controls]
             return continue_left_to_right(
-                net, x=x, given=given, start=start, num_states=net.num_states, seeds=seeds, controls=[banned, *controls]
+                net, x=x, given=given, start=start, num_states=states, seeds=seeds, controls=controls
             )
 
         return Checkpoint(
-            *common, masks=False, autoregressive=True, fingerprint=_fingerprint(net), _net=net, _fill=write
+            *common, masks=False, autoregressive=True, fingerprint=weights_fingerprint(net), _net=net, _fill=write
         )
     graph, noise = objective.graph, objective.noise
     score = from_logits(net, graph) if isinstance(objective, D3PM) else net
@@ -119,7 +137,22 @@ def read_checkpoint(name: str, source: str) -> Checkpoint:
         return infill(score, graph, noise, x=x, given=given, seeds=seeds, method=method, steps=steps)
 
     masks = graph.mask_id is not None
-    return Checkpoint(*common, masks=masks, autoregressive=False, fingerprint=_fingerprint(net), _net=net, _fill=fill)
+    return Checkpoint(
+        *common, masks=masks, autoregressive=False, fingerprint=weights_fingerprint(net), _net=net, _fill=fill
+    )
+
+
+def load_with_start(source: str) -> tuple[Any, Any, int, int]:
+    """A causal language model of transformers, its tokenizer, the token that texts begin with, and the longest one.
+
+    Raises:
+        ValueError: the folder holds no such model, or its tokenizer has no end of text.
+        ConnectionError: the hub cannot be reached.
+    """
+    model, tokenizer = load_causal(source)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{source}: the tokenizer has no end-of-text token, which texts begin and end with")
+    return model, tokenizer, int(tokenizer.eos_token_id), int(model.config.max_position_embeddings)
 
 
 def read_causal(name: str, source: str) -> Checkpoint:
@@ -129,10 +162,7 @@ def read_causal(name: str, source: str) -> Checkpoint:
         ValueError: the folder holds no such model, or its tokenizer has no end of text.
         ConnectionError: the hub cannot be reached.
     """
-    model, tokenizer = load_causal(source)
-    start = tokenizer.eos_token_id
-    if start is None:
-        raise ValueError(f"{source}: the tokenizer has no end-of-text token, which a text is begun with")
+    model, tokenizer, start, length = load_with_start(source)
 
     def logits(x: Tensor) -> Tensor:
         answer: Tensor = model(input_ids=x).logits
@@ -144,27 +174,17 @@ def read_causal(name: str, source: str) -> Checkpoint:
             logits, x=x, given=given, start=start, num_states=states, seeds=seeds, controls=controls
         )
 
-    length = int(model.config.max_position_embeddings)
     return Checkpoint(
         *(name, tokenizer, length),
         masks=False,
         autoregressive=True,
-        fingerprint=_fingerprint(model),
+        fingerprint=weights_fingerprint(model),
         _net=model,
         _fill=write,
     )
 
 
-def _without(state: int) -> Control:
-    """The law without one state, that is no token."""
-
-    def control(law: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
-        return law.index_fill(-1, torch.tensor([state], device=law.device), 0.0)
-
-    return control
-
-
-def _fingerprint(net: torch.nn.Module) -> str:
+def weights_fingerprint(net: torch.nn.Module) -> str:
     """Of the weights' names and bytes."""
     digest = hashlib.sha256()
     for name, value in net.state_dict().items():

@@ -148,16 +148,9 @@ if saved:
     checkpoint.restore(saved, engine, ema)
     first = saved.step
 
-end = corpus.tokenizer.eos_token_id
-if recipe.packing:
-    blocks, have = corpus.train.blocks(recipe.length), corpus.valid.blocks(recipe.length)
-    held_out = range(min(recipe.evaluate_blocks, have))
-    valid, valid_lengths = corpus.valid.block(held_out, recipe.length), None
-else:
-    blocks, have = corpus.train.documents, corpus.valid.documents
-    held_out = range(min(recipe.evaluate_blocks, have))
-    valid = corpus.valid.rows(held_out, recipe.length, end)
-    valid_lengths = corpus.valid.lengths(held_out, recipe.length)
+end = None if recipe.packing else corpus.tokenizer.eos_token_id  # what rows are filled up with
+blocks = corpus.train.blocks(recipe.length) if recipe.packing else corpus.train.documents
+valid, valid_lengths = corpus.valid.first(recipe.evaluate_blocks, recipe.length, end)
 unigram = data.unigram_entropy(corpus.valid.flat)
 tokens_a_step = recipe.batch_size * recipe.length
 flops_a_step = tokens_a_step * speed.training_flops(net, objective, recipe.length, recipe.t_min)
@@ -217,7 +210,7 @@ def make(step: int) -> list[Batch]:
     for micro_batch in range(rank, micro_batches, world_size):
         numbers = randomness.sample_numbers(recipe.batch_size, micro_batches, micro_batch)
         at = where([step * recipe.batch_size + g for g in numbers])
-        x0 = corpus.train.at(at, recipe.length) if recipe.packing else corpus.train.rows(at, recipe.length, end)
+        x0 = corpus.train.at(at, recipe.length) if end is None else corpus.train.rows(at, recipe.length, end)
         t = randomness.times(recipe.seed, step, numbers, recipe.batch_size, recipe.t_min)
         xt, t = objective.noised(x0, t, recipe.seed, step, numbers)
         lengths = [] if recipe.packing else [corpus.train.lengths(at, recipe.length)]

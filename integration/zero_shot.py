@@ -21,7 +21,6 @@ OUTPUT.png.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import math
 import shlex
@@ -32,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judge import load_causal, shares_tokens
+from judge import shares_tokens
 from sedd_objectives import autoregressive_loss
 from sedd_train import data, detokenizers, load_trained, randomness
 from sedd_train.objectives import Autoregressive
-from systems import named
+from systems import add_model_options, load_with_start, named, weights_fingerprint
 from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from torch import Generator, Tensor
 from tqdm import tqdm
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     for name in ("num_times", "blocks", "batch_size", "seed", "documents"):
         results.agree(name, getattr(args, name))
     for system in systems:
-        facts = {"weights": weights_of(system.net), "length": length_of(system, args), "exact": system.exact}
+        facts = {"weights": weights_fingerprint(system.net), "length": length_of(system, args), "exact": system.exact}
         results.agree(f"model {system.name}", {**facts, "tokens": len(system.tokenizer)})
     refused: dict[str, str] = {}
     for name in args.sets:
@@ -114,14 +113,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", nargs="*", default=[], metavar="[NAME=]CHECKPOINT",
-        help="runs, folders or published names such as louaaron/sedd-small, under a name for the table if so wished",
-    )  # fmt: skip
-    parser.add_argument(
-        "--causal", nargs="*", default=[], metavar="[NAME=]MODEL",
-        help="causal language models of transformers, by name or folder, such as gpt2",
-    )  # fmt: skip
+    add_model_options(parser)
     parser.add_argument("--sets", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument(
         "--data", nargs="*", default=[], metavar="NAME=PATH",
@@ -188,15 +180,12 @@ def read_causal(name: str, source: str) -> System:
         ValueError: the folder holds no such model, or its tokenizer has no end of text.
         ConnectionError: the hub cannot be reached.
     """
-    model, tokenizer = load_causal(source)
-    start = tokenizer.eos_token_id
-    if start is None:
-        raise ValueError(f"{source}: the tokenizer has no end-of-text token, which documents are divided by")
+    model, tokenizer, start, length = load_with_start(source)
 
     def bound(x: Tensor, _: Generator) -> Tensor:
         return autoregressive_loss(lambda ids: model(input_ids=ids).logits, x, start=start)
 
-    return System(name, model, tokenizer, int(model.config.max_position_embeddings), True, bound)
+    return System(name, model, tokenizer, length, True, bound)
 
 
 def length_of(system: System, args: argparse.Namespace) -> int:
@@ -205,12 +194,6 @@ def length_of(system: System, args: argparse.Namespace) -> int:
     if not 1 <= length <= system.length:
         raise ValueError(f"--length {length}: {system.name} takes 1 to {system.length} tokens")
     return int(length)
-
-
-def weights_of(net: torch.nn.Module) -> str:
-    """A fingerprint of the weights' names and values."""
-    values = [f"{name} {fingerprint(value.detach().float().cpu())}" for name, value in net.state_dict().items()]
-    return hashlib.sha256("\n".join(values).encode()).hexdigest()[:16]
 
 
 # Sets

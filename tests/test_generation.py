@@ -15,7 +15,7 @@ import pytest
 import torch
 from sedd_nets import SEDD, Causal
 from sedd_train import data, load, load_trained
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 INTEGRATION = Path(__file__).parents[1] / "integration"
 TEXTS = ["the state of the union is strong and the people of the states are free ", "we the people of the union "] * 9
@@ -43,16 +43,8 @@ def save_net(folder: Path, net: Any, coder: Any, **sections: Any) -> Path:
     return folder
 
 
-def save_judge(folder: Path, coder: Any, context: int = 64) -> Path:
-    torch.manual_seed(1)
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": context, "initializer_range": 0.5}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(coder), **sizes)).save_pretrained(folder)
-    coder.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, coder: Any) -> dict[str, Path]:
+def made(tmp_path_factory: pytest.TempPathFactory, coder: Any, save_causal: Any) -> dict[str, Path]:
     """Checkpoints of each kind, judges with the same and with another tokenizer, and a corpus."""
     root = tmp_path_factory.mktemp("made")
     sizes: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "length": LENGTH, "dropout": 0.0}
@@ -70,9 +62,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, coder: Any) -> dict[str, Path
             root / "characters", SEDD(28, cond_dim=8, **sizes), characters, graph={"type": "absorb"}, **LOGLINEAR
         ),
         "d3pm": save_net(root / "d3pm", SEDD(len(coder) + 1, cond_dim=8, **sizes), coder, **d3pm),
-        "judge": save_judge(root / "judge", coder),
-        "other judge": save_judge(root / "other", data.tokenizer("bpe:270", lambda: TEXTS)),
-        "short judge": save_judge(root / "short", coder, context=8),
+        "judge": save_causal(root / "judge", coder),
+        "other judge": save_causal(root / "other", data.tokenizer("bpe:270", lambda: TEXTS)),
+        "short judge": save_causal(root / "short", coder, context=8),
         "corpus": root / "corpus.txt",
     }
 

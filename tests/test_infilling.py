@@ -13,7 +13,6 @@ import pytest
 import torch
 from sedd_nets import SEDD, Causal
 from sedd_train import data
-from transformers import GPT2Config, GPT2LMHeadModel
 
 INTEGRATION = Path(__file__).parents[1] / "integration"
 TEXTS = ["the state of the union is strong and the people of the states are free ", "we the people of the union "] * 9
@@ -28,7 +27,7 @@ def script() -> Any:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made(tmp_path_factory: pytest.TempPathFactory, save_causal: Any) -> dict[str, Path]:
     """A score model, an autoregressive one, one of other tokens, two causal models of transformers, and a corpus."""
     root = tmp_path_factory.mktemp("made")
     coder, other = (data.tokenizer(name, lambda: TEXTS) for name in ("bpe:280", "bpe:270"))
@@ -46,9 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         net.save_pretrained(root / name, sections={"tokens": len(words), **sections})
         words.save_pretrained(root / name)
     for name, words in [("judge", coder), ("other judge", other)]:
-        config = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.5}
-        GPT2LMHeadModel(GPT2Config(vocab_size=len(words), **config)).save_pretrained(root / name)
-        words.save_pretrained(root / name)
+        save_causal(root / name, words)
     (root / "corpus.txt").write_text("".join(TEXTS) * 120)
     return {path.name: path for path in root.iterdir()}
 

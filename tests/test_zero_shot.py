@@ -16,7 +16,7 @@ import pytest
 import torch
 from sedd_nets import SEDD
 from sedd_train import data, detokenizers, evaluate, load
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 INTEGRATION = Path(__file__).parents[1] / "integration"
 SENTENCES = [
@@ -36,7 +36,7 @@ def script() -> Any:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made(tmp_path_factory: pytest.TempPathFactory, save_causal: Any) -> dict[str, Path]:
     """A score model and a causal one with the same tokens, and two sets."""
     root = tmp_path_factory.mktemp("made")
     coder = data.tokenizer("bpe:280", lambda: [*SENTENCES, *LINES])
@@ -45,10 +45,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.nn.init.normal_(net.output_layer.linear.weight, std=0.5)
     sections = {"tokens": len(coder), "graph": {"type": "absorb"}, "noise": {"type": "loglinear"}}
     net.save_pretrained(root / "ours", sections=sections)
-    config = GPT2Config(vocab_size=len(coder), n_embd=16, n_layer=1, n_head=2, n_positions=LENGTH)
-    GPT2LMHeadModel(config).save_pretrained(root / "causal")
-    for name in ("ours", "causal"):
-        coder.save_pretrained(root / name)
+    coder.save_pretrained(root / "ours")
+    save_causal(root / "causal", coder, context=LENGTH)
     (root / "ptb.jsonl").write_text("\n".join(json.dumps({"sentence": text}) for text in SENTENCES))
     (root / "wiki").mkdir()
     for part, lines in [("train", LINES), ("validation", LINES[:5])]:

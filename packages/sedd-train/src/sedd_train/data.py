@@ -508,6 +508,23 @@ class Tokens:
             row[:size] = torch.from_numpy(self.flat[start : start + size].astype(np.int64))
         return rows
 
+    def first(self, most: int | None, length: int, end: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The first blocks, or where `end` is given the first documents as rows, to measure on.
+
+        Args:
+            most: how many, at most; None: all.
+            length: L.
+            end: the token that rows are filled up with.
+
+        Returns:
+            (n, L) int64, and for rows how many tokens of each are text, (n,) int64.
+        """
+        have = self.blocks(length) if end is None else self.documents
+        numbers = range(have if most is None else min(most, have))
+        if end is None:
+            return self.block(numbers, length), None
+        return self.rows(numbers, length, end), self.lengths(numbers, length)
+
     def counts(self, num_states: int) -> Tensor:
         """How often each state occurs, (num_states,) int64."""
         counts = np.zeros(num_states, np.int64)

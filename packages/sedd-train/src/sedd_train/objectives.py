@@ -31,7 +31,7 @@ from sedd_objectives import (
     fused_denoising_loss,
     likelihood_bound,
 )
-from sedd_samplers import Ancestral, allowed, from_logits, sample, sample_left_to_right
+from sedd_samplers import Ancestral, Control, allowed, from_logits, sample, sample_left_to_right
 from torch import Generator, Tensor
 
 from sedd_train import randomness
@@ -188,6 +188,11 @@ class Autoregressive:
 
     start: int
 
+    def only_tokens(self, num_states: int, length: int, device: torch.device | str = "cpu") -> Control:
+        """What keeps the state `start`, which is no token, out of sequences of this length."""
+        tokens = torch.arange(num_states, device=device) != self.start
+        return allowed(tokens.expand(length, -1))
+
     def noised(self, x0: Tensor, t: Tensor, seed: int, step: int, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The clean sequence."""
         return x0, t
@@ -220,13 +225,12 @@ class Autoregressive:
         self, net: Any, shape: tuple[int, int], *, steps: int, generator: Generator, device: torch.device | str
     ) -> Tensor:
         """Token by token; the number of steps does not count."""
-        tokens = torch.arange(net.num_states) != self.start
         return sample_left_to_right(
             net,
             shape=shape,
             start=self.start,
             num_states=net.num_states,
-            controls=[allowed(tokens.expand(shape[1], -1))],
+            controls=[self.only_tokens(net.num_states, shape[1], device)],
             generator=generator,
             device=device,
         )
