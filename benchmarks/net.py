@@ -2,7 +2,9 @@
 
 The floor is the sum of the matrix products and attention calls of one pass, each timed alone at its own shape; no
 implementation that computes them one by one can be faster. The head counts at all positions, so a training step whose
-loss needs half of them can come out below 1. Times are medians of runs taken in turns with what they are compared to.
+loss needs half of them can come out below 1. Times are medians of runs taken in turns with what they are compared to,
+in a process that keeps the memory it frees, as the training script's do. In bfloat16 the floor itself says what there
+is to gain: the machine's products, and torch's attention.
 
 Memory is the peak of one training step above what the process held before it, weights and gradients included, in a
 process of its own for each batch size; what counts is the growth from one sequence to the next. `tensors` is what the
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
 from sedd_objectives import denoising_loss, fused_denoising_loss
+from sedd_train.launch import keep_memory
 from torch import Tensor
 
 Call = Callable[[], object]
@@ -62,6 +65,7 @@ def main() -> None:
         f"SEDD {given.depth} x {given.width}, {given.heads} heads, N = {given.states}, L = {given.length}, "
         f"B = {given.batch}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
+    keep_memory()
     figures: dict[str, float] = {}
     for part in given.parts.split(","):
         figures |= PARTS[part](given)
@@ -89,15 +93,18 @@ def training_figures(given: argparse.Namespace) -> dict[str, float]:
 
 
 def bf16_figures(given: argparse.Namespace) -> dict[str, float]:
-    """How much faster bfloat16 autocast is than float32."""
-    net = build(given)
+    """How much faster bfloat16 autocast is than float32, and how much faster its floor is."""
+    net, repeats = build(given), max(1, given.repeats - 2)
     found: dict[str, float] = {}
-    for what, make in (("forward", forward), ("training", training)):
-        fp32, bf16 = medians(
-            [(1, make(net, given))], [(1, make(net, given, torch.bfloat16))], repeats=max(1, given.repeats - 2)
+    for what, make, floor in (("forward", forward, floor_forward), ("training", training, floor_training)):
+        fp32, bf16 = medians([(1, make(net, given))], [(1, make(net, given, torch.bfloat16))], repeats=repeats)
+        floors = medians(floor(given), floor(given, torch.bfloat16), repeats=repeats)
+        say(
+            f"{what}, bf16 autocast: {bf16:.3f} s, {fp32 / bf16:.2f} x faster than fp32's {fp32:.3f} s; "
+            f"the floor: {floors[1]:.3f} s, {floors[0] / floors[1]:.2f} x faster than fp32's {floors[0]:.3f} s"
         )
-        say(f"{what}, bf16 autocast: {bf16:.3f} s, {fp32 / bf16:.2f} x faster than fp32's {fp32:.3f} s")
         found |= {f"{what}_bf16_s": bf16, f"{what}_bf16_gain": fp32 / bf16}
+        found |= {f"{what}_bf16_floor_s": floors[1], f"{what}_bf16_floor_gain": floors[0] / floors[1]}
     return found
 
 
@@ -217,29 +224,29 @@ def shapes(given: argparse.Namespace) -> list[tuple[int, int, int]]:
     ]
 
 
-def floor_forward(given: argparse.Namespace) -> list[Weighted]:
+def floor_forward(given: argparse.Namespace, dtype: torch.dtype = torch.float32) -> list[Weighted]:
     """(how many, the call) for every product and attention call of a forward."""
     tokens = given.batch * given.length
     calls: list[Weighted] = []
     for count, size_in, size_out in shapes(given):
-        a, w = torch.randn(tokens, size_in), torch.randn(size_out, size_in)
+        a, w = torch.randn(tokens, size_in).to(dtype), torch.randn(size_out, size_in).to(dtype)
         calls.append((count, partial(torch.mm, a, w.T)))
-    q, k, v = torch.randn(3, given.batch, given.heads, given.length, given.width // given.heads)
+    q, k, v = torch.randn(3, given.batch, given.heads, given.length, given.width // given.heads).to(dtype)
     calls.append((given.depth, lambda: F.scaled_dot_product_attention(q, k, v)))
     return calls
 
 
-def floor_training(given: argparse.Namespace) -> list[Weighted]:
+def floor_training(given: argparse.Namespace, dtype: torch.dtype = torch.float32) -> list[Weighted]:
     """The same for a forward and a backward: three products a linear map, attention with its own backward."""
     tokens = given.batch * given.length
     calls: list[Weighted] = []
     for count, size_in, size_out in shapes(given):
-        a, w = torch.randn(tokens, size_in), torch.randn(size_out, size_in)
-        g = torch.randn(tokens, size_out)
+        a, w = torch.randn(tokens, size_in).to(dtype), torch.randn(size_out, size_in).to(dtype)
+        g = torch.randn(tokens, size_out).to(dtype)
         calls.append((count, partial(torch.mm, a, w.T)))
         calls.append((count, partial(torch.mm, g, w)))
         calls.append((count, partial(torch.mm, g.T, a)))
-    q, k, v = torch.randn(3, given.batch, given.heads, given.length, given.width // given.heads)
+    q, k, v = torch.randn(3, given.batch, given.heads, given.length, given.width // given.heads).to(dtype)
     out_gradient = torch.randn_like(q)
 
     def attend() -> None:

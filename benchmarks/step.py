@@ -1,11 +1,13 @@
 """What DeepSpeed's engine adds to a training step: the step through it over the same step written by hand, in one run.
 
-By hand means the same network and loss, torch's AdamW and clipping, and nothing else. Both take their steps in turns,
-on one rank, for each ZeRO stage. Then the training script itself runs, and its log says which share of a step was spent
-waiting for data.
+By hand means the same network and loss, torch's fused AdamW and clipping, and nothing else. It and the engine of each
+ZeRO stage take their steps in turns, on one rank, the order changing from round to round; a ratio is the median over
+rounds. The engine's own work (flat copies of gradients and weights, buckets, norms) grows with the parameters, the
+network's with parameters and tokens: so the ratio falls with the batch. The training script itself runs, too, and its
+log says which share of a step was spent waiting for data.
 
-    python benchmarks/step.py                                    # 26 M parameters: about 4 minutes on two cores
-    python benchmarks/step.py --width 128 --depth 2 --steps 3    # in seconds
+    python benchmarks/step.py                                    # 26 M parameters: about 6 minutes on two cores
+    python benchmarks/step.py --width 128 --depth 2 --rounds 3   # in seconds
 """
 
 from __future__ import annotations
@@ -35,19 +37,23 @@ TRAIN = Path(__file__).parents[1] / "integration" / "train_owt.py"
 def main() -> None:
     """Print the ratios of the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("width", 512), ("depth", 6), ("length", 256), ("batch", 4), ("steps", 7)):
+    for name, default in (("width", 512), ("depth", 6), ("length", 256), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 32], metavar="B", help="sequences a step")
     given = parser.parse_args()
     waited = waiting(given)  # first: this process is yet in nobody's world
     launch.start()
     parameters = sum(p.numel() for p in network(given).parameters())
     print(
-        f"SEDD {given.depth} x {given.width}, {parameters / 1e6:.1f} M parameters, N = {STATES}, B = {given.batch}, "
-        f"L = {given.length}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"SEDD {given.depth} x {given.width}, {parameters / 1e6:.1f} M parameters, N = {STATES}, L = {given.length}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    for stage in range(4):
-        plain, through = medians(by_hand(given), by_engine(given, stage), given)
-        print(f"ZeRO {stage}: by hand {plain:.3f} s, through the engine {through:.3f} s, {through / plain:.3f} x")
+    steps = {"by hand": by_hand(given)} | {f"ZeRO {stage}": by_engine(given, stage) for stage in range(4)}
+    for size in given.batches:
+        times = in_turns(steps, size, given)
+        for name, found in times.items():
+            ratios = [a / b for a, b in zip(found, times["by hand"], strict=True)]
+            print(f"B = {size}, {name}: {statistics.median(found):.3f} s, {statistics.median(ratios):.3f} x")
     print(f"waiting for data in train_owt.py: {waited:.2%} of a step, median")
     torch.distributed.destroy_process_group()
 
@@ -59,22 +65,22 @@ def network(given: argparse.Namespace) -> SEDD:
     return SEDD(STATES, dropout=0.0, **sizes)
 
 
-def batch(given: argparse.Namespace, step: int) -> Batch:
+def draw(given: argparse.Namespace, size: int, seed: int) -> Batch:
     """x_0, x_t and t of a step."""
-    generator = torch.Generator().manual_seed(step)
-    x0 = torch.randint(STATES - 1, (given.batch, given.length), generator=generator)
-    t = torch.rand(given.batch, generator=generator) * 0.9 + 0.05
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.randint(STATES - 1, (size, given.length), generator=generator)
+    t = torch.rand(size, generator=generator) * 0.9 + 0.05
     return x0, Absorbing(STATES - 1).sample(x0, LogLinear()(t)[0], generator=generator), t
 
 
-def by_hand(given: argparse.Namespace) -> Callable[[int], object]:
+def by_hand(given: argparse.Namespace) -> Callable[[Batch], object]:
     """A step without any engine."""
     loss = Loss(network(given), ScoreEntropy(Absorbing(STATES - 1), LogLinear()))
-    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
 
-    def step(number: int) -> float:
+    def step(batch: Batch) -> float:
         optimizer.zero_grad()
-        mean, _ = loss(*batch(given, number))
+        mean, _ = loss(*batch)
         mean.backward()
         nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
         optimizer.step()
@@ -83,30 +89,35 @@ def by_hand(given: argparse.Namespace) -> Callable[[int], object]:
     return step
 
 
-def by_engine(given: argparse.Namespace, stage: int) -> Callable[[int], object]:
+def by_engine(given: argparse.Namespace, stage: int) -> Callable[[Batch], object]:
     """The training script's step."""
     loss = Loss(network(given), ScoreEntropy(Absorbing(STATES - 1), LogLinear()))
-    engine = start_engine(loss, batch_size=given.batch, micro_batches=1, stage=stage)
-    return lambda number: train_step(engine, [batch(given, number)], 1e-4)
+    # The engine counts samples by its batch size, which changes nothing in a step of one micro-batch.
+    engine = start_engine(loss, batch_size=1, micro_batches=1, stage=stage)
+    return lambda batch: train_step(engine, [batch], 1e-4)
 
 
-def medians(one: Callable[[int], object], other: Callable[[int], object], given: argparse.Namespace) -> list[float]:
-    """Seconds of a step of both, taken in turns, after one to warm up."""
-    times: list[list[float]] = [[], []]
-    for number in range(given.steps + 1):
-        for which, step in enumerate((one, other)):
+def in_turns(
+    steps: dict[str, Callable[[Batch], object]], size: int, given: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after one to warm up; every round begins with another."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(given.rounds + 1):
+        batch = draw(given, size, number)
+        names = list(steps)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             start = time.perf_counter()
-            step(number)
-            times[which].append(time.perf_counter() - start)
-    return [statistics.median(found[1:]) for found in times]
+            steps[name](batch)
+            times[name].append(time.perf_counter() - start)
+    return {name: found[1:] for name, found in times.items()}
 
 
 def waiting(given: argparse.Namespace) -> float:
     """The share of a step that the training script waits for its next batch, by its own log."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--recipe", "tiny", "--output", f"{folder}/run", "--cache", f"{folder}/cache", "--log-every", "1"]
-        sizes = {"width": given.width, "depth": given.depth, "length": given.length, "batch-size": given.batch}
-        for name, value in {**sizes, "heads": given.width // 64, "steps": given.steps + 3}.items():
+        sizes = {"width": given.width, "depth": given.depth, "length": given.length, "batch-size": given.batches[0]}
+        for name, value in {**sizes, "heads": given.width // 64, "steps": given.rounds + 3}.items():
             options += [f"--{name}", str(value)]
         cheap = ["--evaluate-blocks", "2", "--evaluate-times", "2", "--sample-steps", "2", "--no-tensorboard"]
         subprocess.run([sys.executable, str(TRAIN), *options, *cheap], check=True, capture_output=True)

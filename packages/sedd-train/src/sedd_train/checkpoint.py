@@ -290,7 +290,7 @@ def restore(checkpoint: Checkpoint, engine: Any, ema: EMA) -> None:
         steps = float(checkpoint.manifest["adam_steps"])
         for i, master in enumerate(shards.owned(engine)):
             state = {name: pieces[i] for name, pieces in moments.items()}
-            engine.basic_optimizer.state[master] = {"step": torch.tensor(steps), **state}
+            engine.basic_optimizer.state[master] = {"step": torch.tensor(steps, device=master.device), **state}
     ema.restore(checkpoint.average, int(checkpoint.manifest["ema_updates"]))
 
 

@@ -82,8 +82,11 @@ def start_engine(
     """
     import deepspeed
 
-    # torch's own AdamW: DeepSpeed's compiles itself at first use. The learning rate is set before every step.
-    optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+    # torch's own AdamW: DeepSpeed's compiles itself at first use. Fused, because ZeRO hands it one flat tensor of all
+    # weights, and each operation on that makes another of its size. The learning rate is set before every step.
+    optimizer = torch.optim.AdamW(
+        loss.parameters(), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+    )
     size = sum(p.numel() for p in loss.parameters())
     config: dict[str, Any] = {
         "train_batch_size": batch_size,

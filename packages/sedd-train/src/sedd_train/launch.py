@@ -2,11 +2,12 @@
 
 A launcher tells each process its place by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without one,
 `start` sets them for a world of one, with a free port. On a machine without an accelerator the processes talk over
-gloo, and DeepSpeed is told not to compile its C++ operators at first use.
+gloo, keep the memory that they free, and DeepSpeed is told not to compile its C++ operators at first use.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["place", "start", "finish", "free_port", "Preemption"]
+__all__ = ["place", "start", "finish", "free_port", "keep_memory", "Preemption"]
 
 
 def place() -> tuple[int, int]:
@@ -40,6 +41,7 @@ def start() -> torch.device:
         os.environ["MASTER_PORT"] = str(free_port())
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
+        keep_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             share = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -113,6 +115,19 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory it frees for its next tensors, as torch's allocator on GPUs does.
+
+    glibc hands large blocks back to the system at once, which clears every page anew when the next step asks for them.
+    With another C library nothing changes.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
 
 
 class Preemption:

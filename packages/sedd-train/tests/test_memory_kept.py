@@ -1,0 +1,30 @@
+"""A process that keeps the memory it frees has no new pages to clear when it asks for as much again."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+AGAIN = """
+import resource, sys, torch
+from sedd_train.launch import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(25_000_000)  # 100 MB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), faults(), faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's allocator is left alone")
+def test_what_is_freed_is_used_again():
+    found = {}
+    for how in ("kept", "returned"):
+        done = subprocess.run([sys.executable, "-c", AGAIN, how], check=True, capture_output=True, text=True)
+        found[how] = [int(count) for count in done.stdout.split()]
+    assert min(found["returned"]) > 20  # pages, huge ones perhaps
+    assert found["kept"][0] > 20
+    assert found["kept"][2] < found["returned"][2] / 10
