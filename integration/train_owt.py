@@ -177,6 +177,8 @@ say(
     f"{world_size} x {device.type}, ZeRO {recipe.zero_stage}, {recipe.precision}"
     + (f"; continuing at step {first}" if saved else "")
 )
+if recipe.precision == "bf16" and speed.emulates_bf16():
+    say("this CPU has no instructions for bfloat16 and takes many times as long in it: --precision fp32 is faster here")
 
 # Training
 

@@ -193,6 +193,15 @@ def test_the_arithmetic_of_training():
     assert speed.memory() > 1e7
 
 
+@pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/cpuinfo").exists(), reason="needs Linux without CUDA")
+def test_it_is_known_whether_the_cpu_has_bfloat16():
+    instructions = Path("/proc/cpuinfo").read_text()
+    if "avx512_bf16" in instructions or "amx_bf16" in instructions:
+        assert not speed.emulates_bf16()
+    elif "avx2" in instructions and "avx512" not in instructions and "avx_ne_convert" not in instructions:
+        assert speed.emulates_bf16()
+
+
 # Checkpoints kept
 
 

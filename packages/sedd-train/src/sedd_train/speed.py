@@ -15,7 +15,7 @@ import torch
 
 from sedd_train.objectives import Autoregressive, Objective
 
-__all__ = ["training_flops", "peak_flops", "memory", "duration"]
+__all__ = ["training_flops", "peak_flops", "emulates_bf16", "memory", "duration"]
 
 PEAKS = {  # dense, of one device, as their makers state: (bfloat16, float32) in FLOP/s
     "H200": (989e12, 67e12),
@@ -60,6 +60,11 @@ def peak_flops(precision: str, tflops: float = 0.0) -> float | None:
         if known:
             return known[0 if precision == "bf16" else 1]
     return None
+
+
+def emulates_bf16() -> bool:
+    """Whether this process computes on a CPU without fast bfloat16, where products take many times those of float32."""
+    return not (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def memory() -> float:
