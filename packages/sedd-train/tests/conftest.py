@@ -119,11 +119,11 @@ def start(text, cache):
 
 @pytest.fixture
 def train(start):
-    """train(output, *options, launcher=, ranks=) runs to the end and returns what was printed."""
+    """train(output, *options, launcher=, ranks=, seconds=) runs to the end and returns what was printed."""
 
-    def _train(output, *options, code=0, **how) -> str:
+    def _train(output, *options, code=0, seconds=180, **how) -> str:
         with start(output, *options, **how) as run:
-            printed = run.output()
+            printed = run.output(seconds)
             assert run.process.returncode == code, printed[-3000:]
         return printed
 
