@@ -123,8 +123,10 @@ def keep_memory() -> None:
     glibc hands large blocks back to the system at once, which clears every page anew when the next step asks for them.
     With another C library nothing changes.
     """
+    if sys.platform != "linux":
+        return
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
