@@ -15,7 +15,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(25_000_000)  # 100 MB, freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), faults(), faults())
+print(*(faults() for _ in range(10)))
 """
 
 
@@ -27,4 +27,5 @@ def test_what_is_freed_is_used_again():
         found[how] = [int(count) for count in done.stdout.split()]
     assert min(found["returned"]) > 20  # pages, huge ones perhaps
     assert found["kept"][0] > 20
-    assert found["kept"][2] < found["returned"][2] / 10
+    # The least: a system short of memory may take idle pages back between two of them.
+    assert min(found["kept"]) < min(found["returned"]) / 10
