@@ -1,6 +1,7 @@
 """A process that keeps the memory it frees has no new pages to clear when it asks for as much again."""
 
 import platform
+import statistics
 import subprocess
 import sys
 
@@ -27,5 +28,5 @@ def test_what_is_freed_is_used_again():
         found[how] = [int(count) for count in done.stdout.split()]
     assert min(found["returned"]) > 20  # pages, huge ones perhaps
     assert found["kept"][0] > 20
-    # The least: the heap may grow once more in the first of them.
-    assert min(found["kept"]) < min(found["returned"]) / 10
+    # The median: the heap may grow once more in one of the first.
+    assert statistics.median(found["kept"]) < min(found["returned"]) / 10
