@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sedd_nets import begin_with_frequencies, look_at_neighbours
+from sedd_nets import init_local_attention, init_unigram_bias
 from sedd_train import checkpoint, data, launch, plan, pretrained, randomness, recipes, report, speed, watch
 from sedd_train.boards import Boards
 from sedd_train.ema import EMA
@@ -105,8 +105,8 @@ try:
     torch.manual_seed(recipe.seed)
     net = pretrained.make_net(recipe, graph.num_states)
     if recipe.informed_start and not args.resume:
-        begin_with_frequencies(net, corpus.train.counts(graph.num_states))
-        look_at_neighbours(net)
+        init_unigram_bias(net, corpus.train.counts(graph.num_states))
+        init_local_attention(net)
     net.checkpoint_activations = recipe.activation_checkpointing
     if args.wandb and find_spec("wandb") is None:
         raise ValueError(f"--wandb {args.wandb} needs the package of that name: pip install 'sedd-train[wandb]'")

@@ -6,8 +6,8 @@ from itertools import combinations
 import pytest
 import torch
 from sedd_nets import RADD, SEDD
-from sedd_nets.dropout import dropped, place_keys
-from sedd_nets.recompute import add_gated
+from sedd_nets.fast.dropout import dropped, place_keys
+from sedd_nets.fast.memory_efficient import add_gated
 
 SEEDS = torch.tensor([0, 1, 2, -1, 2**40, 2**62 + 12345])
 SIZES = {"width": 16, "depth": 2, "heads": 2, "length": 12, "dropout": 0.3}

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from sedd_nets import MDLM, RADD, SEDD, begin_with_frequencies, look_at_neighbours
+from sedd_nets import MDLM, RADD, SEDD, init_local_attention, init_unigram_bias
 from sedd_nets.initialisation import offset
 from sedd_nets.rotary import rotate
 
@@ -21,7 +21,7 @@ def networks():
 @pytest.mark.parametrize("net", networks(), ids=["sedd", "radd", "mdlm"])
 def test_every_head_of_every_block_looks_first_at_its_offset(net):
     net = copy.deepcopy(net)
-    look_at_neighbours(net)
+    init_local_attention(net)
     x = torch.randint(40, (8, 64), generator=torch.Generator().manual_seed(1))
     c, h, (cos, sin) = net.conditioning(x, torch.ones(8), None), net.vocab_embed(x), net.rotary_emb(64)
     for b, block in enumerate(net.blocks):
@@ -44,7 +44,7 @@ def test_offsets_go_to_both_sides_and_farther_in_later_blocks():
 def test_only_queries_keys_shift_and_gates_change():
     net = networks()[0]
     before = copy.deepcopy(net.state_dict())
-    look_at_neighbours(net)
+    init_local_attention(net)
     changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {f"blocks.{b}.{part}" for b in range(3) for part in ("attn_qkv.weight", "adaLN_modulation.bias")}
     assert torch.equal(net.blocks[0].attn_qkv.weight[256:], before["blocks.0.attn_qkv.weight"][256:])
@@ -63,7 +63,7 @@ def test_a_neighbour_reaches_the_hidden_vector_and_a_far_token_does_not():
 
     with torch.no_grad():
         assert influence(1) == influence(20) == 0  # the gates are shut
-        look_at_neighbours(net)
+        init_local_attention(net)
         assert min(influence(-1), influence(1)) > 20 * influence(20)
 
 
@@ -73,7 +73,7 @@ def test_a_network_that_begins_with_frequencies_gives_their_score(net):
     net = copy.deepcopy(net)
     counts = torch.randint(1, 1000, (40,), generator=torch.Generator().manual_seed(2))
     counts[39] = 0
-    begin_with_frequencies(net, counts)
+    init_unigram_bias(net, counts)
     sigma = torch.tensor([0.1, 3.0])
     log_score = net(torch.full((2, 5), 39), sigma)[..., :39]
     expected = torch.log((counts[:39] + 0.5) / (counts.sum() + 20)) - sigma.expm1().log()[:, None, None]
@@ -84,9 +84,9 @@ def test_a_network_that_begins_with_frequencies_gives_their_score(net):
 @pytest.mark.parametrize("counts", [torch.ones(39), -torch.ones(40), torch.zeros(40), torch.full((40,), torch.inf)])
 def test_counts_must_be_numbers_of_occurrences(counts):
     with pytest.raises(ValueError, match="counts must"):
-        begin_with_frequencies(networks()[0], counts)
+        init_unigram_bias(networks()[0], counts)
 
 
 def test_sharpness_must_be_a_positive_number():
     with pytest.raises(ValueError, match="sharpness must be a positive number, got 0"):
-        look_at_neighbours(networks()[0], sharpness=0)
+        init_local_attention(networks()[0], sharpness=0)

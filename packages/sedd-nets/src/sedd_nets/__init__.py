@@ -11,7 +11,7 @@ from sedd_nets.causal import Causal
 from sedd_nets.conditioning import LabelCondition, PromptCondition
 from sedd_nets.documents import Documents
 from sedd_nets.families import from_pretrained
-from sedd_nets.initialisation import begin_with_frequencies, look_at_neighbours
+from sedd_nets.initialisation import init_local_attention, init_unigram_bias
 from sedd_nets.mdlm import MDLM
 from sedd_nets.pretrained import read_config
 from sedd_nets.radd import RADD
@@ -24,8 +24,8 @@ __all__ = [
     "Causal",
     "from_pretrained",
     "read_config",
-    "begin_with_frequencies",
-    "look_at_neighbours",
+    "init_unigram_bias",
+    "init_local_attention",
     "Attention",
     "sdpa",
     "FlexAttention",

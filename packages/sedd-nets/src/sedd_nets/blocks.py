@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sedd_nets.attention import Attention
 from sedd_nets.checks import at_least_float32, check_tokens
 from sedd_nets.documents import Documents
-from sedd_nets.recompute import add_gated, gelu_linear, modulated_norm
+from sedd_nets.fast.memory_efficient import add_gated, gelu_linear, modulated_norm
 from sedd_nets.rotary import rotate
 
 L = TypeVar("L", bound=nn.Linear)
@@ -33,7 +33,7 @@ __all__ = [
     "Block",
     "Float32Linear",
     "GeluLinear",
-    "Head",
+    "Unembedding",
     "LayerNorm",
     "OutputLayer",
     "SigmaEmbedding",
@@ -104,7 +104,7 @@ class LayerNorm(nn.Module):
 
 
 class GeluLinear(nn.Linear):
-    """GELU and the linear map behind it, which together keep GELU's input only (see `sedd_nets.recompute`)."""
+    """GELU and the linear map behind it, which together keep GELU's input only (`sedd_nets.fast.memory_efficient`)."""
 
     def forward(self, a: Tensor) -> Tensor:
         """linear(gelu(a)), (..., in) to (..., out), in autocast's dtype or a's own."""
@@ -147,7 +147,7 @@ class Block(nn.Module):
             sin: the same.
             attention: see `sedd_nets.attention`.
             documents: where attention stays within.
-            dropout_keys: (B, 2) int64, for the branches of attention and MLP (`sedd_nets.dropout`); None: torch's
+            dropout_keys: (B, 2) int64, for the branches of attention and MLP (`sedd_nets.fast.dropout`); None: torch's
                 generator chooses what is dropped.
 
         Returns:
@@ -166,7 +166,7 @@ class Block(nn.Module):
         return add_gated(h, self.mlp(self.norm2(h, shift2, scale2)), gate2, dropout, key2)
 
 
-class Head(nn.Linear):
+class Unembedding(nn.Linear):
     """The last linear map, to one logit a state; its output leaves as float32 (float64 stays)."""
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class OutputLayer(nn.Module):
     def __init__(self, num_states: int, width: int, cond_dim: int | None) -> None:
         super().__init__()
         self.norm_final = LayerNorm(width, bias=cond_dim is None)
-        self.linear = zero(Head(width, num_states))
+        self.linear = zero(Unembedding(width, num_states))
         self.adaLN_modulation = None if cond_dim is None else zero(Float32Linear(cond_dim, 2 * width))
 
     def forward(self, h: Tensor, c: Tensor | None) -> Tensor:

@@ -6,9 +6,9 @@ average over the whole sequence, from which nothing about its own token follows.
 until queries and keys happen upon the positions, for hundreds of steps at best, more the larger the vocabulary. Each
 of the two functions here takes away one half of that; only both together do away with the plateau.
 
-`begin_with_frequencies` writes log p(y) into the head's bias, so that no gradient is spent on it.
+`init_unigram_bias` writes log p(y) into the head's bias, so that no gradient is spent on it.
 
-`look_at_neighbours` turns the attention. Layer norm leaves no component along (1, ..., 1), so a shift by 1 in all
+`init_local_attention` turns the attention. Layer norm leaves no component along (1, ..., 1), so a shift by 1 in all
 channels hands each query and key projection one constant to work with, beside the token. With a rank-one addition to
 the projections, head h of a block gets the constant query R(delta) k and the constant key k, all |k_i| alike, and
 rotary positions turn their product into a function of the distance between the positions m and n,
@@ -29,7 +29,7 @@ from torch import Tensor
 from sedd_nets.blocks import Block
 from sedd_nets.transformer import Transformer
 
-__all__ = ["begin_with_frequencies", "look_at_neighbours", "offset"]
+__all__ = ["init_unigram_bias", "init_local_attention", "offset"]
 
 
 def offset(block: int, head: int) -> int:
@@ -42,7 +42,7 @@ def offset(block: int, head: int) -> int:
 
 
 @torch.no_grad()
-def look_at_neighbours(net: Transformer, *, sharpness: float = 200.0) -> None:
+def init_local_attention(net: Transformer, *, sharpness: float = 200.0) -> None:
     """Turn a fresh network's attention to each position's neighbours and open its gates, in place.
 
     Args:
@@ -75,7 +75,7 @@ def look_at_neighbours(net: Transformer, *, sharpness: float = 200.0) -> None:
 
 
 @torch.no_grad()
-def begin_with_frequencies(net: Transformer, counts: Tensor) -> None:
+def init_unigram_bias(net: Transformer, counts: Tensor) -> None:
     """Let a fresh network of an absorbing process predict each token with its frequency, in place.
 
     Args:

@@ -23,7 +23,7 @@ from sedd_nets.blocks import Block, OutputLayer, SigmaEmbedding, TokenEmbedding
 from sedd_nets.checks import check_sizes, check_states, over_last_axis
 from sedd_nets.conditioning import LabelCondition, PromptCondition, condition_from_section
 from sedd_nets.documents import Documents
-from sedd_nets.dropout import check_seeds, place_keys
+from sedd_nets.fast.dropout import check_seeds, place_keys
 from sedd_nets.pretrained import load_strictly, read_config, read_weights, write_checkpoint
 from sedd_nets.rotary import Rotary
 
@@ -115,7 +115,7 @@ class Transformer(nn.Module, ABC):
             condition: class labels (B,) or prompt embeddings (B, P), for a network with a `condition_embed`.
             documents: where attention stays within; None: each row is one text.
             dropout_seeds: (B,) int64, any values. In training mode a row's dropout is then a function of its seed alone
-                (`sedd_nets.dropout`); None: of torch's generator. Without dropout they change nothing.
+                (`sedd_nets.fast.dropout`); None: of torch's generator. Without dropout they change nothing.
 
         Returns:
             (B, L, D), after the final norm.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sedd_nets.recompute import add_gated, gelu_linear, modulated_norm
+from sedd_nets.fast.memory_efficient import add_gated, gelu_linear, modulated_norm
 from sedd_nets.rotary import Rotary, rotate
 from torch.autograd import gradcheck, gradgradcheck
 

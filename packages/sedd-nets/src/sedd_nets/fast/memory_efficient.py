@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sedd_nets.dropout import dropped
+from sedd_nets.fast.dropout import dropped
 
 __all__ = ["add_gated", "gelu_linear", "modulated_norm"]
 
@@ -105,7 +105,7 @@ def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, dropout: float, ke
         branch: (B, L, D).
         gate: (B, 1, D) or (B, L, D), or None for 1.
         dropout: the probability of an element of the branch to count 0; the others are divided by the rest.
-        keys: (B,) int64, what chooses the elements of each row (`sedd_nets.dropout`); None: torch's generator.
+        keys: (B,) int64, what chooses the elements of each row (`sedd_nets.fast.dropout`); None: torch's generator.
 
     Returns:
         (B, L, D) in h's dtype.
