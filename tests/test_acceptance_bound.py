@@ -13,7 +13,7 @@ import pytest
 import torch
 from sedd_graphs import (
     Absorbing,
-    Blocks,
+    Clustered,
     Cosine,
     Dense,
     Geometric,
@@ -57,12 +57,12 @@ GRAPHS = {
     "uniform": Uniform(TOKENS),
     "hybrid": Hybrid(TOKENS, uniform_rate=0.4, mask_rate=0.7),
     "masked ordinal": Masked(Ordinal(TOKENS), rate=0.5, mask_rate=0.8, mask_id=1),
-    "masked blocks": Masked(Blocks.kimura(4.0), mask_rate=0.3, mask_id=0),
+    "masked clustered": Masked(Clustered.kimura(4.0), mask_rate=0.3, mask_id=0),
     "dense, one way round": Dense(generator_of(torch.eye(TOKENS).roll(1, 0))),
     "dense, without symmetry": without_symmetry(0.0),
     "dense, reversible": reversible(),
     "ordinal": Ordinal(TOKENS),
-    "blocks": Blocks([0, 1, 1, 0], within=1.0, between=0.2),
+    "clustered": Clustered([0, 1, 1, 0], within=1.0, between=0.2),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import sedd_objectives.interfaces as wanted_by_losses
 import sedd_samplers.interfaces as wanted_by_samplers
 import torch
-from sedd_graphs import Absorbing, Blocks, Dense, Geometric, Hybrid, LogLinear, Masked, Ordinal, Uniform
+from sedd_graphs import Absorbing, Clustered, Dense, Geometric, Hybrid, LogLinear, Masked, Ordinal, Uniform
 from sedd_nets import SEDD
 from sedd_objectives import denoising_loss, likelihood_bound, reconstruction_loss
 from sedd_samplers import Euler, Tweedie, infill, sample
@@ -22,9 +22,9 @@ from torch import Tensor
 
 
 def graphs_are_what_losses_want(
-    absorbing: Absorbing, uniform: Uniform, masked: Masked, dense: Dense, ordinal: Ordinal, blocks: Blocks
+    absorbing: Absorbing, uniform: Uniform, masked: Masked, dense: Dense, ordinal: Ordinal, clustered: Clustered
 ) -> list[wanted_by_losses.LikelihoodGraph]:
-    return [absorbing, uniform, masked, dense, ordinal, blocks]
+    return [absorbing, uniform, masked, dense, ordinal, clustered]
 
 
 def graphs_are_what_further_losses_want(
@@ -34,9 +34,9 @@ def graphs_are_what_further_losses_want(
 
 
 def graphs_are_what_samplers_want(
-    absorbing: Absorbing, uniform: Uniform, masked: Masked, dense: Dense, ordinal: Ordinal, blocks: Blocks
+    absorbing: Absorbing, uniform: Uniform, masked: Masked, dense: Dense, ordinal: Ordinal, clustered: Clustered
 ) -> list[wanted_by_samplers.Graph]:
-    return [absorbing, uniform, masked, dense, ordinal, blocks]
+    return [absorbing, uniform, masked, dense, ordinal, clustered]
 
 
 def schedules_are_what_both_want(
@@ -77,7 +77,7 @@ PAIRS: dict[str, Any] = {
     "dense": (_dense, Geometric()),
     "dense with a mask": (_dense_with_a_mask, LogLinear()),
     "ordinal": (lambda: Ordinal(5), LogLinear()),
-    "masked blocks": (lambda: Masked(Blocks([0, 0, 1, 1, 1], within=1.0, between=0.1)), LogLinear()),
+    "masked clustered": (lambda: Masked(Clustered([0, 0, 1, 1, 1], within=1.0, between=0.1)), LogLinear()),
 }
 
 

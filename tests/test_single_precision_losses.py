@@ -10,7 +10,7 @@ import math
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sedd_graphs import Absorbing, Blocks, Dense, Hybrid, Masked, Ordinal, Uniform
+from sedd_graphs import Absorbing, Clustered, Dense, Hybrid, Masked, Ordinal, Uniform
 from sedd_objectives import denoising_score_entropy
 
 POSITIONS = 10
@@ -25,9 +25,9 @@ FIXED = [
     dense(2),
     dense(12),
     Dense(torch.eye(7).roll(1, 0) - torch.eye(7)),
-    Blocks.kimura(3.0),
-    Blocks(torch.arange(50_257) // 50, within=1.0, between=0.1),
-    Masked(Blocks(torch.arange(30) // 7, within=1.0, between=0.0), mask_rate=0.3, mask_id=4),
+    Clustered.kimura(3.0),
+    Clustered(torch.arange(50_257) // 50, within=1.0, between=0.1),
+    Masked(Clustered(torch.arange(30) // 7, within=1.0, between=0.0), mask_rate=0.3, mask_id=4),
     Absorbing(262_143),
     Uniform(262_144),
     Hybrid(151_935, uniform_rate=0.5, mask_rate=0.8),

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from sedd_graphs import Absorbing, Blocks, Dense, Hybrid, LogLinear, Masked, Ordinal, Uniform
+from sedd_graphs import Absorbing, Clustered, Dense, Hybrid, LogLinear, Masked, Ordinal, Uniform
 
 GRAPHS = [
     Absorbing(5, mask_id=2),
@@ -20,7 +20,7 @@ GRAPHS = [
     Dense(torch.full((6, 6), 1 / 6) - torch.eye(6)),
     Dense(torch.eye(6).roll(1, 0) - torch.eye(6)),
     Ordinal(6),
-    Blocks([0, 0, 1, 1, 1, 2], within=1.0, between=0.3),
+    Clustered([0, 0, 1, 1, 1, 2], within=1.0, between=0.3),
 ]
 X = torch.ones(2, 3, dtype=torch.int64)
 SIGMA = torch.tensor([0.5, 1.0])
@@ -163,31 +163,31 @@ def test_vectors_must_be_over_the_states(graph):
             "tokens must be a graph without a mask, got Absorbing(vocab_size=3, mask_id=3)",
         ),
         (
-            lambda: Blocks([0, 1], within=-0.5, between=1.0),
+            lambda: Clustered([0, 1], within=-0.5, between=1.0),
             ValueError,
             "within must be a finite rate of at least 0, got -0.5",
         ),
         (
-            lambda: Blocks([0, 1], within=1.0, between=math.nan),
+            lambda: Clustered([0, 1], within=1.0, between=math.nan),
             ValueError,
             "between must be a finite rate of at least 0, got nan",
         ),
         (
-            lambda: Blocks([3, 3, 3], within=1.0, between=1.0),
+            lambda: Clustered([3, 3, 3], within=1.0, between=1.0),
             ValueError,
-            "labels must name at least two blocks, got 1; one block is the uniform graph",
+            "labels must name at least two clusters, got 1; one cluster is the uniform graph",
         ),
         (
-            lambda: Blocks([0.5, 1.0], within=1.0, between=1.0),
+            lambda: Clustered([0.5, 1.0], within=1.0, between=1.0),
             ValueError,
             "labels must be one integer a state, got shape (2,) of torch.float32",
         ),
         (
-            lambda: Blocks([[0], [1]], within=1.0, between=1.0),
+            lambda: Clustered([[0], [1]], within=1.0, between=1.0),
             ValueError,
             "labels must be one integer a state, got shape (2, 1) of torch.int64",
         ),
-        (lambda: Blocks.kimura(0.5), ValueError, "kappa must be at least 1 and finite, got 0.5"),
+        (lambda: Clustered.kimura(0.5), ValueError, "kappa must be at least 1 and finite, got 0.5"),
         (lambda: Dense([[0.0]]), TypeError, "Q must be a floating-point tensor, got list [[0.0]]"),
         (
             lambda: LogLinear()(0.5),

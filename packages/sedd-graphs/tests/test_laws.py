@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sedd_graphs import Absorbing, Blocks, Dense, Graph, Hybrid, Masked, Ordinal, Row, Uniform, testing
+from sedd_graphs import Absorbing, Clustered, Dense, Graph, Hybrid, Masked, Ordinal, Row, Uniform, testing
 from sedd_graphs.testing import GRAPH_LAWS
 
 
@@ -96,11 +96,11 @@ GRAPHS = [
     Ordinal(2),
     Ordinal(3),
     Ordinal(16),
-    Blocks.kimura(2.5),
-    Blocks([0, 0, 0, 1, 1, 2], within=1.0, between=0.05),
-    Blocks([5, 2, 5, 5, 2], within=1.0, between=0.0),
+    Clustered.kimura(2.5),
+    Clustered([0, 0, 0, 1, 1, 2], within=1.0, between=0.05),
+    Clustered([5, 2, 5, 5, 2], within=1.0, between=0.0),
     Masked(Ordinal(8), mask_rate=0.5, mask_id=4),
-    Masked(Blocks.kimura(4.0), rate=0.3, mask_id=0),
+    Masked(Clustered.kimura(4.0), rate=0.3, mask_id=0),
     Masked(Dense(generator_matrix(5)), mask_id=2),
     Wheel(7),
 ]
@@ -119,8 +119,8 @@ LARGE = [
     Ordinal(256),
     Ordinal(1000),
     Masked(Ordinal(256)),
-    Blocks(torch.arange(50257) // 50, within=1.0, between=0.1),
-    Blocks(torch.arange(262144) // 7, within=3.0, between=1e-3),
+    Clustered(torch.arange(50257) // 50, within=1.0, between=0.1),
+    Clustered(torch.arange(262144) // 7, within=3.0, between=1e-3),
     Dense(generator_matrix(64)),
     Dense(generator_matrix(100, reversible=True)),
     Dense(generator_matrix(48, sparse=True)),

@@ -16,13 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ive
-from sedd_graphs import Absorbing, Blocks, Hybrid, Masked, Ordinal, Uniform
+from sedd_graphs import Absorbing, Clustered, Hybrid, Masked, Ordinal, Uniform
 
 MOST = 262_144
 SIZES = [2, 3, 4, 27, 257, 50_258, 151_936, MOST]
-EXAMPLES = {"absorbing": 2_500, "uniform": 2_500, "hybrid": 2_500, "blocks": 1_200, "masked": 900, "ordinal": 400}
+EXAMPLES = {"absorbing": 2_500, "uniform": 2_500, "hybrid": 2_500, "clustered": 1_200, "masked": 900, "ordinal": 400}
 PAIRS = 3
-SHAPES = [  # of blocks: states, states a block but perhaps in the last, and the two rates
+SHAPES = [  # of clusters: states, states a cluster but perhaps in the last, and the two rates
     (2, 1, 1.0, 0.1),
     (4, 2, 5.0, 1e-3),
     (5, 3, 0.3, 1.0),
@@ -69,7 +69,7 @@ class StillReference(UniformReference):
 
 
 @dataclass
-class BlocksReference(UniformReference):
+class ClusteredReference(UniformReference):
     size: int
     within: float
     between: float
@@ -152,14 +152,14 @@ places = st.floats(0, 1)  # of the mask, from first to last
 
 
 @functools.cache
-def blocks(n, size, within, between):
-    graph = Blocks(torch.arange(n) // size, within=within, between=between)
-    return graph, BlocksReference(n, size, within, between)
+def clustered(n, size, within, between):
+    graph = Clustered(torch.arange(n) // size, within=within, between=between)
+    return graph, ClusteredReference(n, size, within, between)
 
 
 @st.composite
-def some_blocks(draw):
-    return blocks(*draw(st.sampled_from(SHAPES)))
+def some_clustered(draw):
+    return clustered(*draw(st.sampled_from(SHAPES)))
 
 
 @st.composite
@@ -191,7 +191,7 @@ def some_hybrid(draw):
 
 @st.composite
 def some_masked(draw):
-    tokens, reference = draw(st.one_of(some_blocks(), some_ordinal()))
+    tokens, reference = draw(st.one_of(some_clustered(), some_ordinal()))
     rate, mask_rate = draw(rates), draw(rates)
     mask = round(draw(places) * tokens.num_states)
     graph = Masked(tokens, rate=rate, mask_rate=mask_rate, mask_id=mask)
@@ -202,7 +202,7 @@ KINDS = {
     "absorbing": some_absorbing(),
     "uniform": some_uniform(),
     "hybrid": some_hybrid(),
-    "blocks": some_blocks(),
+    "clustered": some_clustered(),
     "ordinal": some_ordinal(),
     "masked": some_masked(),
 }

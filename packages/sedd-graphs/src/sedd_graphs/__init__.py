@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from sedd_graphs.absorbing import Absorbing
-from sedd_graphs.blocks import Blocks
+from sedd_graphs.clustered import Clustered
 from sedd_graphs.dense import Dense
 from sedd_graphs.graph import Graph
 from sedd_graphs.masked import Hybrid, Masked
@@ -32,7 +32,7 @@ __all__ = [
     "Masked",
     "Dense",
     "Ordinal",
-    "Blocks",
+    "Clustered",
     "Noise",
     "LogLinear",
     "Cosine",

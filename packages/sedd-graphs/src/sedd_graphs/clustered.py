@@ -1,13 +1,13 @@
-"""States in blocks: fast mixing within a block, slow mixing between all states.
+"""States in clusters: fast mixing within a cluster, slow mixing between all states.
 
-With M the averaging within blocks and J/N the averaging over all N states,
+With M the averaging within clusters and J/N the averaging over all N states,
 
     Q       = within (M - I) + between (J/N - I)
     exp(sQ) = (1 - e^(-between s)) J/N + e^(-between s) (1 - e^(-within s)) M + e^(-(within + between) s) I
 
-because the two averagings commute and M J = J. A row is one number outside x's block, and so costs as much as the
-largest block has states. Tokens whose embeddings lie close, amino acids of one class, and nucleotides with a
-transition/transversion ratio (Kimura's model of 1980 is two blocks of two) are of this kind.
+because the two averagings commute and M J = J. A row is one number outside x's cluster, and so costs as much as the
+largest cluster has states. Tokens whose embeddings lie close, amino acids of one class, and nucleotides with a
+transition/transversion ratio (Kimura's model of 1980 is two clusters of two) are of this kind.
 """
 
 from __future__ import annotations
@@ -22,38 +22,40 @@ from sedd_graphs._constants import Constant
 from sedd_graphs.graph import Graph, _uniform_prior, _vectors
 from sedd_graphs.row import Row
 
-__all__ = ["Blocks"]
+__all__ = ["Clustered"]
 
 
-class Blocks(Graph):
-    """Tokens that drift within their block and, more rarely, anywhere.
+class Clustered(Graph):
+    """Tokens that drift within their cluster and, more rarely, anywhere.
 
     Args:
-        labels: the block of each state, N integers (any values), at least two different ones.
-        within: rate of jumping to a uniformly random state of the own block.
+        labels: the cluster of each state, N integers (any values), at least two different ones.
+        within: rate of jumping to a uniformly random state of the own cluster.
         between: rate of jumping to a uniformly random state of all.
 
     Raises:
-        ValueError: fewer than two blocks, or a rate that is negative or not finite.
+        ValueError: fewer than two clusters, or a rate that is negative or not finite.
     """
 
     def __init__(self, labels: Tensor | Sequence[int], *, within: float, between: float) -> None:
         labels = torch.as_tensor(labels)
         if labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(f"labels must be one integer a state, got shape {tuple(labels.shape)} of {labels.dtype}")
-        names, block, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+        names, cluster, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
         if len(names) < 2:
-            raise ValueError(f"labels must name at least two blocks, got {len(names)}; one block is the uniform graph")
+            raise ValueError(
+                f"labels must name at least two clusters, got {len(names)}; one cluster is the uniform graph"
+            )
         self.num_states = len(labels)
-        self.num_blocks = len(names)
+        self.num_clusters = len(names)
         self.within = check_rate("within", within)
         self.between = check_rate("between", between)
-        self._block = Constant(block)
+        self._cluster = Constant(cluster)
         self._sizes = Constant(sizes)
-        self._members = Constant(_members(block, sizes))
+        self._members = Constant(_members(cluster, sizes))
 
     @classmethod
-    def kimura(cls, kappa: float) -> Blocks:
+    def kimura(cls, kappa: float) -> Clustered:
         """Nucleotides A, C, G, T = 0, 1, 2, 3 at one substitution a unit of noise.
 
         Args:
@@ -66,10 +68,10 @@ class Blocks(Graph):
 
     def __repr__(self) -> str:
         rates = f"within={self.within:.6g}, between={self.between:.6g}"
-        return f"Blocks({self.num_states} states in {self.num_blocks} blocks, {rates})"
+        return f"Clustered({self.num_states} states in {self.num_clusters} clusters, {rates})"
 
     def rates_into(self, x: Tensor) -> Row:
-        """between/N from every state, within/size more from those of x's block."""
+        """between/N from every state, within/size more from those of x's cluster."""
         check_states("x", x, self.num_states)
         one = torch.ones((), dtype=torch.get_default_dtype(), device=x.device)
         return self._row(x, self.between * one, self.within * one, -(self.within + self.between) * one)
@@ -79,7 +81,7 @@ class Blocks(Graph):
         return self.rates_into(x)
 
     def transition_from(self, x: Tensor, sigma: Tensor) -> Row:
-        """Somewhere at all, somewhere in the block, or still at x."""
+        """Somewhere at all, somewhere in the cluster, or still at x."""
         check_states("x", x, self.num_states)
         level = spread(sigma, x.shape)
         return self._row(x, *self._shares(level))
@@ -89,41 +91,41 @@ class Blocks(Graph):
         return self.transition_from(x, sigma)
 
     def propagate(self, v: Tensor, sigma: Tensor) -> Tensor:
-        """A mixture of v, its averages over blocks and its average."""
+        """A mixture of v, its averages over clusters and its average."""
         v, level = _vectors(v, sigma, self.num_states)
-        everywhere, in_block, still = self._shares(level)
-        block, sizes = self._block.on(v.device), self._sizes.on(v.device)
-        totals = v.new_zeros(*v.shape[:-1], len(sizes)).index_add(-1, block, v)
-        mixed = in_block[..., None] * totals / sizes + (everywhere * v.sum(-1) / self.num_states)[..., None]
-        return torch.addcmul(mixed[..., block], still[..., None].to(v.dtype), v)
+        everywhere, in_cluster, still = self._shares(level)
+        cluster, sizes = self._cluster.on(v.device), self._sizes.on(v.device)
+        totals = v.new_zeros(*v.shape[:-1], len(sizes)).index_add(-1, cluster, v)
+        mixed = in_cluster[..., None] * totals / sizes + (everywhere * v.sum(-1) / self.num_states)[..., None]
+        return torch.addcmul(mixed[..., cluster], still[..., None].to(v.dtype), v)
 
     def prior(self, sigma: Tensor) -> Row:
         """1/N, at every sigma."""
         return _uniform_prior(sigma, self.num_states)
 
     def _shares(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The probabilities of a jump to anywhere, of jumps within the block alone, and of none."""
+        """The probabilities of a jump to anywhere, of jumps within the cluster alone, and of none."""
         no_far, no_near = (-times(self.between, level)).exp(), (-times(self.within, level)).exp()
         near = -(-times(self.within, level)).expm1()
         return -(-times(self.between, level)).expm1(), no_far * near, no_far * no_near
 
-    def _row(self, x: Tensor, everywhere: Tensor, in_block: Tensor, still: Tensor) -> Row:
-        """`everywhere` shared by all states, `in_block` by those of x's block, `still` at x; each spreads over x."""
-        block = self._block.on(x.device)[x]
-        index, size = self._members.on(x.device)[block], self._sizes.on(x.device)[block]
+    def _row(self, x: Tensor, everywhere: Tensor, in_cluster: Tensor, still: Tensor) -> Row:
+        """`everywhere` shared by all states, `in_cluster` by its cluster, `still` at x; each spreads over x."""
+        cluster = self._cluster.on(x.device)[x]
+        index, size = self._members.on(x.device)[cluster], self._sizes.on(x.device)[cluster]
         base = (everywhere / self.num_states).expand(x.shape)
         inside = torch.arange(index.shape[-1], device=x.device) < size[..., None]
-        value = base[..., None] + torch.where(inside, (in_block / size)[..., None], 0)
+        value = base[..., None] + torch.where(inside, (in_cluster / size)[..., None], 0)
         value = value + torch.where(index == x[..., None], still.expand(x.shape)[..., None], 0)
         return Row(base, index, value, self.num_states)
 
 
-def _members(block: Tensor, sizes: Tensor) -> Tensor:
-    """The states of each block, (number of blocks, largest size); short blocks are filled up with states of others.
+def _members(cluster: Tensor, sizes: Tensor) -> Tensor:
+    """The states of each cluster, (clusters, largest size); short clusters are filled up with states of others.
 
-    In the order of blocks, the states after a block's own are others', and no state comes twice within one round.
+    In the order of clusters, the states after a cluster's own are others', and no state comes twice within one round.
     """
-    by_block = block.argsort(stable=True)
+    by_cluster = cluster.argsort(stable=True)
     start = sizes.cumsum(0) - sizes
-    step = torch.arange(int(sizes.max()), device=block.device)
-    return by_block[(start[:, None] + step) % len(block)]
+    step = torch.arange(int(sizes.max()), device=cluster.device)
+    return by_cluster[(start[:, None] + step) % len(cluster)]

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from sedd_graphs import Absorbing, Geometric, LogLinear, Ordinal, Uniform
-from sedd_graphs.pictures import draw_distribution, draw_schedules, draw_sentence
+from sedd_graphs.plotting import draw_distribution, draw_schedules, draw_sentence
 
 WORDS = ["the", "cat", "sat", "on", "mat", "[mask]"]
 SENTENCE = torch.tensor([0, 1, 2, 3, 0, 4])

@@ -1,6 +1,6 @@
 """Pictures of what noise does: to a sentence, to a distribution, and the schedules side by side.
 
-Needs matplotlib (`pip install sedd-graphs[pictures]`). Every function returns a matplotlib `Figure`, which belongs
+Needs matplotlib (`pip install sedd-graphs[plotting]`). Every function returns a matplotlib `Figure`, which belongs
 to no window and to no global state: `figure.savefig("noise.png")`.
 """
 
