@@ -55,7 +55,7 @@ def test_weights_multiply_tokens_and_padding_counts_nothing(sequences, generator
     want = -(weight * logits.gather(-1, sequences[..., None])[..., 0]).sum(-1)
     (slope,) = torch.autograd.grad(want.sum(), model.table)
     for size in (1 << 22, 10):  # in chunks of three rows too
-        monkeypatch.setattr("sedd_objectives.rowwise.CHUNK_ELEMENTS", size)
+        monkeypatch.setattr("sedd_objectives.fast.rows.CHUNK_ELEMENTS", size)
         found = autoregressive_loss(model, sequences, start=START, weight=weight)
         torch.testing.assert_close(found, want)
         torch.testing.assert_close(torch.autograd.grad(found.sum(), model.table)[0], slope)

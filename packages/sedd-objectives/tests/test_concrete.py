@@ -44,7 +44,7 @@ def test_structured_rows_equal_dense_ones_and_chunks_the_whole(graph, generator,
     want = textbook(log_score, dense(ratio), dense(rates).clamp_min(0), x)
     (slope,) = torch.autograd.grad(want.sum(), log_score)
     for size in (1 << 22, 40):
-        monkeypatch.setattr("sedd_objectives.rowwise.CHUNK_ELEMENTS", size)
+        monkeypatch.setattr("sedd_objectives.fast.rows.CHUNK_ELEMENTS", size)
         found = concrete_score_matching(log_score, ratio, rates, x)
         torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-12)
         torch.testing.assert_close(torch.autograd.grad(found.sum(), log_score)[0], slope, rtol=1e-6, atol=1e-12)

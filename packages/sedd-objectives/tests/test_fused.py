@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-fused_module = importlib.import_module("sedd_objectives.fused")
+fused_module = importlib.import_module("sedd_objectives.fast.fused")
 EXACTLY = {"rtol": 1e-12, "atol": 1e-12}
 
 

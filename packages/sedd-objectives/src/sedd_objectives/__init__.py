@@ -6,23 +6,33 @@ from importlib.metadata import version
 
 from .autoregressive import autoregressive_loss
 from .bound import Bound, likelihood_bound, reconstruction_loss
-from .concrete import concrete_score_matching
-from .constant import denoising_score_entropy_without_constant, score_entropy_constant
 from .cross_entropy import any_order_loss, cross_entropy_loss, denoising_cross_entropy, lambda_cross_entropy_loss
 from .d3pm import d3pm_bound, d3pm_loss
-from .denoising import denoising_loss, denoising_score_entropy
+from .denoising import (
+    denoising_loss,
+    denoising_score_entropy,
+    denoising_score_entropy_without_constant,
+    score_entropy_constant,
+)
 from .estimate import Estimate, monte_carlo
-from .fused import FusedLoss, fused_denoising_loss
+from .fast.fused import FusedLoss, fused_denoising_loss
 from .implicit import enumerated_implicit_score_entropy_loss, implicit_score_entropy_loss
-from .score_entropy import score_entropy
+from .score_entropy import (
+    concrete_score_matching,
+    plain_concrete_score_matching,
+    plain_score_entropy,
+    score_entropy,
+)
 from .times import ImportanceTimes, low_discrepancy_times, stratified_times, uniform_times
 
 __all__ = [
     "score_entropy",
+    "plain_score_entropy",
     "denoising_score_entropy",
     "denoising_score_entropy_without_constant",
     "score_entropy_constant",
     "concrete_score_matching",
+    "plain_concrete_score_matching",
     "implicit_score_entropy_loss",
     "enumerated_implicit_score_entropy_loss",
     "denoising_loss",

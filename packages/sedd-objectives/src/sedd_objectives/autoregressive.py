@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import fast
 from .checks import arithmetic_dtype, check_states, check_weight
 from .interfaces import NextTokenModel
-from .rowwise import each_row
 
 __all__ = ["autoregressive_loss"]
 
@@ -53,7 +53,7 @@ def autoregressive_loss(
     rows = logits.reshape(-1, logits.shape[-1])
     counted = None if factor is None else factor.flatten().nonzero()[:, 0]
     tokens = x.flatten() if counted is None else x.flatten()[counted]
-    surprise = each_row(_negative_log, rows, counted, tokens, dtype=arithmetic_dtype(logits))
+    surprise = fast.each_row(_negative_log, rows, counted, tokens, dtype=arithmetic_dtype(logits))
     if refuse_nan and bool(surprise.isnan().any()):
         raise ValueError(f"logits are NaN, or all -inf, at {int(surprise.isnan().sum())} of {len(surprise)} tokens")
     if factor is None or counted is None:

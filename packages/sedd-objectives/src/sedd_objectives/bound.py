@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from .checks import check_weight, sum_dtype
-from .denoising import check_clean, denoising_loss, noised, score_rows, spread
+from . import fast
+from .batch import check_clean, noised, score_rows, spread
+from .checks import check_not_nan, check_weight, sum_dtype
+from .denoising import denoising_loss
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
 from .jumps import RatesInto
-from .score_entropy import CHUNK_ELEMENTS, check_not_nan
 from .times import NoiseTimes
 
 __all__ = ["Bound", "likelihood_bound", "reconstruction_loss"]
@@ -162,10 +163,8 @@ def reconstruction_loss(
     x, clean, sigma = xt[live], x0[live], per_position[live]
     log_score = log_score.reshape(-1, graph.num_states)
     loss = x0.new_zeros(len(x), dtype=sum_dtype(x0.device))
-    size = max(1, CHUNK_ELEMENTS // graph.num_states)
     with torch.autocast(x0.device.type, enabled=False):
-        for start in range(0, len(x), size):
-            chunk = slice(start, start + size)
+        for chunk in fast.chunks_of(len(x), graph.num_states):
             rows = log_score[chunk] if positions is None else log_score[positions[chunk]]
             loss[chunk] = -_log_decoder(rows.to(loss.dtype), graph, x[chunk], clean[chunk], sigma[chunk].to(loss.dtype))
     check_not_nan(loss, log_score)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_states", "check_sigma", "check_weight", "expand_leading", "arithmetic_dtype", "sum_dtype"]
+__all__ = [
+    "check_states",
+    "check_sigma",
+    "check_weight",
+    "check_not_nan",
+    "expand_leading",
+    "arithmetic_dtype",
+    "sum_dtype",
+]
 
 
 def check_states(name: str, states: Tensor, num_states: int, shape: torch.Size | None = None) -> None:
@@ -60,3 +68,12 @@ def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
 def sum_dtype(device: torch.device) -> torch.dtype:
     """float64 for the sums of an evaluation; float32 on the one backend that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_not_nan(loss: Tensor, log_score: Tensor) -> None:
+    """Raise if a loss is NaN: sought in the reduced loss, for a pass over all scores costs as much as the loss."""
+    if bool(loss.isnan().any()):
+        at_fault = "log_score is NaN at a state that counts"
+        if not bool(log_score.isnan().any()):
+            at_fault = "log_score has no NaN, so some x cannot have come from its x0 at this sigma"
+        raise ValueError(f"the loss is NaN at {int(loss.isnan().sum())} of {loss.numel()} positions: {at_fault}")

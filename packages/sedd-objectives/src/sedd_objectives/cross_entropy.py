@@ -23,11 +23,11 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from . import fast
+from .batch import check_clean, noised, score_rows, spread
 from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading
-from .denoising import check_clean, noised, score_rows, spread
 from .interfaces import Graph, MaskGraph, Noise, PosteriorModel
 from .jumps import can_move, merge
-from .rowwise import each_row
 from .times import stratified_times
 
 __all__ = ["denoising_cross_entropy", "cross_entropy_loss", "lambda_cross_entropy_loss", "any_order_loss"]
@@ -221,7 +221,7 @@ def _mask_probability(level: Tensor) -> tuple[Tensor, Tensor]:
 def _surprise(logits: Tensor, positions: Tensor | None, x: Tensor, x0: Tensor) -> Tensor:
     """-log p(x0) (M,) of the rows `positions` of the logits (R, N), normalised over all states but x (M,)."""
     rows = logits.reshape(-1, logits.shape[-1])
-    surprise = each_row(_negative_log, rows, positions, x, x0, dtype=arithmetic_dtype(logits))
+    surprise = fast.each_row(_negative_log, rows, positions, x, x0, dtype=arithmetic_dtype(logits))
     if bool(surprise.isnan().any()):
         raise ValueError(f"logits are NaN, or all -inf, at {int(surprise.isnan().sum())} of {len(surprise)} positions")
     return surprise

@@ -25,13 +25,12 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from . import fast
+from .batch import check_clean, score_rows, spread
 from .bound import Bound
 from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, sum_dtype
-from .denoising import check_clean, score_rows, spread
 from .interfaces import DiscreteTimeGraph, Noise, PosteriorModel, Row
 from .jumps import Jumps, can_move
-from .rowwise import each_row
-from .score_entropy import sum_over_jumps
 from .times import stratified_times
 
 __all__ = ["d3pm_loss", "d3pm_bound"]
@@ -182,11 +181,11 @@ def _divergence(
         q = graph.posterior(x, x0, before, now)
         one, weight = torch.ones_like(log_p[:, 0]), torch.ones(q.index.shape, dtype=log_p.dtype, device=log_p.device)
         base, value = (v.to(log_p.dtype).clamp_min(0) for v in (q.base, q.value))
-        return sum_over_jumps(log_p, None, Jumps(one, base, q.index, weight, value))
+        return fast.sum_over_jumps(log_p, None, Jumps(one, base, q.index, weight, value))
 
     rows = logits.reshape(-1, graph.num_states)
     fields = [xt[live], x0[live], *(expand_leading("sigma", level, x0)[live] for level in (before, now))]
-    loss = each_row(divergence, rows, positions, *fields, dtype=dtype or arithmetic_dtype(logits))
+    loss = fast.each_row(divergence, rows, positions, *fields, dtype=dtype or arithmetic_dtype(logits))
     if refuse_nan and bool(loss.isnan().any()):
         at_fault = "logits are NaN" if bool(rows.isnan().any()) else "some xt cannot have come from its x0 at this step"
         raise ValueError(f"the divergence is NaN at {int(loss.isnan().sum())} of {len(loss)} positions: {at_fault}")

@@ -10,25 +10,30 @@ they are recognised from the graph's rows and never reach the network's head.
 
 from __future__ import annotations
 
-import inspect
-
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, sum_dtype
+from . import fast
+from .batch import noised, score_rows, spread
+from .checks import (
+    arithmetic_dtype,
+    check_not_nan,
+    check_sigma,
+    check_states,
+    check_weight,
+    expand_leading,
+    sum_dtype,
+)
 from .interfaces import Graph, Noise, ScoreModel
-from .jumps import Jumps, RatesInto, merge
-from .score_entropy import JumpsAt, check_not_nan, sum_over_chunks
-from .times import stratified_times
+from .jumps import Jumps, RatesInto, can_move, merge
+from .score_entropy import constant
 
 __all__ = [
     "denoising_score_entropy",
+    "denoising_score_entropy_without_constant",
+    "score_entropy_constant",
     "denoising_loss",
-    "noised",
-    "check_clean",
     "denoising_jumps",
-    "score_rows",
-    "spread",
 ]
 
 
@@ -60,6 +65,54 @@ def denoising_score_entropy(log_score: Tensor, graph: Graph, x: Tensor, x0: Tens
     live = rates.can_move(x, num_states)
     positions = None if bool(live.all()) else live.flatten().nonzero()[:, 0]
     return spread(_live_loss(log_score, positions, graph, rates, x[live], x0[live], sigma[live]), live)
+
+
+def denoising_score_entropy_without_constant(
+    log_score: Tensor, graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor
+) -> Tensor:
+    """Eq. 7 as printed, per unit of total noise: `denoising_score_entropy` less `score_entropy_constant`.
+
+    Arguments and errors are those of `denoising_score_entropy`, and so is the gradient.
+
+    Returns:
+        (...) nats a position, of either sign.
+    """
+    loss = denoising_score_entropy(log_score, graph, x, x0, sigma)
+    return loss - score_entropy_constant(graph, x, x0, sigma).to(loss.dtype)
+
+
+def score_entropy_constant(graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """sum_{y != x} Q[x, y] K(r_y), r_y = p(y|x0) / p(x|x0): what eq. 7 leaves out, per unit of total noise.
+
+    Args:
+        graph: the forward process.
+        x: (...) int64, the noised states.
+        x0: (...) int64, the clean states.
+        sigma: total noise, of a shape that is a leading part of x's.
+
+    Returns:
+        (...) nats a position, float32 or float64 if the graph's ratios are; 0 where no jump leads into x.
+
+    Raises:
+        ValueError: shapes that do not fit, states out of range, negative sigma, or an x that cannot have come from x0.
+    """
+    check_states("x", x, graph.num_states)
+    check_states("x0", x0, graph.num_states, x.shape)
+    check_sigma("sigma", sigma)
+    sigma = expand_leading("sigma", sigma, x)
+    live = can_move(graph.rates_into(x), x, graph.num_states)
+    x, x0, sigma = x[live], x0[live], sigma[live]
+    with torch.autocast(x.device.type, enabled=False):
+        ratio = graph.ratio(x, x0, sigma)
+        dtype = torch.float64 if ratio.value.dtype == torch.float64 else torch.float32
+        jumps = merge(graph.rates_into(x), ratio, x, dtype)
+        distinct = 1 + (jumps.index[:, 1:] != jumps.index[:, :-1]).sum(-1)
+        base = jumps.base_weight * (graph.num_states - distinct) * constant(jumps.base_ratio)
+        total = base + torch.where(jumps.weight > 0, jumps.weight * constant(jumps.ratio), 0).sum(-1)
+    if not bool(total.isfinite().all()):
+        count = int((~total.isfinite()).sum())
+        raise ValueError(f"x cannot have come from its x0 at this sigma, or sigma is 0, at {count} positions")
+    return spread(total, live)
 
 
 def denoising_loss(
@@ -113,78 +166,7 @@ def denoising_loss(
     return spread(loss * factor[live].to(loss.dtype), live).sum(-1)
 
 
-def noised(
-    graph: Graph,
-    noise: Noise,
-    x0: Tensor,
-    t: Tensor | None,
-    xt: Tensor | None,
-    *,
-    generator: Generator | None,
-    t_min: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The noised batch of a loss whose arguments these are, checked.
-
-    Returns:
-        x_t (B, L); sigma as the schedule gives it, for the score model; sigma and dsigma (B, L).
-    """
-    check_clean(x0, graph.num_states)
-    if t is None:
-        t = stratified_times(len(x0), generator=generator, t_min=t_min, device=x0.device)
-    sigma, dsigma = noise(t)
-    check_sigma("sigma", sigma)
-    per_position, dsigma = expand_leading("sigma", sigma, x0), expand_leading("dsigma", dsigma, x0)
-    if xt is None:
-        xt = graph.sample(x0, sigma, generator=generator)
-    else:
-        check_states("xt", xt, graph.num_states, x0.shape)
-    return xt, sigma, per_position, dsigma
-
-
-def check_clean(x0: Tensor, num_states: int) -> None:
-    """Raise ValueError unless x0 is a batch (B, L) of states."""
-    if x0.ndim != 2:
-        raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
-    check_states("x0", x0, num_states)
-
-
-def score_rows(
-    score: ScoreModel,
-    x: Tensor,
-    sigma: Tensor,
-    where: Tensor,
-    num_states: int,
-    *,
-    demand: str = "the score model must return log_score",
-) -> tuple[Tensor, Tensor | None]:
-    """The score model's output at the true positions of `where`, from one call, computing no more rows than it offers.
-
-    Args:
-        score: the score model.
-        x: (B, L) int64.
-        sigma: total noise, as the score model takes it.
-        where: (B, L) bool, M true positions.
-        num_states: N.
-        demand: how an error about the output begins.
-
-    Returns:
-        log_score and positions: either rows (M, N) and None, or all rows (B, L, N) and the (M,) int64 flat positions.
-    """
-    if _offers_where(score):
-        log_score, shape, positions = score(x, sigma, where=where), (int(where.sum()), num_states), None  # type: ignore[call-arg]
-    else:
-        log_score, shape, positions = score(x, sigma), (*x.shape, num_states), where.flatten().nonzero()[:, 0]
-    if not isinstance(log_score, Tensor) or log_score.shape != shape:
-        got = tuple(log_score.shape) if isinstance(log_score, Tensor) else type(log_score).__name__
-        raise ValueError(f"{demand} of shape {shape}, got {got}")
-    return log_score, positions
-
-
-def _offers_where(score: ScoreModel) -> bool:
-    return "where" in inspect.signature(score.forward if isinstance(score, nn.Module) else score).parameters
-
-
-def denoising_jumps(graph: Graph, rates: RatesInto, x: Tensor, x0: Tensor, dtype: torch.dtype) -> JumpsAt:
+def denoising_jumps(graph: Graph, rates: RatesInto, x: Tensor, x0: Tensor, dtype: torch.dtype) -> fast.JumpsAt:
     """(part, sigma (m,)) -> the jumps into x[part] with the ratios given x0[part], of the positions x, x0 (M,).
 
     The ratios are as precise as sigma: near the optimum the loss is r d^2 / 2 with d = log s - log r, and what rounds r
@@ -196,11 +178,6 @@ def denoising_jumps(graph: Graph, rates: RatesInto, x: Tensor, x0: Tensor, dtype
         return merge(rates.at(states), graph.ratio(states, x0[part], sigma), states, dtype, graph.num_states)
 
     return jumps_at
-
-
-def spread(values: Tensor, where: Tensor) -> Tensor:
-    """Values (M,) put at the true positions of `where`, 0 elsewhere."""
-    return values.new_zeros(where.shape).masked_scatter(where, values)
 
 
 def _live_loss(
@@ -217,7 +194,7 @@ def _live_loss(
     """Denoising score entropy (M,) at the positions x, x0, sigma (M,), with log_score's rows found at `positions`."""
     rows, dtype = log_score.reshape(-1, graph.num_states), arithmetic_dtype(log_score, sigma)
     jumps_at = denoising_jumps(graph, rates, x, x0, dtype)
-    loss = sum_over_chunks(rows, positions, jumps_at, sigma.to(sum_dtype(x.device)), dtype=dtype)
+    loss = fast.sum_over_chunks(rows, positions, jumps_at, sigma.to(sum_dtype(x.device)), dtype=dtype)
     if refuse_nan:
         check_not_nan(loss, log_score)
     return loss

@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, sum_dtype
-from .denoising import score_rows, spread
+from . import fast
+from .batch import score_rows, spread
+from .checks import arithmetic_dtype, check_not_nan, check_sigma, check_states, check_weight, expand_leading, sum_dtype
 from .interfaces import ImplicitGraph, ScoreModel
 from .jumps import DenseRow, can_move, merge
-from .score_entropy import check_not_nan, sum_over_jumps
 
 __all__ = ["implicit_score_entropy_loss", "enumerated_implicit_score_entropy_loss"]
 
@@ -131,7 +131,7 @@ def _reverse_rates(score: ScoreModel, graph: ImplicitGraph, x: Tensor, sigma: Te
     zero = torch.zeros((*x.shape, 1), dtype=dtype, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         jumps = merge(graph.rates_into(x), DenseRow(zero[:, 0], x[:, None], zero), x, dtype)
-        total = sum_over_jumps(log_score.reshape(-1, graph.num_states), positions, jumps)
+        total = fast.sum_over_jumps(log_score.reshape(-1, graph.num_states), positions, jumps)
     check_not_nan(total, log_score)
     total = total * factor[live].to(dtype)
     return spread(total, live).sum(-1)

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import sum_dtype
-from .jumps import Jumps
+from ..checks import sum_dtype
+from ..jumps import Jumps
 
-__all__ = ["Divergence", "divergence", "row_divergence", "jump_gradients"]
+__all__ = ["Divergence", "divergence", "row_divergence", "jump_gradients", "with_gradients", "half_squares"]
 
 _NEAR = 0.5  # |d| below which the series replaces e^d - 1 - d; the latter loses a factor 5 there, more below
 _FAR = 80.0  # d above which e^d may overflow
@@ -156,6 +156,43 @@ def jump_gradients(log_score: Tensor, jumps: Jumps) -> tuple[Tensor, Tensor, Ten
     return base_value, by_base_ratio, at_index.value, by_ratio
 
 
+def with_gradients(rows: Tensor, jumps: Jumps, scale: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Those fields of the jumps that require a gradient, and the rows' sums' derivatives by them, times scale (m,)."""
+    fields = (jumps.base_weight, jumps.base_ratio, jumps.weight, jumps.ratio)
+    if not any(field.requires_grad for field in fields):
+        return [], []
+    with torch.no_grad():
+        slopes = jump_gradients(rows, jumps)
+        pairs = [
+            (field, (slope * scale.reshape(-1, *[1] * (slope.ndim - 1))).to(field.dtype))
+            for field, slope in zip(fields, slopes, strict=True)
+            if field.requires_grad
+        ]
+    return [field for field, _ in pairs], [slope for _, slope in pairs]
+
+
 def _weighted(weight: Tensor, value: Tensor) -> Tensor:
     """Weight * value, and 0 where the weight is 0 even if the value has overflowed."""
     return torch.where(weight > 0, weight * value, 0)
+
+
+def half_squares(
+    log_score: Tensor, base_weight: Tensor, base_ratio: Tensor, index: Tensor, weight: Tensor, ratio: Tensor
+) -> Tensor:
+    """The weighted sum over each row of (m, N), given the fields of its `Jumps`."""
+    # What must not count is replaced beforehand: an overflowed score, or NaN at x, times 0 is no number.
+    idle, base_idle = weight == 0, base_weight == 0
+    listed = _difference(log_score.gather(-1, index).masked_fill(idle, 0), ratio.masked_fill(idle, 0))
+    unlisted = log_score.scatter(-1, index, 0).masked_fill(base_idle[:, None], 0)
+    base = _difference(unlisted, base_ratio.masked_fill(base_idle, 0)[:, None]).square().scatter(-1, index, 0)
+    return (base_weight * base.sum(-1) + (weight * listed.square()).sum(-1)) / 2
+
+
+def _difference(log_score: Tensor, ratio: Tensor) -> Tensor:
+    """S - r, without cancelling: r (e^d - 1) with d = log s - log r where s is not much larger than r > 0."""
+    wide = sum_dtype(ratio.device)
+    positive = ratio > 0
+    distance = (log_score.to(wide) - torch.where(positive, ratio, 1).to(wide).log()).to(log_score.dtype)
+    near = positive & (distance < 1)
+    far = log_score.masked_fill(near, 0).exp() - ratio
+    return torch.where(near, ratio * distance.clamp_max(1).expm1(), far)

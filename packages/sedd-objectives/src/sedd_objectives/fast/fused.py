@@ -28,12 +28,21 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .bregman import row_divergence
-from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, sum_dtype
-from .denoising import denoising_jumps, spread
-from .interfaces import Graph
-from .jumps import Jumps, RatesInto
-from .score_entropy import JumpsAt, check_not_nan, with_gradients
+from ..batch import spread
+from ..checks import (
+    arithmetic_dtype,
+    check_not_nan,
+    check_sigma,
+    check_states,
+    check_weight,
+    expand_leading,
+    sum_dtype,
+)
+from ..denoising import denoising_jumps
+from ..interfaces import Graph
+from ..jumps import Jumps, RatesInto
+from .divergence import row_divergence, with_gradients
+from .rows import JumpsAt
 
 __all__ = ["FusedLoss", "Head", "fused_denoising_loss"]
 
