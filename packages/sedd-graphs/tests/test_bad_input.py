@@ -139,7 +139,7 @@ def test_vectors_must_be_over_the_states(graph):
     ("make", "error", "message"),
     [
         (lambda: Absorbing(0), ValueError, "vocab_size must be at least 1, got 0"),
-        (lambda: Absorbing(2.5), TypeError, "vocab_size must be an integer, got 2.5"),
+        (lambda: Absorbing(2.5), TypeError, "vocab_size must be an integer, got 2.5"),  # type: ignore[arg-type]
         (lambda: Absorbing(5, mask_id=6), ValueError, "mask_id must be between 0 and 5, got 6"),
         (lambda: Absorbing(5, mask_id=-1), ValueError, "mask_id must be between 0 and 5, got -1"),
         (lambda: Uniform(1), ValueError, "vocab_size must be at least 2, got 1"),
@@ -178,19 +178,19 @@ def test_vectors_must_be_over_the_states(graph):
             "labels must name at least two clusters, got 1; one cluster is the uniform graph",
         ),
         (
-            lambda: Clustered([0.5, 1.0], within=1.0, between=1.0),
+            lambda: Clustered([0.5, 1.0], within=1.0, between=1.0),  # type: ignore[list-item]
             ValueError,
             "labels must be one integer a state, got shape (2,) of torch.float32",
         ),
         (
-            lambda: Clustered([[0], [1]], within=1.0, between=1.0),
+            lambda: Clustered([[0], [1]], within=1.0, between=1.0),  # type: ignore[list-item]
             ValueError,
             "labels must be one integer a state, got shape (2, 1) of torch.int64",
         ),
         (lambda: Clustered.kimura(0.5), ValueError, "kappa must be at least 1 and finite, got 0.5"),
-        (lambda: Dense([[0.0]]), TypeError, "Q must be a floating-point tensor, got list [[0.0]]"),
+        (lambda: Dense([[0.0]]), TypeError, "Q must be a floating-point tensor, got list [[0.0]]"),  # type: ignore[arg-type]
         (
-            lambda: LogLinear()(0.5),
+            lambda: LogLinear()(0.5),  # type: ignore[arg-type]
             TypeError,
             "t must be a floating-point tensor, such as torch.tensor(0.5), got float 0.5",
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sedd_graphs import Absorbing, Hybrid, Masked, Row, Uniform
+from sedd_graphs import Absorbing, Hybrid, Masked, Uniform
 
 GRAPHS = [
     Absorbing(5),
@@ -155,43 +155,3 @@ def test_sample_prior_is_the_limit():
     drawn = Uniform(3).sample_prior((200, 300), generator=torch.Generator().manual_seed(0))
     assert drawn.shape == (200, 300)
     assert (drawn.flatten().bincount() - 20_000).abs().max() < 6 * 120  # six standard deviations
-
-
-class TestRow:
-    def test_of_keeps_the_last_of_coinciding_states(self):
-        base = torch.zeros(4)
-        a, b, c = torch.tensor([0, 1, 1, 3]), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 1, 1, 3])
-        row = Row.of(base, (a, base + 1), (b, base + 2), (c, base + 3), num_states=5)
-        expected = torch.tensor([[2, 3, 0, 0, 0], [0, 3, 0, 0, 0], [0, 3, 2, 0, 0], [0, 0, 0, 3, 0]]).double()
-        torch.testing.assert_close(row.dense(), expected)
-        assert (row.index.sort().values.diff() > 0).all()
-
-    @pytest.mark.parametrize("num_states", [1, 2, 3, 4, 7, 20])
-    @pytest.mark.parametrize("count", [1, 2, 3, 6])
-    def test_distinct_agrees_with_assignment_in_turn(self, num_states, count):
-        generator = torch.Generator().manual_seed(count)
-        base = torch.rand(200, generator=generator)
-        index = torch.randint(num_states, (200, count), generator=generator)
-        value = torch.rand(200, count, generator=generator)
-        row = Row.distinct(base, index, value, num_states)
-        expected = base[:, None].repeat(1, num_states)
-        for k in range(count):
-            expected[torch.arange(200), index[:, k]] = value[:, k]
-        torch.testing.assert_close(row.dense(), expected)
-        torch.testing.assert_close(row.sum(), expected.sum(-1))
-        state = index[:, 0]
-        torch.testing.assert_close(row.at(state), expected[torch.arange(200), state])
-        assert (row.index.sort().values.diff() > 0).all()
-        assert int(row.index.min()) >= 0
-        assert int(row.index.max()) < num_states
-
-    def test_quantiles_cover_every_state_in_proportion(self):
-        row = Row(torch.tensor([0.1, 0.0]), torch.tensor([[3, 0], [2, 1]]), torch.tensor([[0.5, 0.2], [0.0, 4.0]]), 5)
-        u = (torch.arange(1000) + 0.5) / 1000
-        counts = torch.stack([r.bincount(minlength=5) for r in row.quantile(u.expand(2, -1))])
-        assert counts.tolist() == [[200, 100, 100, 500, 100], [0, 1000, 0, 0, 0]]
-
-    def test_rare_states_are_drawn(self):
-        row = Row(torch.tensor(1e-12), torch.tensor([4]), torch.tensor([1.0]), 10)
-        u = torch.tensor([1 - 8.5e-12, 1 - 5e-13, 1 - 1e-16])
-        assert row.quantile(u).tolist() == [0, 9, 9]

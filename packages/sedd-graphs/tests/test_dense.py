@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sedd_graphs import Dense
+from sedd_graphs import Dense, Ordinal
 
 DOUBLE = torch.float64
 SIGMAS = [0.0, 1e-6, 1e-3, 0.3, 2.0, 50.0]
@@ -88,6 +88,19 @@ def test_improbable_states_keep_their_digits():
     p = graph.transition_from(torch.tensor(0), sigma).dense()
     k = torch.arange(5, dtype=DOUBLE)
     torch.testing.assert_close(p, sigma**k / (k + 1).lgamma().exp(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sigma", [1e-5, 1e-3, 0.1])
+def test_improbable_states_of_reversible_chains_keep_their_digits(sigma):
+    """A walk among neighbours is the ordinal graph, whose closed form has them; eigenvectors have 1e-16 in all."""
+    ordinal, states = Ordinal(7), torch.arange(7)
+    graph, level = Dense(ordinal.rates_out_of(states).dense().double().T), torch.tensor(sigma, dtype=DOUBLE)
+    assert graph.reversible
+    for found, expected in [
+        (graph.transition_from(states, level), ordinal.transition_from(states, level)),
+        (graph.transition_into(states, level), ordinal.transition_into(states, level)),
+    ]:
+        torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-6, atol=0)  # rates came in float32
 
 
 def test_infinite_noise_is_the_limit(Q):

@@ -131,7 +131,8 @@ class Row:
     def sample(self, *, generator: Generator | None = None) -> Tensor:
         """One state of each row, drawn with probability proportional to its value; (...) int64.
 
-        One uniform number a row, in float64: a float32 one cannot resolve probabilities under 6e-8.
+        One uniform number a row, in float64: a float32 one cannot resolve probabilities under 6e-8. Values below 0,
+        such as rounding or a score that over-normalises leaves, count as 0.
         """
         source = self.base.device if generator is None else generator.device
         wide = torch.float32 if source.type == "mps" else torch.float64
@@ -141,11 +142,11 @@ class Row:
     def quantile(self, u: Tensor) -> Tensor:
         """The states at the fractions u (..., R) in [0, 1) of the rows' totals: the inverse of the cumulative sum.
 
-        The sum runs over the named states in the order of `index` first, then over the others in ascending order.
-        Returns (..., R) int64: R states from each row.
+        The sum runs over the named states in the order of `index` first, then over the others in ascending order;
+        values below 0 count as 0. Returns (..., R) int64: R states from each row.
         """
-        cumulative = widen(self.value.detach()).cumsum(-1)
-        base = widen(self.base.detach())[..., None]
+        cumulative = widen(self.value.detach()).clamp(min=0).cumsum(-1)
+        base = widen(self.base.detach()).clamp(min=0)[..., None]
         named, unnamed = self.index.shape[-1], self.num_states - self.index.shape[-1]
         total = cumulative[..., -1:] + base * unnamed
         target = torch.minimum(u * total, total.nextafter(torch.zeros_like(total)))

@@ -1,0 +1,82 @@
+"""Rows: coinciding states, sums, and exact draws, of states however rare."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sedd_graphs import Row, Uniform
+
+
+def test_of_keeps_the_last_of_coinciding_states():
+    base = torch.zeros(4, dtype=torch.float64)
+    a, b, c = torch.tensor([0, 1, 1, 3]), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 1, 1, 3])
+    row = Row.of(base, (a, base + 1), (b, base + 2), (c, base + 3), num_states=5)
+    expected = torch.tensor([[2, 3, 0, 0, 0], [0, 3, 0, 0, 0], [0, 3, 2, 0, 0], [0, 0, 0, 3, 0]]).double()
+    torch.testing.assert_close(row.dense(), expected)
+    assert (row.index.sort().values.diff() > 0).all()
+
+
+@pytest.mark.parametrize("num_states", [1, 2, 3, 4, 7, 20])
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_distinct_agrees_with_assignment_in_turn(num_states, count):
+    generator = torch.Generator().manual_seed(count)
+    base = torch.rand(200, generator=generator, dtype=torch.float64)
+    index = torch.randint(num_states, (200, count), generator=generator)
+    value = torch.rand(200, count, generator=generator, dtype=torch.float64)
+    row = Row.distinct(base, index, value, num_states)
+    expected = base[:, None].repeat(1, num_states)
+    for k in range(count):
+        expected[torch.arange(200), index[:, k]] = value[:, k]
+    torch.testing.assert_close(row.dense(), expected)
+    torch.testing.assert_close(row.sum(), expected.sum(-1))
+    state = index[:, 0]
+    torch.testing.assert_close(row.at(state), expected[torch.arange(200), state])
+    assert (row.index.sort().values.diff() > 0).all()
+    assert int(row.index.min()) >= 0
+    assert int(row.index.max()) < num_states
+
+
+def test_quantiles_cover_every_state_in_proportion():
+    base, value = torch.tensor([0.1, 0.0]).double(), torch.tensor([[0.5, 0.2], [0.0, 4.0]]).double()
+    row = Row(base, torch.tensor([[3, 0], [2, 1]]), value, 5)
+    u = (torch.arange(1000).double() + 0.5) / 1000
+    counts = torch.stack([r.bincount(minlength=5) for r in row.quantile(u.expand(2, -1))])
+    assert counts.tolist() == [[200, 100, 100, 500, 100], [0, 1000, 0, 0, 0]]
+
+
+def test_rare_states_are_drawn():
+    row = Row(torch.tensor(1e-12).double(), torch.tensor([4]), torch.tensor([1.0]).double(), 10)
+    u = torch.tensor([1 - 8.5e-12, 1 - 5e-13, 1 - 1e-16], dtype=torch.float64)
+    assert row.quantile(u).tolist() == [0, 9, 9]
+
+
+MANY = 2**40  # states: a float32 uniform number tells 2^24 of them apart
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda random: Row(torch.ones(500), torch.zeros(500, 1).long(), torch.ones(500, 1), MANY).sample(
+            generator=random
+        ),
+        lambda random: Uniform(MANY).sample_prior((500,), generator=random),
+        lambda random: Uniform(MANY).sample(torch.zeros(500).long(), torch.tensor(50.0), generator=random),
+    ],
+    ids=["a row", "a prior", "a transition"],
+)
+def test_draws_reach_every_state(draw):
+    """Odd states come as often as even ones: within 6 standard deviations, a false alarm in 5e8."""
+    drawn = draw(torch.Generator().manual_seed(0))
+    assert abs(int((drawn % 2).sum()) - 250) < 6 * 125**0.5
+    assert abs(int((drawn < MANY // 2).sum()) - 250) < 6 * 125**0.5
+
+
+def test_values_below_zero_count_as_zero():
+    """The stay probability -.05 of an over-normalised score: the others come at .5 / 1.05 and .55 / 1.05, not .45."""
+    u = (torch.arange(21_000).double() + 0.5) / 21_000
+    for values in ([-0.05, 0.5, 0.55], [0.5, -0.05, 0.55], [0.5, 0.55, -0.05]):
+        drawn = Row.full(torch.tensor(values, dtype=torch.float64)).quantile(u)
+        expected = (torch.tensor(values) > 0) * torch.tensor(values) / 1.05 * 21_000
+        torch.testing.assert_close(drawn.bincount(minlength=3).float(), expected, rtol=0, atol=1.5)
+    row = Row(torch.tensor(-0.5), torch.tensor([3]), torch.tensor([0.25]), 5)
+    assert (row.quantile(u) == 3).all()
