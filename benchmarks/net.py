@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
 from sedd_objectives import denoising_loss, fused_denoising_loss
-from sedd_train.launch import keep_memory
+from sedd_train.distributed import keep_memory
 from torch import Tensor
 
 Call = Callable[[], object]

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import launch
+from sedd_train import distributed
 from sedd_train.engine import Batch, Loss, start_engine, train_step
 from sedd_train.objectives import ScoreEntropy
 from torch import nn
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 32], metavar="B", help="sequences a step")
     given = parser.parse_args()
     waited = waiting(given)  # first: this process is yet in nobody's world
-    launch.start()
+    distributed.start()
     parameters = sum(p.numel() for p in network(given).parameters())
     print(
         f"SEDD {given.depth} x {given.width}, {parameters / 1e6:.1f} M parameters, N = {STATES}, L = {given.length}, "

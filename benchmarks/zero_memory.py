@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import launch, plan
+from sedd_train import distributed, plan
 from sedd_train.ema import EMA
 from sedd_train.engine import Loss, start_engine, train_step
 from sedd_train.objectives import ScoreEntropy
@@ -45,7 +45,7 @@ def main() -> None:
 
 def measure(given: argparse.Namespace) -> None:
     """Take a step, count, and print a row of the table on rank 0."""
-    launch.start()
+    distributed.start()
     ranks, stage, before = dist.get_world_size(), given.stage, live()
     graph, noise = Absorbing(STATES - 1), LogLinear()
     sizes = {"width": given.width, "depth": given.depth, "heads": given.width // 64, "length": 8, "dropout": 0.0}
@@ -63,7 +63,7 @@ def measure(given: argparse.Namespace) -> None:
     if dist.get_rank() == 0:
         columns = [f"{parameters / 1e6:.1f} M", f"{held / 1e9:.3f} GB", f"{expected / 1e9:.3f} GB"]
         print(f"| {ranks} | {stage} | {' | '.join(columns)} | {held / expected:.3f} |", flush=True)
-    launch.finish()
+    distributed.finish()
 
 
 def live() -> int:

@@ -11,8 +11,9 @@ import math
 from pathlib import Path
 
 import torch
-from sedd_train import data, evaluate, load, report
+from sedd_train import corpora, evaluate, load, loggers, plotting
 from sedd_train.evaluation import by_noise_level
+from sedd_train.tokens import tokenise, unigram_entropy
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument(
@@ -46,8 +47,8 @@ try:
     length = args.length or net.length
     if not 1 <= length <= net.length:
         raise ValueError(f"--length {length}: the model takes 1 to {net.length} tokens")
-    source = data.documents(args.corpus)
-    text = data.tokenise({"train": source.train, "valid": source.valid, "test": source.test}[args.split](), tokenizer)
+    source = corpora.load_texts(args.corpus)
+    text = tokenise({"train": source.train, "valid": source.valid, "test": source.test}[args.split](), tokenizer)
     have = text.blocks(length)
     if have == 0:
         raise ValueError(
@@ -75,8 +76,8 @@ bound = evaluate(
 if args.levels:
     levels = by_noise_level(net, graph, noise, blocks, seed=args.seed, chunk=args.batch_size)
     line = {name: value.tolist() for name, value in vars(levels).items()}
-    report.levels_picture({args.checkpoint: line}, Path(args.levels))
-unigram = data.unigram_entropy(text.flat) / math.log(2) / text.characters_per_token
+    plotting.noise_levels({args.checkpoint: line}, Path(args.levels))
+unigram = unigram_entropy(text.flat) / math.log(2) / text.characters_per_token
 if args.json:
     result = {
         "nats_per_token": bound.nats_per_token,
@@ -88,7 +89,7 @@ if args.json:
         "length": length,
         "num_times": args.num_times,
     }
-    print(report.to_json(result))
+    print(loggers.to_json(result))
 else:
     print(
         f"{len(blocks)} blocks of {length} tokens of {args.corpus}, {args.num_times} noise levels each\n"

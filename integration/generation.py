@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 from judge import Judge, add_judge_option, load_judge, only_characters, shares_tokens, to_text
-from sedd_train import data
+from sedd_train import corpora, loading
+from sedd_train.tokens import tokenise
 from systems import METHODS, Checkpoint, add_model_options, named, read_causal, read_checkpoint
 from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from torch import Tensor
@@ -167,13 +168,13 @@ def rows_of(checkpoint: Checkpoint, args: argparse.Namespace) -> list[Row]:
 
     rows = []
     if args.corpus:
-        text = data.tokenise(data.documents(args.corpus).valid(), checkpoint.tokenizer)
+        text = tokenise(corpora.load_texts(args.corpus).valid(), checkpoint.tokenizer)
         have = text.blocks(length)
         if have == 0:
             raise ValueError(f"the held-out part of {args.corpus} has {len(text)} tokens, less than one of {length}")
 
         def block(numbers: range) -> Tensor:
-            return text.block(data.order(args.seed, numbers, have), length)
+            return text.block(loading.order(args.seed, numbers, have), length)
 
         source = fingerprint(torch.from_numpy(text.flat))
         rows.append(Row(checkpoint, HELD_OUT, None, block, most=have, source=source))

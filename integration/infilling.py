@@ -36,7 +36,8 @@ from typing import Any
 import torch
 from judge import Judge, add_judge_option, load_judge, shares_tokens, to_text
 from sedd_samplers import draw_categorical
-from sedd_train import data
+from sedd_train import corpora, loading
+from sedd_train.tokens import Tokens, tokenise
 from systems import METHODS, Checkpoint, Filler, add_model_options, named, read_causal, read_checkpoint
 from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from torch import Tensor
@@ -89,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     checkpoints += [read_causal(*named(source)) for source in args.causal]
     check(checkpoints, args)
     tokenizer = checkpoints[0].tokenizer
-    corpus = data.documents(args.corpus)
-    windows, others = cut(data.tokenise(corpus.valid(), tokenizer), tokenizer.eos_token_id, args)
+    corpus = corpora.load_texts(args.corpus)
+    windows, others = cut(tokenise(corpus.valid(), tokenizer), tokenizer.eos_token_id, args)
     systems = {name: fill for checkpoint in checkpoints for name, fill in systems_of(checkpoint, args).items()}
     systems[FREQUENCIES] = at_frequencies(windows)
     judge = load_judge(args.judge, args.device)
@@ -191,7 +192,7 @@ def check(checkpoints: Sequence[Checkpoint], args: argparse.Namespace) -> None:
             raise ValueError(f"--method first-hitting needs models that mask, and {checkpoint.name} does not")
 
 
-def cut(text: data.Tokens, end: int | None, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def cut(text: Tokens, end: int | None, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Windows of one document each, drawn from all there are, and as many others: (num, length), (num or 0, length).
 
     Raises:
@@ -200,7 +201,7 @@ def cut(text: data.Tokens, end: int | None, args: argparse.Namespace) -> tuple[T
     have = text.blocks(args.length)
     blocks = torch.zeros(0, args.length, dtype=torch.int64)
     if have:
-        blocks = text.block(data.order(args.seed, range(have), have), args.length)
+        blocks = text.block(loading.order(args.seed, range(have), have), args.length)
         blocks = blocks if end is None else blocks[(blocks != end).all(1)]
     if len(blocks) < args.num:
         raise ValueError(

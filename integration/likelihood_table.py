@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sedd_train import data, load_trained, recipes
+from sedd_train import load_trained, recipes, token_cache
 from sedd_train.evaluation import bounds
 from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from torch import Tensor
@@ -119,7 +119,7 @@ def main() -> None:
         if args.padded and recipe.crops:
             raise ValueError(f"--padded: {args.table} is cut into crops of one text, and has no documents")
         source = args.corpus or recipe.corpus
-        corpus = data.prepare(source, recipe.tokenizer, args.cache, say)
+        corpus = token_cache.prepare(source, recipe.tokenizer, args.cache, say)
         corpus.check_length(recipe.length, packing=not args.padded)
         have = corpus.test.documents if args.padded else corpus.test.blocks(recipe.length)
         if not 0 <= args.blocks <= have:

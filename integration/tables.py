@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sedd_train.report import to_json
+from sedd_train.loggers import to_json
 from torch import Tensor
 
 __all__ = ["Results", "mean_and_error", "with_error", "fingerprint", "markdown", "panels", "save_picture"]

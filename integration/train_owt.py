@@ -24,11 +24,26 @@ from typing import Any
 
 import torch
 from sedd_nets import init_local_attention, init_unigram_bias
-from sedd_train import checkpoint, data, launch, plan, pretrained, randomness, recipes, report, speed, watch
-from sedd_train.boards import Boards
+from sedd_train import (
+    checkpoint,
+    distributed,
+    flops,
+    loading,
+    loggers,
+    nonfinite,
+    plan,
+    plotting,
+    pretrained,
+    randomness,
+    recipes,
+    report,
+    token_cache,
+    tokens,
+)
 from sedd_train.ema import EMA
 from sedd_train.engine import Batch, Loss, learning_rate, start_engine, train_step
 from sedd_train.evaluation import by_noise_level, measure
+from sedd_train.loggers import Loggers
 from tqdm import tqdm
 
 # Arguments
@@ -79,7 +94,7 @@ given = {name: value for name, value in vars(args).items() if name in recipes.Re
 
 # Everything that can be wrong is looked at before the processes meet and work is done
 
-rank, world_size = launch.place()
+rank, world_size = distributed.place()
 
 
 def say(text: str) -> None:
@@ -94,7 +109,7 @@ try:
         say(plan.describe(recipe, args.plan or world_size, args.cache))
         sys.exit(0)
     micro_batches = recipe.micro_batches(world_size)
-    corpus = data.prepare(recipe.corpus, recipe.tokenizer, args.cache, say, streaming=recipe.streaming)
+    corpus = token_cache.prepare(recipe.corpus, recipe.tokenizer, args.cache, say, streaming=recipe.streaming)
     corpus.check_length(recipe.length, packing=recipe.packing)
     vocab_size = len(corpus.tokenizer)
     graph = pretrained.make_graph(recipe.graph, vocab_size)
@@ -121,8 +136,8 @@ except (ValueError, OSError, checkpoint.CheckpointError) as error:
 
 # The engine, the moving average, and where they were
 
-preemption = launch.Preemption()
-device = launch.start()
+preemption = distributed.Preemption()
+device = distributed.start()
 averaged = (
     pretrained.make_net(recipe, graph.num_states).to(device).eval().requires_grad_(False)
 )  # holds the average for evaluation and samples
@@ -151,13 +166,13 @@ if saved:
 end = None if recipe.packing else corpus.tokenizer.eos_token_id  # what rows are filled up with
 blocks = corpus.train.blocks(recipe.length) if recipe.packing else corpus.train.documents
 valid, valid_lengths = corpus.valid.first(recipe.evaluate_blocks, recipe.length, end)
-unigram = data.unigram_entropy(corpus.valid.flat)
+unigram = tokens.unigram_entropy(corpus.valid.flat)
 tokens_a_step = recipe.batch_size * recipe.length
-flops_a_step = tokens_a_step * speed.training_flops(net, objective, recipe.length, recipe.t_min)
-peak = speed.peak_flops(recipe.precision, args.peak_tflops)
+flops_a_step = tokens_a_step * flops.training_flops(net, objective, recipe.length, recipe.t_min)
+peak = flops.peak_flops(recipe.precision, args.peak_tflops)
 if rank == 0:
     (output / "recipe.toml").write_text(recipes.to_toml(recipe))
-    log = report.Log(output / "log.jsonl", first)
+    log = loggers.Log(output / "log.jsonl", first)
     place = f"{world_size} x {torch.cuda.get_device_name() if device.type == 'cuda' else device.type}"
     log.write(
         "start",
@@ -169,7 +184,7 @@ if rank == 0:
         characters_per_token=corpus.valid.characters_per_token,
         environment=report.environment(place),
     )
-    boards = Boards(output, first, tensorboard=args.tensorboard, wandb=args.wandb, values=dataclasses.asdict(recipe))
+    copies = Loggers(output, first, tensorboard=args.tensorboard, wandb=args.wandb, values=dataclasses.asdict(recipe))
 say(
     f"{parameters / 1e6:.1f} M parameters, {len(corpus.train) / 1e6:.1f} M training tokens in {blocks} blocks of "
     f"{recipe.length}, vocabulary of {vocab_size}\n"
@@ -177,7 +192,7 @@ say(
     f"{world_size} x {device.type}, ZeRO {recipe.zero_stage}, {recipe.precision}"
     + (f"; continuing at step {first}" if saved else "")
 )
-if recipe.precision == "bf16" and speed.emulates_bf16():
+if recipe.precision == "bf16" and flops.emulates_bf16():
     say("this CPU has no instructions for bfloat16 and takes many times as long in it: --precision fp32 is faster here")
 
 # Training
@@ -186,8 +201,8 @@ if recipe.precision == "bf16" and speed.emulates_bf16():
 def where(numbers: Sequence[int]) -> list[int]:
     """Where in the training text these samples of the run begin, in tokens; without packing, which documents."""
     if recipe.crops:
-        return data.crops(recipe.seed, numbers, len(corpus.train), recipe.length)
-    order = data.order(recipe.seed, numbers, blocks)
+        return loading.crops(recipe.seed, numbers, len(corpus.train), recipe.length)
+    order = loading.order(recipe.seed, numbers, blocks)
     return [block * recipe.length for block in order] if recipe.packing else order
 
 
@@ -221,9 +236,9 @@ def make(step: int) -> list[Batch]:
 
 
 def note(kind: str, **values: Any) -> None:
-    """Put something into the log and on the boards. Rank 0 alone."""
+    """Put something into the log and on the copies. Rank 0 alone."""
     log.write(kind, **values)
-    boards.write(kind, **values)
+    copies.write(kind, **values)
 
 
 def look(step: int) -> float:
@@ -286,7 +301,7 @@ def save(step: int, bound: float | None) -> Path:
 calm = 0.5 if sys.stderr.isatty() else 30.0  # seconds between redrawings of the bar; a file gets few
 bar = tqdm(total=recipe.steps, initial=first, unit="step", disable=rank != 0, smoothing=0.05, mininterval=calm)
 smooth, average_seconds, skipped, clock, failure = math.nan, math.nan, 0, time.perf_counter(), ""
-for step, made in zip(range(first, recipe.steps), data.ahead(make, range(first, recipe.steps)), strict=True):
+for step, made in zip(range(first, recipe.steps), loading.ahead(make, range(first, recipe.steps)), strict=True):
     waited = time.perf_counter() - clock
     lr = learning_rate(
         step, peak=recipe.learning_rate, warmup=recipe.warmup, steps=recipe.steps, decay_to=recipe.decay_to
@@ -318,11 +333,11 @@ for step, made in zip(range(first, recipe.steps), data.ahead(make, range(first, 
             tokens_per_second=round(tokens_a_step / seconds),
             mfu=used,
             waited_for_data=waited / seconds,
-            memory_gb=speed.memory() / 1e9,
+            memory_gb=flops.memory() / 1e9,
             eta_seconds=round(average_seconds * (recipe.steps - step - 1)),
         )
     if not done.applied:
-        bad = watch.not_finite(done.losses, samples(step))
+        bad = nonfinite.not_finite(done.losses, samples(step))
         say(
             f"step {step + 1} skipped, {skipped} in a row: loss {loss:.4g}, gradient norm {done.grad_norm:.4g}; "
             f"{len(bad)} of {recipe.batch_size} samples have a loss that is not finite"
@@ -332,7 +347,7 @@ for step, made in zip(range(first, recipe.steps), data.ahead(make, range(first, 
             found = {"samples": at_fault, "starts": where(at_fault)}
             log.write("skipped", step=step + 1, loss=loss, grad_norm=done.grad_norm, **found)
     if skipped >= recipe.max_skipped:
-        diagnosis = watch.diagnose(engine, made, samples(step))
+        diagnosis = nonfinite.diagnose(engine, made, samples(step))
         if rank == 0:
             log.write("diagnosis", step=step + 1, text=diagnosis)
         failure = (
@@ -357,18 +372,18 @@ for step, made in zip(range(first, recipe.steps), data.ahead(make, range(first, 
             break
     if done.stop:
         say(f"stopped by a signal after step {step + 1}, and saved; --resume continues from there")
-        launch.finish()
+        distributed.finish()
     clock = time.perf_counter()
 bar.close()
 if failure:
     say(f"train_owt.py: error: {failure}")
-    launch.finish(1)
+    distributed.finish(1)
 
 # Summary
 
 average = ema.gather()
 if rank == 0:
-    last = [line for line in report.read(output / "log.jsonl") if line["kind"] == "valid"][-1]
+    last = [line for line in loggers.read(output / "log.jsonl") if line["kind"] == "valid"][-1]
     unigram_bits = unigram / math.log(2) / corpus.valid.characters_per_token
     summary = {
         "steps": recipe.steps,
@@ -379,20 +394,20 @@ if rank == 0:
     }
     try:
         checkpoint.export(output / "export", net, average, corpus.tokenizer, sections)
-        report.picture(
+        plotting.loss_curve(
             output / "log.jsonl",
             output / "loss.png",
             title=f"{output.name}: {parameters / 1e6:.1f} M parameters, {recipe.graph}",
             unigram_entropy=unigram,
             characters_per_token=corpus.valid.characters_per_token,
         )
-        if levels := report.levels_of(output / "log.jsonl"):
-            report.levels_picture(levels, output / "levels.png")
-        (output / "summary.json").write_text(report.to_json(summary, indent=1))
+        if levels := plotting.levels_of(output / "log.jsonl"):
+            plotting.noise_levels(levels, output / "levels.png")
+        (output / "summary.json").write_text(loggers.to_json(summary, indent=1))
         (output / "report.html").write_text(report.page(output), encoding="utf-8")
     except OSError as error:
         say(f"train_owt.py: error: {error}; the model is safe in the last checkpoint in {output / 'checkpoints'}")
-        launch.finish(1)
+        distributed.finish(1)
     best = checkpoint.best(output / "checkpoints")
     say(
         f"\nheld-out bound          {last['bits_per_character']:.3f} bits a character  "
@@ -409,4 +424,4 @@ if rank == 0:
             f"sample from it with     python integration/sample.py --checkpoint {output / 'export'} "
             f"--prefix {shlex.quote(prefix)}"
         )
-launch.finish()
+distributed.finish()

@@ -33,8 +33,9 @@ from typing import Any
 import torch
 from judge import shares_tokens
 from sedd_objectives import autoregressive_loss
-from sedd_train import data, detokenizers, load_trained, randomness
+from sedd_train import corpora, detokenizers, load_trained, randomness
 from sedd_train.objectives import Autoregressive
+from sedd_train.tokens import Tokens, tokenise
 from systems import add_model_options, load_with_start, named, weights_fingerprint
 from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from torch import Generator, Tensor
@@ -207,7 +208,7 @@ def texts_of(name: str, args: argparse.Namespace) -> tuple[str, Iterable[str]]:
     """
     part, path = args.part[name], args.data.get(name)
     rows = args.documents == "rows"
-    source = data.documents(f"{name}:{path}" if path else name, rows=rows, streaming=True)
+    source = corpora.load_texts(f"{name}:{path}" if path else name, rows=rows, streaming=True)
     if path and Path(path).is_file():
         held_out = any(word in Path(path).name for word in ("valid", "test"))
         texts = source.test() if held_out else itertools.chain(source.train(), source.valid())
@@ -221,7 +222,7 @@ def measure_set(name: str, systems: Sequence[System], results: Results, args: ar
     Raises:
         ValueError, OSError: the set cannot be had, is too short, or is another one than what the results hold.
     """
-    read: list[tuple[Any, str, data.Tokens]] = []  # by tokenizer: most models share one
+    read: list[tuple[Any, str, Tokens]] = []  # by tokenizer: most models share one
     for system in systems:
         cell = results.cells.get(f"{system.name} | {name}")
         if cell is not None and len(cell["nats"]) == cell["blocks"]:
@@ -229,14 +230,12 @@ def measure_set(name: str, systems: Sequence[System], results: Results, args: ar
         found = next((it for it in read if shares_tokens(it[0], system.tokenizer)), None)
         if found is None:
             part, texts = texts_of(name, args)
-            found = (system.tokenizer, part, data.tokenise(texts, system.tokenizer))
+            found = (system.tokenizer, part, tokenise(texts, system.tokenizer))
             read.append(found)
         measure(name, system, *found[1:], results, args)
 
 
-def measure(
-    name: str, system: System, part: str, text: data.Tokens, results: Results, args: argparse.Namespace
-) -> None:
+def measure(name: str, system: System, part: str, text: Tokens, results: Results, args: argparse.Namespace) -> None:
     """Measure the blocks that a model still lacks; each batch is kept as soon as it is done.
 
     Raises:

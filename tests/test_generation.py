@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_nets import SEDD, Causal
-from sedd_train import data, load, load_trained
+from sedd_train import load, load_trained, tokenizers
 from transformers import GPT2LMHeadModel
 
 INTEGRATION = Path(__file__).parents[1] / "integration"
@@ -33,7 +33,7 @@ def script() -> Any:
 
 @pytest.fixture(scope="module")
 def coder() -> Any:
-    return data.tokenizer("bpe:280", lambda: TEXTS)
+    return tokenizers.load_tokenizer("bpe:280", lambda: TEXTS)
 
 
 def save_net(folder: Path, net: Any, coder: Any, **sections: Any) -> Path:
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, coder: Any, save_causal: Any)
     absorb, uniform = SEDD(len(coder) + 1, cond_dim=8, **sizes), SEDD(len(coder), cond_dim=8, **sizes)
     start = {"graph": {"type": "absorb"}, **LOGLINEAR, "objective": {"type": "autoregressive"}}
     d3pm = {"graph": {"type": "absorb"}, **LOGLINEAR, "objective": {"type": "d3pm", "steps": 100}}
-    characters = data.tokenizer("characters")
+    characters = tokenizers.load_tokenizer("characters")
     (root / "corpus.txt").write_text("".join(TEXTS) * 40)
     return {
         "absorb": save_net(root / "absorb", absorb, coder, graph={"type": "absorb"}, **LOGLINEAR),
@@ -63,7 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, coder: Any, save_causal: Any)
         ),
         "d3pm": save_net(root / "d3pm", SEDD(len(coder) + 1, cond_dim=8, **sizes), coder, **d3pm),
         "judge": save_causal(root / "judge", coder),
-        "other judge": save_causal(root / "other", data.tokenizer("bpe:270", lambda: TEXTS)),
+        "other judge": save_causal(root / "other", tokenizers.load_tokenizer("bpe:270", lambda: TEXTS)),
         "short judge": save_causal(root / "short", coder, context=8),
         "corpus": root / "corpus.txt",
     }
@@ -175,7 +175,7 @@ def test_another_tokenizer_is_given_the_text(run: Any, made: dict[str, Path], tm
     results = run("--num", 2, "--methods", "tweedie", "--steps", 4, judge="other judge", of=("characters",))
     assert "the judge reads the decoded text, tokenised anew" in (tmp_path / "out.md").read_text()
     cell = results.cells["characters | tweedie | 4"]
-    coder = data.tokenizer(str(made["other judge"]))
+    coder = tokenizers.load_tokenizer(str(made["other judge"]))
     judge = GPT2LMHeadModel.from_pretrained(made["other judge"]).eval()
     for text, bits in zip(cell["texts"], cell["bits"], strict=True):
         assert len(text) == LENGTH

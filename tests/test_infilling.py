@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_nets import SEDD, Causal
-from sedd_train import data
+from sedd_train import tokenizers
 
 INTEGRATION = Path(__file__).parents[1] / "integration"
 TEXTS = ["the state of the union is strong and the people of the states are free ", "we the people of the union "] * 9
@@ -30,7 +30,7 @@ def script() -> Any:
 def made(tmp_path_factory: pytest.TempPathFactory, save_causal: Any) -> dict[str, Path]:
     """A score model, an autoregressive one, one of other tokens, two causal models of transformers, and a corpus."""
     root = tmp_path_factory.mktemp("made")
-    coder, other = (data.tokenizer(name, lambda: TEXTS) for name in ("bpe:280", "bpe:270"))
+    coder, other = (tokenizers.load_tokenizer(name, lambda: TEXTS) for name in ("bpe:280", "bpe:270"))
     sizes: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "length": 16, "dropout": 0.0}
     absorb = {"graph": {"type": "absorb"}, "noise": {"type": "loglinear"}}
     causal = {**absorb, "objective": {"type": "autoregressive"}}

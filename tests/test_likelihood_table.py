@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sedd_train.alphabet import to_text8
+from sedd_train.text8 import to_text8
 
 SCRIPT = Path(__file__).parents[1] / "integration" / "likelihood_table.py"
 TINY = (

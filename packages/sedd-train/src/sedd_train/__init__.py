@@ -1,9 +1,10 @@
 """Training discrete diffusion language models by score entropy, with DeepSpeed ZeRO.
 
-Modules, in the order of a run: `recipes` (its numbers), `launch` (its processes), `data` (text to blocks; by `alphabet`
-and `detokenizers` as benchmarks have it), `randomness` (times and noise), `objectives` (the losses), `engine` (the
-step), `ema`, `evaluation`, `checkpoint`, `report`; `pretrained` reads what came out, `prompts` says which tokens of a
-sample are given.
+Modules, in the order of a run: `recipes` (its numbers), `distributed` (its processes), `corpora` (documents; by `text8`
+and `detokenizers` as benchmarks have them), `tokenizers`, `tokens` (blocks, rows), `token_cache`, `loading` (the
+order), `randomness` (times and noise), `objectives` (the losses), `engine` (the step), `zero_shards` and `ema`,
+`nonfinite`, `evaluation`, `checkpoint`, `loggers`, `plotting`, `report`; `plan` and `flops` say what a run costs,
+`pretrained` reads what came out, `prompts` says which tokens of a sample are given.
 """
 
 from importlib.metadata import version

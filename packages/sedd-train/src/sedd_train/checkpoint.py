@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sedd_train import shards
+from sedd_train import zero_shards
 from sedd_train.ema import EMA
-from sedd_train.report import to_json
+from sedd_train.loggers import to_json
 
 __all__ = [
     *("CheckpointError", "Checkpoint", "save", "with_buffers", "export"),
@@ -97,14 +97,14 @@ def save(
     Raises:
         CheckpointError: on every rank, if it could not be written; the checkpoints before it are intact.
     """
-    tensors = {f"weights/{name}": value for name, value in shards.gather(engine).items()}
+    tensors = {f"weights/{name}": value for name, value in zero_shards.gather(engine).items()}
     states = engine.basic_optimizer.state
-    pieces = [states.get(master, {}) for master in shards.owned(engine)]
+    pieces = [states.get(master, {}) for master in zero_shards.owned(engine)]
     adam_steps = 0
     if all("exp_avg" in piece for piece in pieces):
         adam_steps = max((int(piece["step"]) for piece in pieces), default=0)
         for moment in MOMENTS:
-            whole = shards.gather(engine, [piece[moment] for piece in pieces])
+            whole = zero_shards.gather(engine, [piece[moment] for piece in pieces])
             tensors |= {f"{moment}/{name}": value for name, value in whole.items()}
     average = ema.gather()
     folder = run / f"step-{step:08d}"
@@ -286,9 +286,9 @@ def last(run: Path, fingerprint: str) -> Checkpoint:
 def restore(checkpoint: Checkpoint, engine: Any, ema: EMA) -> None:
     """Bring AdamW and the moving average where they were. The engine was started from `checkpoint.weights`."""
     if checkpoint.moments:
-        moments = {name: shards.scatter(engine, values) for name, values in checkpoint.moments.items()}
+        moments = {name: zero_shards.scatter(engine, values) for name, values in checkpoint.moments.items()}
         steps = float(checkpoint.manifest["adam_steps"])
-        for i, master in enumerate(shards.owned(engine)):
+        for i, master in enumerate(zero_shards.owned(engine)):
             state = {name: pieces[i] for name, pieces in moments.items()}
             engine.basic_optimizer.state[master] = {"step": torch.tensor(steps, device=master.device), **state}
     ema.restore(checkpoint.average, int(checkpoint.manifest["ema_updates"]))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd_train import shards
+from sedd_train import zero_shards
 
 __all__ = ["EMA"]
 
@@ -29,21 +29,21 @@ class EMA:
         self.engine = engine
         self.decay = decay
         self.updates = 0
-        self.pieces = [master.detach().clone() for master in shards.owned(engine)]
+        self.pieces = [master.detach().clone() for master in zero_shards.owned(engine)]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the weights; call it after each step that the engine applied, and after no other."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for piece, master in zip(self.pieces, shards.owned(self.engine), strict=True):
+        for piece, master in zip(self.pieces, zero_shards.owned(self.engine), strict=True):
             piece.lerp_(master.detach(), 1 - decay)
         self.updates += 1
 
     def gather(self) -> dict[str, Tensor]:
         """The averaged weights by name, whole, on the CPU of every rank. Collective."""
-        return shards.gather(self.engine, self.pieces)
+        return zero_shards.gather(self.engine, self.pieces)
 
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Continue from averaged weights as `gather` gave them, after so many updates."""
-        self.pieces = shards.scatter(self.engine, tensors)
+        self.pieces = zero_shards.scatter(self.engine, tensors)
         self.updates = updates

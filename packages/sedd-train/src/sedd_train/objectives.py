@@ -35,7 +35,7 @@ from sedd_samplers import Ancestral, Control, allowed, from_logits, sample, samp
 from torch import Generator, Tensor
 
 from sedd_train import randomness
-from sedd_train.data import inside
+from sedd_train.tokens import inside
 
 __all__ = ["Objective", "ScoreEntropy", "D3PM", "Autoregressive"]
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd_train import data, pretrained, speed
+from sedd_train import flops, pretrained, token_cache, tokenizers
 from sedd_train.recipes import Recipe
 
 __all__ = ["memory", "activations", "describe", "STAGES"]
@@ -114,7 +114,7 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
     """
     micro_batches = recipe.micro_batches(ranks)
     micro_batch = recipe.batch_size // micro_batches
-    graph = pretrained.make_graph(recipe.graph, data.vocab_size(recipe.tokenizer))
+    graph = pretrained.make_graph(recipe.graph, tokenizers.vocab_size(recipe.tokenizer))
     sections = pretrained.sections(recipe, tokens=graph.num_states)
     objective = pretrained.make_objective(sections["objective"], graph, pretrained.make_noise(sections["noise"]))
     with torch.device("meta"):
@@ -129,8 +129,8 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
 
     kept = micro_batch * activations(shallow, recipe.depth, recipe.length, precision=recipe.precision)
     step_tokens = recipe.batch_size * recipe.length
-    flops = speed.training_flops(net, objective, recipe.length, recipe.t_min)
-    corpus = data.cached(recipe.corpus, recipe.tokenizer, cache)
+    arithmetic = flops.training_flops(net, objective, recipe.length, recipe.t_min)
+    corpus = token_cache.cached(recipe.corpus, recipe.tokenizer, cache)
     epochs = "not tokenised yet"
     if corpus is not None:
         blocks = corpus.train.blocks(recipe.length)
@@ -142,8 +142,8 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
         f"step         {recipe.batch_size} sequences of {recipe.length} = {ranks} ranks x {micro_batches // ranks} "
         f"micro-batches x {micro_batch}; {step_tokens:,} tokens",
         f"run          {recipe.steps:,} steps, {recipe.steps * step_tokens:,} tokens",
-        f"arithmetic   {flops / 1e9:.3g} GFLOP a token, {flops * step_tokens / 1e12:.3g} TFLOP a step, "
-        f"{flops * step_tokens * recipe.steps / 1e18:.3g} EFLOP in all",
+        f"arithmetic   {arithmetic / 1e9:.3g} GFLOP a token, {arithmetic * step_tokens / 1e12:.3g} TFLOP a step, "
+        f"{arithmetic * step_tokens * recipe.steps / 1e18:.3g} EFLOP in all",
         f"checkpoints  {16 * parameters / 1e9:.2f} GB each, every {recipe.checkpoint_every} steps; "
         f"the last {recipe.keep} and the best are kept",
         "",

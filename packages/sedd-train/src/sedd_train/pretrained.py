@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sedd_graphs import Absorbing, Geometric, LogLinear, Uniform
 from sedd_nets import MDLM, RADD, SEDD, Causal, from_pretrained
 
-from sedd_train import data
+from sedd_train import tokenizers
 from sedd_train.objectives import D3PM, Autoregressive, Objective, ScoreEntropy
 from sedd_train.recipes import Recipe
 
@@ -85,9 +85,9 @@ def load_trained(folder_or_name: str | Path, *, tokenizer: Any = None) -> Traine
     vocabulary = graph.num_states - (graph.mask_id is not None)
     if tokenizer is None:
         if isinstance(source, Path) and (source / "tokenizer.json").exists():
-            tokenizer = data.tokenizer(str(source))
+            tokenizer = tokenizers.load_tokenizer(str(source))
         elif vocabulary == GPT2_SIZE:
-            tokenizer = data.tokenizer("gpt2")
+            tokenizer = tokenizers.load_tokenizer("gpt2")
         else:
             raise ValueError(
                 f"{source} has no tokenizer.json and {vocabulary} tokens, which is not GPT-2's {GPT2_SIZE}: give the "

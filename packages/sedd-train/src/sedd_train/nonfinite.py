@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sedd_train import shards
+from sedd_train import zero_shards
 from sedd_train.engine import Batch
 
 __all__ = ["not_finite", "diagnose"]
@@ -66,7 +66,7 @@ def diagnose(engine: Any, batches: Iterable[Batch], samples: Sequence[int]) -> s
     found = [part for part in _from_all((seen.first(seen.outputs), seen.first(seen.gradients), rows)) if part]
     rows = sorted(row for _, _, part in found for row in part)
     bad = [row for row in rows if not math.isfinite(row[2])]
-    lines = [_weights(shards.gather(engine))]
+    lines = [_weights(zero_shards.gather(engine))]
     forward = [f"rank {rank}: {first}" for rank, (first, _, _) in enumerate(found) if first]
     backward = [f"rank {rank}: {first}" for rank, (_, first, _) in enumerate(found) if first]
     if forward:

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens a second, the share of the hardware's peak (MFU), memory, and the time it still needs.
+"""What a step costs and what the hardware gives: arithmetic a token, peak FLOP/s (for the MFU), and memory.
 
 The utilisation counts the arithmetic that the model needs, three times a forward pass (one forward, two backward), not
 what is computed again to save memory. Only positions into which a jump may lead reach the head: under an absorbing
@@ -15,7 +15,7 @@ import torch
 
 from sedd_train.objectives import Autoregressive, Objective
 
-__all__ = ["training_flops", "peak_flops", "emulates_bf16", "memory", "duration"]
+__all__ = ["training_flops", "peak_flops", "emulates_bf16", "memory"]
 
 PEAKS = {  # dense, of one device, as their makers state: (bfloat16, float32) in FLOP/s
     "H200": (989e12, 67e12),
@@ -73,11 +73,3 @@ def memory() -> float:
         return float(torch.cuda.max_memory_allocated())
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(most if sys.platform == "darwin" else most * 1024)
-
-
-def duration(seconds: float) -> str:
-    """A length of time as one says it: 45 s, 12 min, 3.5 h, 2.1 days."""
-    for size, unit in [(86400, "days"), (3600, "h"), (60, "min")]:
-        if seconds >= size:
-            return f"{seconds / size:.0f} min" if unit == "min" else f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Any
 
-__all__ = ["CHARACTERS", "to_text8"]
+__all__ = ["CHARACTERS", "to_text8", "character_tokenizer"]
 
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -25,3 +26,15 @@ def to_text8(text: str) -> str:
     plain = unicodedata.normalize("NFKD", text.casefold())
     plain = "".join(character for character in plain if not unicodedata.combining(character))
     return re.sub("[^a-z]+", " ", plain.translate(LATIN).translate(SPELT)).strip()
+
+
+def character_tokenizer() -> Any:
+    """One token for each of text8's 27 characters."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    coder = Tokenizer(models.WordLevel({character: i for i, character in enumerate(CHARACTERS)}, unk_token="none"))
+    coder.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    coder.decoder = decoders.Fuse()
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=coder, clean_up_tokenization_spaces=False)

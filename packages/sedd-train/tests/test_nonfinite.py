@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sedd_train import report
+from sedd_train import loggers, plotting
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both():
@@ -37,7 +37,7 @@ def test_training_stops_with_a_diagnosis(train, tmp_path):
     text = (tmp_path / "run" / "log.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    lines = report.read(tmp_path / "run" / "log.jsonl")
+    lines = loggers.read(tmp_path / "run" / "log.jsonl")
     skipped = [line for line in lines if line["kind"] == "skipped"]
     assert len(skipped) == 3
     for line in skipped:
@@ -50,7 +50,7 @@ def test_training_stops_with_a_diagnosis(train, tmp_path):
     assert "weights: all finite, the largest 1e+30" in diagnosis
     assert "is the first that is not finite" in diagnosis
     assert "(t = 0." in diagnosis
-    report.picture(
+    plotting.loss_curve(
         tmp_path / "run" / "log.jsonl", tmp_path / "a.png", title="", unigram_entropy=3.0, characters_per_token=1.0
     )
 
@@ -60,7 +60,7 @@ def test_json_is_strict():
         raise AssertionError(constant)
 
     values = {"a": float("nan"), "b": [1.5, float("-inf"), {"c": float("inf")}], "d": (1, None, True, "NaN")}
-    text = report.to_json(values)
+    text = loggers.to_json(values)
     expected = {"a": None, "b": [1.5, None, {"c": None}], "d": [1, None, True, "NaN"]}
     assert json.loads(text, parse_constant=refuse) == expected
 
