@@ -31,7 +31,7 @@ def by_definition(qkv, ids):
 @pytest.mark.parametrize("packed", [False, True])
 def test_sdpa(dtype, packed):
     qkv, ids = projection(dtype), IDS if packed else torch.zeros_like(IDS)
-    out = sdpa(qkv, Documents(ids) if packed else None)
+    out = sdpa(*qkv.unbind(2), Documents(ids) if packed else None)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), by_definition(qkv, ids), atol=TOLERANCE[dtype], rtol=0)
 
@@ -44,9 +44,9 @@ def test_flex_gives_the_same_numbers(dtype, packed):
     qkv, documents = projection(dtype), Documents(IDS) if packed else None
     flex = FlexAttention()
     flex.attend = flex_attention  # uncompiled: the same contract, without a minute of compilation
-    out = flex(qkv, documents)
+    out = flex(*qkv.unbind(2), documents)
     assert out.dtype == dtype
-    torch.testing.assert_close(out, sdpa(qkv, documents), atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(out, sdpa(*qkv.unbind(2), documents), atol=TOLERANCE[dtype], rtol=0)
 
 
 @pytest.mark.slow
@@ -56,9 +56,9 @@ def test_flex_gives_the_same_numbers(dtype, packed):
 def test_compiled_flex_gives_the_same_numbers(dtype, packed):
     qkv, documents = projection(dtype), Documents(IDS) if packed else None
     with torch.no_grad():
-        out = FlexAttention()(qkv, documents)
+        out = FlexAttention()(*qkv.unbind(2), documents)
     assert out.dtype == dtype
-    torch.testing.assert_close(out, sdpa(qkv, documents), atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(out, sdpa(*qkv.unbind(2), documents), atol=TOLERANCE[dtype], rtol=0)
 
 
 def test_block_mask_is_the_documents():
@@ -73,32 +73,33 @@ def test_block_mask_is_the_documents():
 def flash_attn(monkeypatch):
     """A stand-in for the flash-attn package with its signatures, computed by definition."""
 
-    def packed(qkv):
-        return by_definition(qkv, torch.zeros(qkv.shape[:2], dtype=torch.int64)).to(qkv.dtype)
+    def rows(q, k, v):
+        return by_definition(torch.stack([q, k, v], dim=2), torch.zeros(q.shape[:2], dtype=torch.int64)).to(q.dtype)
 
-    def varlen(tokens, cu_seqlens, longest):
-        assert cu_seqlens.dtype == torch.int32
-        assert cu_seqlens[-1] == len(tokens)
-        assert longest == cu_seqlens.diff().max()
-        ids = torch.arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff())
-        return by_definition(tokens[None], ids[None])[0].to(tokens.dtype)
+    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k):
+        assert ends_q.dtype == torch.int32
+        assert ends_q[-1] == len(q)
+        assert longest_q == longest_k == ends_q.diff().max()
+        assert torch.equal(ends_q, ends_k)
+        ids = torch.arange(len(ends_q) - 1).repeat_interleave(ends_q.diff())
+        return by_definition(torch.stack([q, k, v], dim=1)[None], ids[None])[0].to(q.dtype)
 
     module = types.ModuleType("flash_attn")
-    module.flash_attn_qkvpacked_func = packed
-    module.flash_attn_varlen_qkvpacked_func = varlen
+    module.flash_attn_func = rows
+    module.flash_attn_varlen_func = varlen
     monkeypatch.setitem(sys.modules, "flash_attn", module)
 
 
 @pytest.mark.parametrize("ids", [None, IDS, IDS.abs()], ids=["rows", "padding", "no padding"])
 def test_flash_packs_and_unpacks(flash_attn, ids):
     qkv, documents = projection(torch.bfloat16), None if ids is None else Documents(ids)
-    out = FlashAttention()(qkv, documents)
-    torch.testing.assert_close(out, sdpa(qkv, documents), atol=TOLERANCE[torch.bfloat16], rtol=0)
+    out = FlashAttention()(*qkv.unbind(2), documents)
+    torch.testing.assert_close(out, sdpa(*qkv.unbind(2), documents), atol=TOLERANCE[torch.bfloat16], rtol=0)
 
 
 def test_flash_refuses_float32(flash_attn):
     with pytest.raises(TypeError, match=r"was given torch\.float32.*autocast"):
-        FlashAttention()(projection(torch.float32), None)
+        FlashAttention()(*projection(torch.float32).unbind(2), None)
 
 
 def test_flash_missing_says_how_to_install(monkeypatch):
@@ -112,13 +113,13 @@ def test_network_uses_the_attention_it_is_given(make_sedd, batch):
     net = make_sedd()
     given = []
 
-    def recorded(qkv, documents):
-        given.append((tuple(qkv.shape), documents))
-        return sdpa(qkv, documents)
+    def recorded(q, k, v, documents):
+        given.append((q.shape, k.shape, v.shape, documents))
+        return sdpa(q, k, v, documents)
 
     expected = net(x, sigma)
     net.attention = recorded
     documents = Documents(torch.zeros_like(x))
     assert torch.equal(net(x, sigma), expected)
     net(x, sigma, documents=documents)
-    assert given == [((3, 7, 3, 2, 8), None)] * 2 + [((3, 7, 3, 2, 8), documents)] * 2
+    assert given == [*[(*[(3, 7, 2, 8)] * 3, None)] * 2, *[(*[(3, 7, 2, 8)] * 3, documents)] * 2]

@@ -70,7 +70,7 @@ def test_padding_is_read_by_no_one(make_sedd, batch):
 
 def test_padding_attends_to_nothing():
     qkv = torch.randn(3, 7, 3, 2, 4, generator=torch.Generator().manual_seed(7))
-    out = sdpa(qkv, Documents(IDS))
+    out = sdpa(*qkv.unbind(2), Documents(IDS))
     assert (out[IDS < 0] == 0).all()
     assert (out[IDS >= 0] != 0).all()
 

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from sedd_nets import MDLM, RADD, SEDD, init_local_attention, init_unigram_bias
+from sedd_nets.fast.memory_efficient import rotated
 from sedd_nets.initialisation import offset
-from sedd_nets.rotary import rotate
 
 SIZES = {"width": 128, "depth": 3, "heads": 4, "dropout": 0.0, "length": 64}
 
@@ -27,7 +27,7 @@ def test_every_head_of_every_block_looks_first_at_its_offset(net):
     for b, block in enumerate(net.blocks):
         shift, scale = block.adaLN_modulation(c).chunk(6, -1)[:2] if c is not None else (None, None)
         qkv = block.attn_qkv(block.norm1(h, shift, scale)).unflatten(-1, (3, 4, -1))
-        q, k, _ = rotate(qkv, cos, sin).unbind(2)
+        q, k, _ = rotated(qkv, cos, sin)
         weights = torch.einsum("blhd,bmhd->bhlm", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
         for head in range(4):
             inside = torch.arange(16, 48)

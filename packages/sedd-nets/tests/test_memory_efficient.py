@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from sedd_nets.fast.memory_efficient import add_gated, gelu_linear, modulated_norm
-from sedd_nets.rotary import Rotary, rotate
+from sedd_nets.attention import Rotary
+from sedd_nets.fast.memory_efficient import add_gated, gelu_linear, modulated_norm, rotated
 from torch.autograd import gradcheck, gradgradcheck
 
 B, L, D = 2, 3, 4
@@ -15,7 +15,7 @@ def drawn(*shape, seed=0):
 
 def turned(qkv):
     cos, sin = Rotary(D)(L)
-    return rotate(qkv, cos.double(), sin.double())
+    return torch.stack(rotated(qkv, cos.double(), sin.double()), dim=2)
 
 
 CASES = {

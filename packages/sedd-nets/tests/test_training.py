@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-import sedd_nets.transformer
+import sedd_nets.pretrained
 import torch
 from sedd_nets import MDLM, RADD, SEDD, Documents
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -146,7 +146,7 @@ def test_push_to_hub_uploads_a_checkpoint(make_sedd, batch, monkeypatch):
         assert token == "secret"
         return SimpleNamespace(create_repo=create, upload_folder=upload)
 
-    monkeypatch.setattr(sedd_nets.transformer, "HfApi", api)
+    monkeypatch.setattr(sedd_nets.pretrained, "HfApi", api)
     address = net.push_to_hub("me/net", sections={"tokens": 10}, private=True, token="secret", message="First")
     assert address == "https://hub/commit/1"
     assert done == [("me/net", True, True), ("me/net", "First", {"tokens": 10})]

@@ -6,16 +6,14 @@ log p_t(y) / p_t(x) for every state y at every position, (B, L, N).
 
 from importlib.metadata import version
 
-from sedd_nets.attention import Attention, FlashAttention, FlexAttention, sdpa
+from sedd_nets.attention import Attention, sdpa
 from sedd_nets.causal import Causal
 from sedd_nets.conditioning import LabelCondition, PromptCondition
 from sedd_nets.documents import Documents
-from sedd_nets.families import from_pretrained
+from sedd_nets.families import MDLM, RADD, SEDD, from_pretrained
+from sedd_nets.fast.attention import FlashAttention, FlexAttention
 from sedd_nets.initialisation import init_local_attention, init_unigram_bias
-from sedd_nets.mdlm import MDLM
 from sedd_nets.pretrained import read_config
-from sedd_nets.radd import RADD
-from sedd_nets.sedd import SEDD
 
 __all__ = [
     "SEDD",

@@ -1,40 +1,75 @@
-"""Attention over the whole sequence, softmax(q k' / sqrt d) v: three kernels, one contract.
+"""Attention over the whole sequence, softmax(q k' / sqrt d) v, and the rotary angles that tell it of positions.
 
-`net.attention` holds a callable; the default, `sdpa`, runs everywhere. The others are chosen by assigning them,
-`net.attention = FlexAttention()`, and give the same numbers: to 1e-5 in float32, to 2e-2 in bfloat16, relative to
-values of order one. Positions that belong to no document get zeros.
+`net.attention` holds a callable; the default, `sdpa`, runs everywhere. The others (`sedd_nets.fast.attention`) are
+chosen by assigning them, `net.attention = FlexAttention()`, and give the same numbers: to 1e-5 in float32, to 2e-2 in
+bfloat16, relative to values of order one. Positions that belong to no document get zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch import Tensor, nn
 
 from sedd_nets.documents import Documents
 
-__all__ = ["Attention", "FlashAttention", "FlexAttention", "sdpa"]
+__all__ = ["Attention", "Rotary", "sdpa"]
+
+
+class Rotary(nn.Module):
+    """The angles' cosines and sines; `inv_freq` (d/2,) is a buffer because the published files hold it."""
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        # A network cast to bfloat16 keeps these in float32: position 257 times a rounded frequency is another angle.
+        exact = self.inv_freq
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not exact.is_meta:
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (length, d/2) float32."""
+        cos, sin = _turns(self.inv_freq, length)
+        return cos, sin
+
+
+@torch.library.custom_op("sedd_nets::turns", mutates_args=())
+def _turns(inv_freq: Tensor, length: int) -> list[Tensor]:
+    """The cosines and sines of all angles; closed to compilers, which would work them out again at each use."""
+    angle = torch.outer(torch.arange(length, device=inv_freq.device, dtype=torch.float32), inv_freq)
+    return [angle.cos(), angle.sin()]
+
+
+@_turns.register_fake
+def _(inv_freq: Tensor, length: int) -> list[Tensor]:
+    return [inv_freq.new_empty(length, inv_freq.shape[0]) for _ in range(2)]
 
 
 class Attention(Protocol):
     """Any callable that attends."""
 
-    def __call__(self, qkv: Tensor, documents: Documents | None, /) -> Tensor:
-        """Packed queries, keys and values (B, L, 3, H, d) to the heads' outputs (B, L, H, d)."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, /) -> Tensor:
+        """Queries, keys and values, each (B, L, H, d) of any strides, to the heads' outputs (B, L, H, d)."""
 
 
-def sdpa(qkv: Tensor, documents: Documents | None, *, causal: bool = False) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, causal: bool = False) -> Tensor:
     """PyTorch's `scaled_dot_product_attention`, which picks the fastest kernel that the device has.
 
     Documents are attended one by one, so each costs the square of its own length: best for few long documents.
 
     Args:
-        qkv: (B, L, 3, H, d), in the layout that the projection left: the kernels take strided heads, so nothing is
-            copied.
+        q: (B, L, H, d); the kernels take strided heads, so nothing is copied.
+        k: the same.
+        v: the same.
         documents: where attention stays within; None: the whole row.
         causal: whether a position sees none behind it, as in a left-to-right model.
 
@@ -42,70 +77,15 @@ def sdpa(qkv: Tensor, documents: Documents | None, *, causal: bool = False) -> T
         (B, L, H, d).
     """
     if documents is None:
-        q, k, v = qkv.transpose(1, 3).unbind(2)
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-    flat = qkv.flatten(0, 1)
+    flat_q, flat_k, flat_v = (a.flatten(0, 1)[None] for a in (q, k, v))
     out, end = [], 0
     for start, stop in documents.spans:
-        if start > end:
-            out.append(flat.new_zeros(start - end, *flat.shape[-2:]))
-        out.append(sdpa(flat[None, start:stop], None, causal=causal)[0])
+        out.append(v.new_zeros(start - end, *v.shape[-2:]))  # padding
+        of_document = slice(start, stop)
+        attended = sdpa(flat_q[:, of_document], flat_k[:, of_document], flat_v[:, of_document], None, causal=causal)
+        out.append(attended[0])
         end = stop
-    if end < len(flat):
-        out.append(flat.new_zeros(len(flat) - end, *flat.shape[-2:]))
-    return torch.cat(out).view(*qkv.shape[:2], *flat.shape[-2:])
-
-
-class FlexAttention:
-    """PyTorch's FlexAttention, compiled: documents cost only the 128 x 128 blocks they touch.
-
-    Needs what `torch.compile` needs (a C++ compiler on a CPU, Triton on a GPU); on a CPU it has no backward.
-    """
-
-    def __init__(self) -> None:
-        self.attend: Callable[..., Any] = torch.compile(flex_attention)
-
-    def __call__(self, qkv: Tensor, documents: Documents | None) -> Tensor:
-        """(B, L, 3, H, d) to (B, L, H, d)."""
-        q, k, v = qkv.transpose(1, 3).unbind(2)
-        out: Tensor = self.attend(q, k, v, block_mask=None if documents is None else documents.block_mask)
-        return out.transpose(1, 2)
-
-
-class FlashAttention:
-    """The flash-attn package's variable-length kernel, for GPUs, in half precision.
-
-    Raises:
-        ImportError: the package is not installed.
-    """
-
-    def __init__(self) -> None:
-        try:
-            from flash_attn import flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
-        except ImportError as error:
-            raise ImportError(
-                "flash-attn is not installed. `pip install sedd-nets[flash-attn]` builds it (for NVIDIA GPUs, with the "
-                "CUDA toolkit); the default, sedd_nets.sdpa, gives the same numbers without it"
-            ) from error
-        self.packed: Callable[..., Tensor] = flash_attn_qkvpacked_func
-        self.varlen: Callable[..., Tensor] = flash_attn_varlen_qkvpacked_func
-
-    def __call__(self, qkv: Tensor, documents: Documents | None) -> Tensor:
-        """(B, L, 3, H, d) to (B, L, H, d).
-
-        Raises:
-            TypeError: qkv is not in half precision.
-        """
-        if qkv.dtype not in (torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"flash-attn computes in bfloat16 or float16 and was given {qkv.dtype}: run the network under "
-                'torch.autocast("cuda", dtype=torch.bfloat16), or use sedd_nets.sdpa'
-            )
-        if documents is None:
-            return self.packed(qkv)
-        flat = qkv.flatten(0, 1)
-        tokens = flat if documents.kept is None else flat[documents.kept]
-        out = self.varlen(tokens, documents.cu_seqlens, documents.longest)
-        if documents.kept is not None:
-            out = flat.new_zeros(len(flat), *flat.shape[-2:]).index_copy(0, documents.kept, out)
-        return out.view(*qkv.shape[:2], *flat.shape[-2:])
+    out.append(v.new_zeros(flat_v.shape[1] - end, *v.shape[-2:]))
+    return torch.cat(out).view(v.shape)

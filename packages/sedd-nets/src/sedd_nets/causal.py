@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sedd_nets.attention import sdpa
 from sedd_nets.documents import Documents
-from sedd_nets.pretrained import model_section_of
+from sedd_nets.pretrained import model_section_of, sizes_of
 from sedd_nets.transformer import Transformer
 
 __all__ = ["Causal"]
@@ -84,16 +84,12 @@ class Causal(Transformer):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], num_states: int) -> Causal:
         """A fresh network of the sizes in a config that `save_pretrained` wrote. Raises ValueError for another's."""
-        model = model_section_of(config, "Causal", ("hidden_size", "length", "n_blocks", "n_heads"))
+        model = model_section_of(config, "Causal")
         if not cls.describes(config):
             raise ValueError(f"this config.json is not Causal's: its model type is {model.get('type')!r}, not 'causal'")
         return cls(
             num_states,
-            width=model["hidden_size"],
-            depth=model["n_blocks"],
-            heads=model["n_heads"],
-            dropout=model.get("dropout", 0.0),
-            length=model["length"],
+            **sizes_of(model),
         )
 
     def model_section(self) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Class labels and prompt embeddings, on the path by which the noise level enters: c = silu(embed(sigma) + embed(y)).
+"""What modulates the blocks, c = silu(embed(sigma) + embed(y)): the noise level, and a class label or a prompt y.
 
-Both embeddings start at zero, so that a network which gains one still computes what it did, and both have a value
-that means "no condition": a label of -1, a prompt of zeros. Training on such values now and then and combining the
-two scores while sampling is classifier-free guidance (Ho & Salimans, 2022).
+The embeddings of labels and prompts start at zero, so that a network which gains one still computes what it did,
+and both have a value that means "no condition": a label of -1, a prompt of zeros. Training on such values now and then
+and combining the two scores while sampling is classifier-free guidance (Ho & Salimans, 2022).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +15,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sedd_nets.blocks import Float32Linear
+from sedd_nets.checks import at_least_float32
 
-__all__ = ["LabelCondition", "PromptCondition", "condition_from_section"]
+__all__ = ["Float32Linear", "LabelCondition", "PromptCondition", "SigmaEmbedding", "condition_from_section"]
+
+
+class Float32Linear(nn.Linear):
+    """A linear map computed in float32 (float64 stays) whatever autocast or the weight's dtype would have it."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        with torch.autocast(a.device.type, enabled=False):
+            bias = None if self.bias is None else at_least_float32(self.bias)
+            weight = at_least_float32(self.weight)
+            return F.linear(a.to(weight.dtype), weight, bias)
+
+
+class SigmaEmbedding(nn.Module):
+    """The noise level as a vector: sinusoids of geometrically spaced frequencies through a two-layer MLP, float32."""
+
+    def __init__(self, cond_dim: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(Float32Linear(frequencies, cond_dim), nn.SiLU(), Float32Linear(cond_dim, cond_dim))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """Total noise (..., 1) to (..., cond_dim)."""
+        half = self.frequencies // 2
+        frequency = torch.exp(torch.arange(half, device=sigma.device, dtype=sigma.dtype) * (-math.log(10_000) / half))
+        angle = sigma * frequency
+        out: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+        return out
 
 
 class LabelCondition(nn.Module):

@@ -26,8 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from sedd_nets.blocks import Block
-from sedd_nets.transformer import Transformer
+from sedd_nets.transformer import Block, Transformer
 
 __all__ = ["init_unigram_bias", "init_local_attention", "offset"]
 

@@ -8,15 +8,18 @@ Loading is strict: every missing key, extra key and different shape is named.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -26,11 +29,136 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor, nn
 
-__all__ = ["load_strictly", "model_section_of", "read_config", "read_weights", "write_checkpoint"]
+from sedd_nets.conditioning import LabelCondition, PromptCondition, condition_from_section
+
+__all__ = ["Pretrained", "model_section_of", "read_config", "read_weights", "write_checkpoint"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 OLDER_WEIGHTS = "pytorch_model.bin"
+SIZES = {"width": "hidden_size", "depth": "n_blocks", "heads": "n_heads", "length": "length"}
+
+
+class Pretrained(nn.Module, ABC):
+    """A network that is read from a checkpoint and written as one.
+
+    Attributes:
+        key_prefix: what stands before every key in the family's files.
+        sections: see `Transformer`.
+        condition_embed: the same.
+        cond_dim: the same.
+    """
+
+    key_prefix: ClassVar[str] = ""
+    sections: dict[str, Any]
+    condition_embed: LabelCondition | PromptCondition | None
+    cond_dim: int | None
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Mapping[str, Any], num_states: int) -> Self:
+        """A fresh network of the sizes that a checkpoint's config gives. Raises ValueError for another family's."""
+
+    @abstractmethod
+    def model_section(self) -> dict[str, Any]:
+        """The sizes as the published config.json's `model` section names them."""
+
+    @classmethod
+    def from_pretrained(cls, folder_or_name: str | os.PathLike[str], *, revision: str | None = None) -> Self:
+        """The network of a checkpoint folder or of a repository on the Hugging Face hub, in evaluation mode.
+
+        Args:
+            folder_or_name: a folder with config.json and model.safetensors, or a hub name.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            FileNotFoundError: no such folder or repository, or a file is missing in it.
+            ConnectionError: no such folder, and the hub cannot be reached.
+            ValueError: the config is another family's, or the weights do not match it key by key and shape by shape.
+        """
+        config = read_config(folder_or_name, revision=revision)
+        return cls.from_checkpoint(
+            config, read_weights(folder_or_name, revision=revision), source=os.fspath(folder_or_name)
+        )
+
+    @classmethod
+    def from_checkpoint(cls, config: Mapping[str, Any], stored: Mapping[str, Tensor], *, source: str) -> Self:
+        """The network of a checkpoint already read; `source` names it in errors (ValueError, as `from_pretrained`)."""
+        table = cls.key_prefix + "vocab_embed.embedding"
+        fresh = cls.from_config(config, len(stored[table]) if table in stored else 1)
+        if table not in stored:
+            raise ValueError(
+                f"{source} holds no {table}: these are not the weights of {cls.__name__}. It begins with "
+                + ", ".join(sorted(stored)[:3])
+            )
+        condition = config.get("model", {}).get("condition")
+        if condition is not None and fresh.cond_dim is not None:
+            fresh.condition_embed = condition_from_section(condition, fresh.cond_dim)
+        load_strictly(fresh, {key.removeprefix(cls.key_prefix): value for key, value in stored.items()}, source=source)
+        fresh.sections |= {name: copy.deepcopy(value) for name, value in config.items() if name != "model"}
+        return fresh.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        sections: Mapping[str, Any] | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write config.json and model.safetensors in the published format, each replaced atomically.
+
+        Args:
+            folder: created if need be.
+            sections: top-level entries of config.json besides `model`, such as
+                {"tokens": 50257, "graph": {"type": "absorb"}, "noise": {"type": "loglinear"}}; added to, or in place
+                of, `self.sections`. Values must be JSON.
+            state_dict: weights to write instead of the network's own: an average, or shards gathered elsewhere.
+
+        Raises:
+            ValueError: `sections` brings a `model`, or `state_dict` is not this network's.
+            OSError: the folder cannot be written; what it held before is intact.
+        """
+        if sections is not None and "model" in sections:
+            raise ValueError("`sections` may not hold `model`: the network writes that one")
+        own = self.state_dict()
+        state = own if state_dict is None else state_dict
+        if state.keys() != own.keys():
+            raise ValueError(f"state_dict is not this network's; keys that differ: {sorted(state.keys() ^ own.keys())}")
+        model = self.model_section()
+        if self.condition_embed is not None:
+            model["condition"] = self.condition_embed.section()
+        config = {**self.sections, **(sections or {}), "model": model}
+        write_checkpoint(folder, config, {self.key_prefix + key: value for key, value in state.items()})
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        sections: Mapping[str, Any] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Upload the network",
+    ) -> str:
+        """Upload what `save_pretrained` writes to the hub repository `name`, created if need be.
+
+        Args:
+            name: "owner/repository".
+            sections: as for `save_pretrained`.
+            private: whether a new repository is private; None leaves it to the owner's default.
+            token: a token with write access; the one of `hf auth login` unless given.
+            message: of the commit.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+        """
+        api = HfApi(token=token)
+        api.create_repo(name, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, sections=sections)
+            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)
 
 
 def read_config(folder_or_name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
@@ -109,8 +237,8 @@ def unreachable(name: str, error: Exception) -> ConnectionError:
     )
 
 
-def model_section_of(config: Mapping[str, Any], family: str, needed: tuple[str, ...]) -> dict[str, Any]:
-    """The `model` section of a published config.
+def model_section_of(config: Mapping[str, Any], family: str, also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The `model` section of a published config, with the sizes that every family has and what this one has `also`.
 
     Raises:
         ValueError: the config has none, or it lacks what this family needs: another architecture's config.
@@ -119,9 +247,14 @@ def model_section_of(config: Mapping[str, Any], family: str, needed: tuple[str, 
     if not isinstance(model, dict):
         kind = config.get("model_type") or config.get("architectures") or sorted(config)
         raise ValueError(f"this config.json is not {family}'s: it has no `model` section, but describes {kind}")
-    if lacking := [name for name in needed if name not in model]:
+    if lacking := [name for name in (*SIZES.values(), *also) if name not in model]:
         raise ValueError(f"this config.json is not {family}'s: its `model` section lacks {', '.join(lacking)}")
     return model
+
+
+def sizes_of(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that every family takes, from a `model` section; dropout is 0 where it is not told."""
+    return {argument: model[name] for argument, name in SIZES.items()} | {"dropout": model.get("dropout", 0.0)}
 
 
 def load_strictly(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:

@@ -1,36 +1,174 @@
-"""The trunk that the published score networks share: embedding, blocks, final norm, and a head that is called apart.
+"""The network from states to what enters the head, top to bottom: embeddings, adaptive norm, blocks, output layer.
 
-What a network makes of the logits (its parameterisation) is the subclass's `head`.
+A network conditioned on the noise level modulates every layer norm (adaLN-zero, Peebles & Xie 2023): from the
+embedding c of sigma each block computes a shift, a scale and a gate for attention and for the MLP,
+
+    h <- h + gate_1 attention(norm(h) (1 + scale_1) + shift_1)
+    h <- h + gate_2 mlp(norm(h) (1 + scale_2) + shift_2)
+
+Without conditioning the shifts and scales are 0 and the gates 1. What a network makes of the logits (its
+parameterisation) is the family's `head`: see `sedd_nets.families`.
+
+Module and parameter names are those of the published checkpoints. Every weight is used in the forward of the module
+that owns it and nowhere else, so that runtimes which gather weights around a module's forward (ZeRO stage 3) work.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-import tempfile
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+import math
+from abc import abstractmethod
+from collections import OrderedDict
+from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sedd_nets.attention import Attention, sdpa
-from sedd_nets.blocks import Block, OutputLayer, SigmaEmbedding, TokenEmbedding
-from sedd_nets.checks import check_sizes, check_states, over_last_axis
-from sedd_nets.conditioning import LabelCondition, PromptCondition, condition_from_section
+from sedd_nets.attention import Attention, Rotary, sdpa
+from sedd_nets.checks import at_least_float32, check_sizes, check_states, check_tokens, over_last_axis
+from sedd_nets.conditioning import Float32Linear, LabelCondition, PromptCondition, SigmaEmbedding
 from sedd_nets.documents import Documents
 from sedd_nets.fast.dropout import check_seeds, place_keys
-from sedd_nets.pretrained import load_strictly, read_config, read_weights, write_checkpoint
-from sedd_nets.rotary import Rotary
+from sedd_nets.fast.memory_efficient import add_gated, gelu_linear, modulated_norm, rotated
+from sedd_nets.pretrained import Pretrained
 
-__all__ = ["Transformer"]
+L = TypeVar("L", bound=nn.Linear)
+
+__all__ = ["Block", "Transformer"]
 
 
-class Transformer(nn.Module, ABC):
+class TokenEmbedding(nn.Module):
+    """One vector a state; the parameter is called `embedding` in the published files."""
+
+    def __init__(self, num_states: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(num_states, width))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """States (B, L) to vectors (B, L, D). Raises IndexError for a state out of range."""
+        check_tokens(x, self.embedding.shape[0])
+        return F.embedding(x, self.embedding)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in float32, with a shift and a scale from outside where the network is conditioned."""
+
+    def __init__(self, width: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, h: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """norm(h) (1 + scale) + shift; h (B, L, D), shift and scale (B, 1 or L, D) or none; returns h's dtype."""
+        with torch.autocast(h.device.type, enabled=False):
+            a = at_least_float32(h)
+            weight, bias = self.weight.to(a.dtype), None if self.bias is None else self.bias.to(a.dtype)
+            if shift is None or scale is None:
+                return F.layer_norm(a, a.shape[-1:], weight, bias).to(h.dtype)
+            if bias is not None:
+                shift = shift + bias * (1 + scale)
+            return modulated_norm(a, weight * (1 + scale), shift).to(h.dtype)
+
+
+class GeluLinear(nn.Linear):
+    """GELU and the linear map behind it, which together keep GELU's input only (`sedd_nets.fast.memory_efficient`)."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        """linear(gelu(a)), (..., in) to (..., out), in autocast's dtype or a's own."""
+        device = a.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+        return gelu_linear(a.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a (modulated) layer norm and added to the residual stream (gated)."""
+
+    def __init__(self, width: int, heads: int, cond_dim: int | None, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.norm1 = LayerNorm(width, bias=cond_dim is None)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = LayerNorm(width, bias=cond_dim is None)
+        # The published names: 0 and 2, GELU between them.
+        self.mlp = nn.Sequential(OrderedDict([("0", nn.Linear(width, 4 * width)), ("2", GeluLinear(4 * width, width))]))
+        self.adaLN_modulation = None if cond_dim is None else zero(Float32Linear(cond_dim, 6 * width))
+
+    def forward(
+        self,
+        h: Tensor,
+        c: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        documents: Documents | None = None,
+        dropout_keys: Tensor | None = None,
+    ) -> Tensor:
+        """One step of the residual stream.
+
+        Args:
+            h: (B, L, D).
+            c: the conditioning (B, 1 or L, cond_dim), for a block that is modulated.
+            cos: (L, d/2), from `Rotary`.
+            sin: the same.
+            attention: see `sedd_nets.attention`.
+            documents: where attention stays within.
+            dropout_keys: (B, 2) int64, for the branches of attention and MLP (`sedd_nets.fast.dropout`); None: torch's
+                generator chooses what is dropped.
+
+        Returns:
+            (B, L, D).
+        """
+        shift1: Tensor | None
+        shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
+        if self.adaLN_modulation is not None:
+            shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        dropout = self.dropout if self.training else 0.0
+        key1, key2 = (None, None) if dropout_keys is None else dropout_keys.unbind(1)
+
+        qkv = self.attn_qkv(self.norm1(h, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
+        attended = attention(*rotated(qkv, cos, sin), documents).flatten(-2)
+        h = add_gated(h, self.attn_out(attended), gate1, dropout, key1)
+        return add_gated(h, self.mlp(self.norm2(h, shift2, scale2)), gate2, dropout, key2)
+
+
+class Unembedding(nn.Linear):
+    """The last linear map, to one logit a state; its output leaves as float32 (float64 stays)."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) to (..., N)."""
+        return at_least_float32(F.linear(hidden, self.weight, self.bias))
+
+
+class OutputLayer(nn.Module):
+    """The final (modulated) norm and the head. The two are called apart, so that few rows may enter the head."""
+
+    def __init__(self, num_states: int, width: int, cond_dim: int | None) -> None:
+        super().__init__()
+        self.norm_final = LayerNorm(width, bias=cond_dim is None)
+        self.linear = zero(Unembedding(width, num_states))
+        self.adaLN_modulation = None if cond_dim is None else zero(Float32Linear(cond_dim, 2 * width))
+
+    def forward(self, h: Tensor, c: Tensor | None) -> Tensor:
+        """The stream (B, L, D) to what enters the head, (B, L, D)."""
+        if self.adaLN_modulation is None:
+            out: Tensor = self.norm_final(h)
+        else:
+            out = self.norm_final(h, *self.adaLN_modulation(c).chunk(2, dim=-1))
+        return out
+
+
+def zero(linear: L) -> L:
+    """The map with weight and bias 0: a block that starts as the identity, a head that starts without opinion."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Transformer(Pretrained):
     """A score model `(x, sigma) -> log_score` with a transformer trunk.
 
     Attributes:
@@ -41,8 +179,6 @@ class Transformer(nn.Module, ABC):
         sections: what a checkpoint's config.json says besides `model`: `tokens`, `graph`, `noise`, ...; plain
             values that the network itself does not use, kept for whoever does and written back by `save_pretrained`.
     """
-
-    key_prefix: ClassVar[str] = ""
 
     def __init__(
         self, num_states: int, *, width: int, depth: int, heads: int, cond_dim: int | None, dropout: float, length: int
@@ -67,15 +203,6 @@ class Transformer(nn.Module, ABC):
         self.rotary_emb = Rotary(width // heads)
         self.blocks = nn.ModuleList(Block(width, heads, cond_dim, dropout) for _ in range(depth))
         self.output_layer = OutputLayer(num_states, width, cond_dim)
-
-    @classmethod
-    @abstractmethod
-    def from_config(cls, config: Mapping[str, Any], num_states: int) -> Self:
-        """A fresh network of the sizes that a checkpoint's config gives. Raises ValueError for another family's."""
-
-    @abstractmethod
-    def model_section(self) -> dict[str, Any]:
-        """The sizes as the published config.json's `model` section names them."""
 
     @abstractmethod
     def head(self, hidden: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
@@ -217,100 +344,3 @@ class Transformer(nn.Module, ABC):
         if self.cond_dim is not None:
             modulation = 2 * self.cond_dim * (256 + self.cond_dim + (6 * self.depth + 2) * self.width)
         return self.depth * block + head + modulation
-
-    @classmethod
-    def from_pretrained(cls, folder_or_name: str | os.PathLike[str], *, revision: str | None = None) -> Self:
-        """The network of a checkpoint folder or of a repository on the Hugging Face hub, in evaluation mode.
-
-        Args:
-            folder_or_name: a folder with config.json and model.safetensors, or a hub name.
-            revision: branch, tag or commit on the hub.
-
-        Raises:
-            FileNotFoundError: no such folder or repository, or a file is missing in it.
-            ConnectionError: no such folder, and the hub cannot be reached.
-            ValueError: the config is another family's, or the weights do not match it key by key and shape by shape.
-        """
-        config = read_config(folder_or_name, revision=revision)
-        return cls.from_checkpoint(
-            config, read_weights(folder_or_name, revision=revision), source=os.fspath(folder_or_name)
-        )
-
-    @classmethod
-    def from_checkpoint(cls, config: Mapping[str, Any], stored: Mapping[str, Tensor], *, source: str) -> Self:
-        """The network of a checkpoint already read; `source` names it in errors (ValueError, as `from_pretrained`)."""
-        table = cls.key_prefix + "vocab_embed.embedding"
-        fresh = cls.from_config(config, len(stored[table]) if table in stored else 1)
-        if table not in stored:
-            raise ValueError(
-                f"{source} holds no {table}: these are not the weights of {cls.__name__}. It begins with "
-                + ", ".join(sorted(stored)[:3])
-            )
-        condition = config.get("model", {}).get("condition")
-        if condition is not None and fresh.cond_dim is not None:
-            fresh.condition_embed = condition_from_section(condition, fresh.cond_dim)
-        load_strictly(fresh, {key.removeprefix(cls.key_prefix): value for key, value in stored.items()}, source=source)
-        fresh.sections |= {name: copy.deepcopy(value) for name, value in config.items() if name != "model"}
-        return fresh.eval()
-
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        sections: Mapping[str, Any] | None = None,
-        state_dict: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Write config.json and model.safetensors in the published format, each replaced atomically.
-
-        Args:
-            folder: created if need be.
-            sections: top-level entries of config.json besides `model`, such as
-                {"tokens": 50257, "graph": {"type": "absorb"}, "noise": {"type": "loglinear"}}; added to, or in place
-                of, `self.sections`. Values must be JSON.
-            state_dict: weights to write instead of the network's own: an average, or shards gathered elsewhere.
-
-        Raises:
-            ValueError: `sections` brings a `model`, or `state_dict` is not this network's.
-            OSError: the folder cannot be written; what it held before is intact.
-        """
-        if sections is not None and "model" in sections:
-            raise ValueError("`sections` may not hold `model`: the network writes that one")
-        own = self.state_dict()
-        state = own if state_dict is None else state_dict
-        if state.keys() != own.keys():
-            raise ValueError(f"state_dict is not this network's; keys that differ: {sorted(state.keys() ^ own.keys())}")
-        model = self.model_section()
-        if self.condition_embed is not None:
-            model["condition"] = self.condition_embed.section()
-        config = {**self.sections, **(sections or {}), "model": model}
-        write_checkpoint(folder, config, {self.key_prefix + key: value for key, value in state.items()})
-
-    def push_to_hub(
-        self,
-        name: str,
-        *,
-        sections: Mapping[str, Any] | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        message: str = "Upload the network",
-    ) -> str:
-        """Upload what `save_pretrained` writes to the hub repository `name`, created if need be.
-
-        Args:
-            name: "owner/repository".
-            sections: as for `save_pretrained`.
-            private: whether a new repository is private; None leaves it to the owner's default.
-            token: a token with write access; the one of `hf auth login` unless given.
-            message: of the commit.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
-        """
-        api = HfApi(token=token)
-        api.create_repo(name, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, sections=sections)
-            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)

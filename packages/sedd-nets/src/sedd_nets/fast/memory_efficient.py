@@ -1,4 +1,4 @@
-"""Parts of a block that keep little for the backward pass and work the rest out again there.
+"""The formulas of `sedd_nets.functional` in ways that keep little for the backward pass.
 
 What a training step keeps between forward and backward is most of its memory. Written with PyTorch's own operations a
 block keeps, besides the inputs of its linear maps, each norm's output before modulation, the MLP before and after
@@ -17,28 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sedd_nets import functional
 from sedd_nets.fast.dropout import dropped
+from sedd_nets.functional import EPS
 
-__all__ = ["add_gated", "gelu_linear", "modulated_norm"]
-
-EPS = 1e-5
+__all__ = ["add_gated", "gelu_linear", "modulated_norm", "rotated"]
 
 
 def modulated_norm(h: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """norm(h) gain + shift, with norm(h) = (h - mean) / sqrt(variance + 1e-5) over the last axis.
-
-    Keeps h, gain and shift.
-
-    Args:
-        h: (B, L, D).
-        gain: (B, 1, D) or (B, L, D) in h's dtype.
-        shift: the same.
-
-    Returns:
-        (B, L, D) in h's dtype.
-    """
+    """`functional.modulated_norm`, keeping h, gain and shift."""
     if torch.compiler.is_compiling():
-        return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=EPS), gain)
+        return functional.modulated_norm(h, gain, shift)
     out: Tensor = _ModulatedNorm.apply(h, gain, shift)  # type: ignore[no-untyped-call]
     return out
 
@@ -47,7 +36,7 @@ class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
         ctx.save_for_backward(h, gain)
-        return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=EPS), gain)
+        return functional.modulated_norm(h, gain, shift)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,20 +50,12 @@ class _ModulatedNorm(torch.autograd.Function):
 
 
 def gelu_linear(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """linear(gelu(a)), GELU in its tanh form.
+    """`functional.gelu_linear`, keeping a and the weight; a linear map by itself would keep gelu(a) as well.
 
-    Keeps a and the weight; a linear map by itself would keep gelu(a) as well.
-
-    Args:
-        a: (..., in).
-        weight: (out, in), in a's dtype: autocast does not reach the inside of a function of autograd.
-        bias: (out,), in a's dtype.
-
-    Returns:
-        (..., out).
+    Autocast does not reach the inside of a function of autograd: a, weight and bias have the dtype to compute in.
     """
     if torch.compiler.is_compiling():
-        return F.linear(F.gelu(a, approximate="tanh"), weight, bias)
+        return functional.gelu_linear(a, weight, bias)
     out: Tensor = _GeluLinear.apply(a, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
@@ -83,7 +64,7 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(a, weight)
-        return F.linear(F.gelu(a, approximate="tanh"), weight, bias)
+        return functional.gelu_linear(a, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -96,13 +77,11 @@ class _GeluLinear(torch.autograd.Function):
 
 
 def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, dropout: float, keys: Tensor | None = None) -> Tensor:
-    """H + gate dropout(branch).
-
-    Keeps the gate, the branch in its own dtype, and a byte an element of what dropout chose.
+    """`functional.add_gated` with dropout's choices, keeping them (a byte an element), the gate and the branch.
 
     Args:
         h: (B, L, D).
-        branch: (B, L, D).
+        branch: (B, L, D), kept in its own dtype.
         gate: (B, 1, D) or (B, L, D), or None for 1.
         dropout: the probability of an element of the branch to count 0; the others are divided by the rest.
         keys: (B,) int64, what chooses the elements of each row (`sedd_nets.fast.dropout`); None: torch's generator.
@@ -111,38 +90,92 @@ def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, dropout: float, ke
         (B, L, D) in h's dtype.
     """
     kept = None if dropout == 0 else _kept(branch, dropout, keys)
-    if gate is None:
-        return torch.add(h, _times(branch, kept).to(h.dtype), alpha=1 / (1 - dropout))
-    gate = gate.to(h.dtype) / (1 - dropout)
-    if torch.compiler.is_compiling():
-        return torch.addcmul(h, gate, _times(branch, kept).to(h.dtype))
-    out: Tensor = _AddGated.apply(h, branch, gate, kept)  # type: ignore[no-untyped-call]
+    if gate is None or torch.compiler.is_compiling():
+        return functional.add_gated(h, branch, gate, kept, dropout)
+    out: Tensor = _AddGated.apply(h, branch, gate, kept, dropout)  # type: ignore[no-untyped-call]
     return out
 
 
 class _AddGated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, branch: Tensor, gate: Tensor, kept: Tensor | None) -> Tensor:
+    def forward(ctx: Any, h: Tensor, branch: Tensor, gate: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
         ctx.save_for_backward(branch, gate, kept)
-        return torch.addcmul(h, gate, _times(branch, kept).to(h.dtype))
+        ctx.dropout = dropout
+        return functional.add_gated(h, branch, gate, kept, dropout)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         branch, gate, kept = ctx.saved_tensors
-        by_branch = _times(grad * gate, kept).to(branch.dtype)
-        return grad, by_branch, (grad * _times(branch, kept)).sum_to_size(gate.shape), None
+        gate = gate.to(grad.dtype) / (1 - ctx.dropout)
+        by_gate = grad * (branch if kept is None else branch * kept)
+        by_branch = grad * gate if kept is None else (grad * gate) * kept
+        return grad, by_branch.to(branch.dtype), by_gate.sum_to_size(gate.shape) / (1 - ctx.dropout), None, None
 
 
 def _kept(branch: Tensor, dropout: float, keys: Tensor | None) -> Tensor:
-    """What dropout keeps, as uint8 in branch's shape: on CPUs a product with it is faster than masked_fill."""
+    """What dropout keeps, in branch's shape: bool, on CPUs uint8, whose product is faster than masked_fill."""
     if keys is None and branch.device.type == "cpu":  # whose generator takes longer than a hash of one draw
         keys = torch.randint(-(2**63), 2**63 - 1, branch.shape[:1])
     if keys is not None:
-        chosen = dropped(keys, branch.shape[1], branch.shape[2], dropout)
+        kept = dropped(keys, branch.shape[1], branch.shape[2], dropout).logical_not_()
     else:  # bfloat16 knows too few numbers between 0 and 1 for probabilities
-        chosen = torch.rand(branch.shape, dtype=torch.float32, device=branch.device) < dropout
-    return chosen.logical_not_().view(torch.uint8)
+        kept = torch.rand(branch.shape, dtype=torch.float32, device=branch.device) >= dropout
+    return kept if torch.compiler.is_compiling() else kept.view(torch.uint8)
 
 
-def _times(a: Tensor, kept: Tensor | None) -> Tensor:
-    return a if kept is None else a * kept
+def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of a packed projection, turned by `functional.rotate`, and its values as they are.
+
+    Keeps the angles alone: turning back by them is the backward pass, where autograd would add up six gradients.
+
+    Args:
+        qkv: (B, L, 3, H, d).
+        cos: (L, d/2) float32, from `Rotary`.
+        sin: the same.
+
+    Returns:
+        q, k and v, (B, L, H, d) each in qkv's dtype. None is a view of qkv, whose memory attention would keep.
+    """
+    if torch.compiler.is_compiling():
+        q, k, v = qkv.unbind(2)
+        turned = torch.stack([functional.rotate(q, cos, sin), functional.rotate(k, cos, sin), v])
+        q, k, v = turned.unbind()
+    else:
+        q, k, v = _Rotated.apply(qkv, cos, sin)  # type: ignore[no-untyped-call]
+    return q, k, v
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        q, k, v = qkv.unbind(2)
+        out_q, out_k, out_v = q.new_empty(q.shape), k.new_empty(k.shape), v.contiguous()
+        _turn_into(out_q, q, cos, sin)
+        _turn_into(out_k, k, cos, sin)
+        return out_q, out_k, out_v
+
+    @staticmethod
+    def backward(ctx: Any, by_q: Tensor, by_k: Tensor, by_v: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives
+            turned = [functional.rotate(by_q, cos, -sin), functional.rotate(by_k, cos, -sin)]
+            return torch.stack([*turned, by_v], dim=2), None, None
+        batch, length, *rest = by_v.shape
+        grad = by_v.new_empty(batch, length, 3, *rest)
+        _turn_into(grad[:, :, 0], by_q, cos, -sin)
+        _turn_into(grad[:, :, 1], by_k, cos, -sin)
+        grad[:, :, 2] = by_v
+        return grad, None, None
+
+
+def _turn_into(out: Tensor, a: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Write `functional.rotate(a, cos, sin)` into `out`, half by half: fewer passes than joining the halves."""
+    dtype = torch.promote_types(a.dtype, cos.dtype)
+    work = out if dtype == out.dtype else torch.empty(a.shape, dtype=dtype, device=a.device)
+    (u, v), (turned_u, turned_v) = a.chunk(2, dim=-1), work.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    torch.mul(u, cos, out=turned_u).addcmul_(v, sin, value=-1)
+    torch.mul(v, cos, out=turned_v).addcmul_(u, sin)
+    if work is not out:
+        out.copy_(work)
