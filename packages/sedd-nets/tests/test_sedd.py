@@ -63,6 +63,24 @@ def test_where_gives_the_rows(make_sedd, wide):
     assert net(x, sigma, where=torch.zeros_like(where)).shape == (0, 11)
 
 
+@pytest.mark.parametrize("per_position", [False, True])
+@pytest.mark.parametrize("scale_by_sigma", [False, True])
+def test_the_linear_head_is_the_head_but_at_the_own_state(make_sedd, wide, scale_by_sigma, per_position):
+    net = make_sedd(scale_by_sigma=scale_by_sigma).double()
+    x, sigma = wide
+    sigma = sigma[:, None].expand(x.shape) if per_position else sigma
+    hidden, (weight, bias, shift) = net.hidden(x, sigma), net.linear_head(x, sigma)
+    log_score = hidden @ weight.T + bias
+    if scale_by_sigma:
+        assert shift.shape == sigma.shape
+        log_score = log_score + shift.reshape(*shift.shape, *(1,) * (3 - shift.ndim))
+    else:
+        assert shift is None
+    torch.testing.assert_close(log_score.scatter(-1, x[..., None], 0.0), net.head(hidden, x, sigma))
+    with pytest.raises(ValueError, match="sigma's must be a leading part of x's"):
+        net.linear_head(x, sigma[:, :1] if per_position else sigma[:, None])
+
+
 def test_hidden_and_head_make_forward(make_sedd, wide):
     x, sigma = wide
     net = make_sedd().double()

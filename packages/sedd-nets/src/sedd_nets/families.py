@@ -26,7 +26,7 @@ from torch import Tensor
 from sedd_nets.causal import Causal
 from sedd_nets.checks import log_expm1, over_last_axis
 from sedd_nets.pretrained import model_section_of, read_config, read_weights, sizes_of
-from sedd_nets.transformer import Transformer
+from sedd_nets.transformer import LinearHead, Transformer
 
 __all__ = ["MDLM", "RADD", "SEDD", "ConditionalTransformer", "from_pretrained"]
 
@@ -109,6 +109,17 @@ class SEDD(Transformer):
             # In place: the tensor is fresh, the largest there is, and no one's backward needs its old value.
             log_score.sub_(log_expm1(sigma) + math.log(self.num_states - 1))
         return log_score.scatter_(-1, x.unsqueeze(-1), 0.0)
+
+    def linear_head(self, x: Tensor, sigma: Tensor) -> LinearHead:
+        """`head` as weight, bias and the shift -log(e^sigma - 1) - log(N - 1), if it scales by sigma.
+
+        Args:
+            x: (B, L) int64 states.
+            sigma: (B,) or (B, L) total noise.
+        """
+        linear, sigma = self.output_layer.linear, over_last_axis(sigma, x).reshape(sigma.shape)
+        shift = -(log_expm1(sigma) + math.log(self.num_states - 1)) if self.scale_by_sigma else None
+        return LinearHead(linear.weight, linear.bias, shift)
 
 
 class ConditionalTransformer(Transformer, ABC):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import OrderedDict
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from sedd_nets.pretrained import Pretrained
 
 L = TypeVar("L", bound=nn.Linear)
 
-__all__ = ["Block", "Transformer"]
+__all__ = ["Block", "LinearHead", "Transformer"]
 
 
 class TokenEmbedding(nn.Module):
@@ -168,6 +168,17 @@ def zero(linear: L) -> L:
     return linear
 
 
+class LinearHead(NamedTuple):
+    """A head that is linear: log_score = hidden W^T + bias + shift, but at a position's own state."""
+
+    weight: Tensor
+    """W (N, D)."""
+    bias: Tensor | None
+    """(N,), or None for 0."""
+    shift: Tensor | None
+    """Of a sequence or a position, in sigma's shape; None for 0."""
+
+
 class Transformer(Pretrained):
     """A score model `(x, sigma) -> log_score` with a transformer trunk.
 
@@ -207,6 +218,15 @@ class Transformer(Pretrained):
     @abstractmethod
     def head(self, hidden: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Log-scores of the rows that `hidden` gives: hidden (..., D), x (...), sigma a leading part; (..., N)."""
+
+    def linear_head(self, x: Tensor, sigma: Tensor) -> LinearHead | None:
+        """`head` of a batch as weight, bias and shift, for a loss that joins the two; None where it is not linear.
+
+        Args:
+            x: (B, L) int64 states.
+            sigma: (B,) or (B, L) total noise.
+        """
+        return None
 
     def conditioning(self, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor | None:
         """What modulates the blocks: (B, 1 or L, cond_dim) float32, or None for a network without conditioning."""
