@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 from sedd_graphs import Absorbing, LogLinear
-from sedd_samplers import Unmasking, from_masked_lm, infill, temperature
+from sedd_samplers import Unmasking, infill
+from sedd_samplers.adapters import from_masked_lm
+from sedd_samplers.controls import temperature
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from sedd_samplers import (
     Ancestral,
-    Control,
+    ConfidenceUnmasking,
     Euler,
     FirstHitting,
     Method,
-    Ordered,
     PredictorCorrector,
     Remasking,
     State,
@@ -31,14 +30,10 @@ from sedd_samplers import (
     Uniformization,
     Unmasking,
     at_rate,
-    controlled,
-    live,
-    record,
-    temperature,
-    top_k,
-    top_p,
     trajectory,
 )
+from sedd_samplers.controls import Control, controlled, temperature, top_k, top_p
+from sedd_samplers.views import live, record
 from sedd_train import load, prompts
 from torch import Tensor
 from tqdm import tqdm
@@ -54,7 +49,7 @@ METHODS: dict[str, Method] = {
     "unmasking": Unmasking(),
     "first-hitting": FirstHitting(),
     "remasking": Remasking(at_rate(1.0)),
-    "confidence": Ordered(),
+    "confidence": ConfidenceUnmasking(),
 }
 
 EPILOG = """\

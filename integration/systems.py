@@ -14,18 +14,10 @@ from typing import Any
 
 import torch
 from judge import load_causal
-from sedd_samplers import (
-    Ancestral,
-    Control,
-    Euler,
-    FirstHitting,
-    Method,
-    Tweedie,
-    continue_left_to_right,
-    from_logits,
-    infill,
-    top_p,
-)
+from sedd_samplers import Ancestral, Euler, FirstHitting, Method, Tweedie, infill
+from sedd_samplers.adapters import from_logits
+from sedd_samplers.autoregressive import continue_left_to_right
+from sedd_samplers.controls import Control, top_p
 from sedd_train import load_trained
 from sedd_train.objectives import D3PM, Autoregressive
 from torch import Tensor

@@ -9,7 +9,8 @@ import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import MDLM, RADD
-from sedd_samplers import Tweedie, Unmasking, from_logits, from_masked_lm, infill, remembered, sample
+from sedd_samplers import Tweedie, Unmasking, cached, infill, sample
+from sedd_samplers.adapters import from_logits, from_masked_lm
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -88,7 +89,7 @@ def counted(function: Any) -> Any:
 
 
 def test_time_free_networks_run_only_on_what_changed(conditional: Any) -> None:
-    """MDLM and RADD: remembered, the same samples with a fraction of the calls; decided first, the same few calls."""
+    """MDLM and RADD: cached, the same samples with a fraction of the calls; decided first, the same few calls."""
     graph, noise, steps = Absorbing(8), LogLinear(), 400
     expected = steps * (1 - (1 - 1 / steps) ** 64)  # 59
 
@@ -98,7 +99,7 @@ def test_time_free_networks_run_only_on_what_changed(conditional: Any) -> None:
     every, count = counted(conditional.log_conditional)
     plain = run(from_logits(every, graph), Tweedie())
     spared, fewer = counted(conditional.log_conditional)
-    assert torch.equal(run(from_logits(remembered(spared), graph), Tweedie()), plain)
+    assert torch.equal(run(from_logits(cached(spared), graph), Tweedie()), plain)
     moved, at_moves = counted(conditional)
     run(moved, Unmasking())
     assert count.sequences > 5 * expected

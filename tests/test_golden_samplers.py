@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sedd_graphs import Absorbing, Geometric, LogLinear, Uniform
-from sedd_samplers import denoise_probs, euler_probs, tweedie_probs
+from sedd_samplers.steps import denoise_probs, euler_probs, tweedie_probs
 
 GOLDEN = Path(__file__).parents[1] / "packages/sedd-nets/tests/golden"
 CASES = {

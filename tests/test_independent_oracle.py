@@ -14,7 +14,7 @@ import pytest
 import torch
 from sedd_graphs import Absorbing, Geometric, Row, Uniform
 from sedd_objectives import denoising_score_entropy
-from sedd_samplers import denoise_probs, euler_probs, tweedie_probs
+from sedd_samplers.steps import denoise_probs, euler_probs, tweedie_probs
 from torch.nn.functional import one_hot
 
 BATCH, LENGTH, TOKENS = 3, 5, 7  # all different, so that no axis is taken for another

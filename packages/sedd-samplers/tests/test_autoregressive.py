@@ -10,17 +10,10 @@ import torch
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
-from sedd_samplers import (
-    allowed,
-    continue_left_to_right,
-    left_to_right,
-    live,
-    prompted,
-    sample_left_to_right,
-    temperature,
-    top_k,
-    top_p,
-)
+from sedd_samplers import pad_prompts
+from sedd_samplers.autoregressive import continue_left_to_right, left_to_right, sample_left_to_right
+from sedd_samplers.controls import allowed_tokens, temperature, top_k, top_p
+from sedd_samplers.views import live
 
 ALARM = 1e-4
 N, L = 3, 4
@@ -79,7 +72,7 @@ def test_starts_of_their_own(ref):
 @pytest.mark.parametrize("prefix", [[2], [0, 1], [1, 2, 0]])
 def test_a_prompt_is_a_condition(ref, prefix):
     model = Enumerated()
-    x, given = prompted([prefix] * 20_000, L)
+    x, given = pad_prompts([prefix] * 20_000, L)
     x = continue_left_to_right(model, x=x, given=given, start=2, num_states=N, generator=seeded())
     law = torch.zeros_like(model.law[2])
     law[tuple(prefix)] = model.law[2][tuple(prefix)]
@@ -115,10 +108,11 @@ def test_constraints_belong_to_their_sequence_and_position():
     tokens = torch.ones(3, L, N, dtype=torch.bool)
     tokens[2, 1] = torch.tensor([False, False, True])
     tokens[0, 3] = torch.tensor([True, False, False])
-    x, given = prompted([[0], [0, 1, 2], [1]], L)
+    x, given = pad_prompts([[0], [0, 1, 2], [1]], L)
     for seed in range(20):
-        out = continue_left_to_right(Enumerated(), x=x, given=given, start=0, num_states=N, controls=[allowed(tokens)],
-                                     seeds=[seed] * 3)  # fmt: skip
+        out = continue_left_to_right(
+            Enumerated(), x=x, given=given, start=0, num_states=N, controls=[allowed_tokens(tokens)], seeds=[seed] * 3
+        )
         assert out[2, 1] == 2
         assert out[0, 3] == 0
 
@@ -133,7 +127,7 @@ def test_a_row_depends_on_its_seed_alone():
     """Not on its batch, its place, the padding beside it, nor on whether its beginning was drawn or given."""
 
     def run(seeds, prompts, lengths):
-        x, given = prompted(prompts, lengths, pad_id=0)
+        x, given = pad_prompts(prompts, lengths, pad_id=0)
         return continue_left_to_right(wide, x=x, given=given, start=7, num_states=9, seeds=seeds)
 
     together = run(range(30), [[]] * 30, 12)
@@ -173,7 +167,7 @@ def test_given_positions_never_change(data):
 
 def test_the_model_reads_what_is_written_and_only_where_there_is_something_to_write():
     model = Enumerated()
-    x, given = prompted([[0, 1], [2, 2, 0, 1], []], L)
+    x, given = pad_prompts([[0, 1], [2, 2, 0, 1], []], L)
     given[2, 1] = True
     x[2, 1] = 1
     out = continue_left_to_right(model, x=x, given=given, start=torch.tensor([3, 0, 1]), num_states=N, seeds=range(3))
@@ -186,7 +180,7 @@ def test_the_model_reads_what_is_written_and_only_where_there_is_something_to_wr
 
 def test_where_and_rows_are_offered():
     """The head runs at the last position only, the model learns which sequences these are; the sample is the same."""
-    x, given = prompted([[0], [], [1, 1, 2]], L)
+    x, given = pad_prompts([[0], [], [1, 1, 2]], L)
     options = {"x": x, "given": given, "start": 0, "num_states": N, "seeds": range(3)}
     model = EnumeratedRows()
     assert torch.equal(continue_left_to_right(model, **options), continue_left_to_right(Enumerated(), **options))
@@ -310,4 +304,4 @@ def test_constraints_that_leave_nothing_are_named():
     tokens[:, 0] = True
     model = lambda x: wide(x).index_fill(-1, torch.tensor([0]), -torch.inf)  # noqa: E731
     with pytest.raises(ValueError, match="the controls leave no token at sequence 0, position 0"):
-        sample_left_to_right(model, shape=(2, 4), start=0, num_states=9, controls=[allowed(tokens)])
+        sample_left_to_right(model, shape=(2, 4), start=0, num_states=9, controls=[allowed_tokens(tokens)])

@@ -6,18 +6,9 @@ import math
 
 import pytest
 import torch
-from sedd_samplers import (
-    allowed,
-    controlled,
-    from_posterior,
-    infill,
-    prompted,
-    sample,
-    temperature,
-    to_posterior,
-    top_k,
-    top_p,
-)
+from sedd_samplers import infill, pad_prompts, sample
+from sedd_samplers.adapters import from_posterior, to_posterior
+from sedd_samplers.controls import allowed_tokens, controlled, temperature, top_k, top_p
 
 ROW = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]], dtype=torch.float64)
 NOWHERE = torch.zeros(1, dtype=torch.int64)
@@ -53,9 +44,9 @@ def test_top_p_keeps_the_fewest_that_reach_the_mass(mass, kept):
 def test_allowed_is_by_position_and_sequence():
     tokens = torch.ones(2, 3, 5, dtype=torch.bool)
     tokens[1, 2, [1, 3]] = False
-    p = allowed(tokens)(ROW.expand(3, 5), torch.tensor([0, 1, 1]), torch.tensor([2, 2, 1]))
+    p = allowed_tokens(tokens)(ROW.expand(3, 5), torch.tensor([0, 1, 1]), torch.tensor([2, 2, 1]))
     assert (p == 0).nonzero().tolist() == [[1, 1], [1, 3]]
-    p = allowed(tokens[1])(ROW.expand(2, 5), torch.tensor([0, 7]), torch.tensor([1, 2]))
+    p = allowed_tokens(tokens[1])(ROW.expand(2, 5), torch.tensor([0, 7]), torch.tensor([1, 2]))
     assert (p == 0).nonzero().tolist() == [[1, 1], [1, 3]]
 
 
@@ -117,7 +108,7 @@ def test_constraints_hold_in_every_sample_of_every_graph(ref, name):
     p0 = ref.random_data(5 - (graph.mask_id is not None), 3, 5, graph.mask_id)
     tokens = constraints(graph, graph.mask_id)
     posterior = to_posterior(ref.ExactRows(p0, graph.Q), graph)
-    score = from_posterior(posterior, graph, controls=[allowed(tokens)])
+    score = from_posterior(posterior, graph, controls=[allowed_tokens(tokens)])
     x = sample(score, graph, ref.Linear(4.0), shape=(2000, 3), steps=8, generator=torch.Generator().manual_seed(0))
     assert tokens[torch.arange(3), x].all()
     assert len(x.unique(dim=0)) > 10
@@ -128,7 +119,7 @@ def test_constraints_stay_with_their_sequence_when_others_are_finished(ref, thro
     """Each sequence is allowed one token of its own; the first and the third are out of the call from the start."""
     graph = ref.StructuredAbsorbing(4)
     own = torch.tensor([0, 1, 2, 3])
-    control = allowed(torch.nn.functional.one_hot(own, 5).bool()[:, None].expand(4, 3, 5))
+    control = allowed_tokens(torch.nn.functional.one_hot(own, 5).bool()[:, None].expand(4, 3, 5))
     flat = lambda x, sigma: torch.ones(*x.shape, 5)  # noqa: E731
     if through_the_score:
         score = controlled(from_posterior(flat, graph), graph, control)
@@ -150,7 +141,7 @@ def test_constraints_on_independent_tokens_are_exact(ref, name):
     rows /= rows.sum(-1, keepdim=True)
     p0 = torch.einsum("a,b,c->abc", *rows)
     posterior = to_posterior(ref.ExactRows(p0, graph.Q), graph)
-    score = from_posterior(posterior, graph, controls=[allowed(tokens)])
+    score = from_posterior(posterior, graph, controls=[allowed_tokens(tokens)])
     x = sample(score, graph, ref.Linear(12.0), shape=(20_000, 3), steps=16, t_min=1e-3,
                generator=torch.Generator().manual_seed(0))  # fmt: skip
     law = torch.einsum("a,b,c->abc", *(rows * tokens))
@@ -162,7 +153,7 @@ def test_a_constraint_that_the_model_excludes_is_named(ref):
     tokens = torch.ones(3, 5, dtype=torch.bool)
     tokens[1] = torch.tensor([False, False, True, False, False])
     p = torch.tensor([0.5, 0.5, 0, 0, 0]).expand(2, 3, 5)
-    score = from_posterior(lambda x, sigma: p, graph, controls=[allowed(tokens)])
+    score = from_posterior(lambda x, sigma: p, graph, controls=[allowed_tokens(tokens)])
     with pytest.raises(
         ValueError, match=r"step 1 of 5, from t = 1 to .*: the controls leave no token at sequence 0, pos"
     ):
@@ -200,14 +191,14 @@ def test_a_posterior_that_rounding_has_eaten_is_refused(ref):
         (lambda: top_k(1.5), "top_k must be a positive integer"),
         (lambda: top_p(0), r"top_p must lie in \(0, 1\], got 0"),
         (lambda: top_p(1.1), "top_p must lie in"),
-        (lambda: allowed(torch.ones(3, 5)), "must be bool of shape"),
-        (lambda: allowed(torch.zeros(3, 5).bool()), "no token is allowed at position 0"),
-        (lambda: allowed(torch.ones(3, 4).bool())(ROW, NOWHERE, NOWHERE), "too small for .* 5 states"),
-        (lambda: allowed(torch.ones(3, 5).bool())(ROW, NOWHERE, NOWHERE + 3), "too small for .* position 3"),
-        (lambda: prompted([[1, 2], [1]], [4]), "one length for each prompt, got 1 for 2 prompts"),
-        (lambda: prompted([[1, 2, 3]], 2), "prompt 0 has 3 tokens, which do not fit into a sequence of length 2"),
-        (lambda: prompted([[1], [2]], [4, 5]), "lengths differ, from 4 to 5: name the token that pads"),
-        (lambda: prompted([], 4), "one length for each prompt"),
+        (lambda: allowed_tokens(torch.ones(3, 5)), "must be bool of shape"),
+        (lambda: allowed_tokens(torch.zeros(3, 5).bool()), "no token is allowed at position 0"),
+        (lambda: allowed_tokens(torch.ones(3, 4).bool())(ROW, NOWHERE, NOWHERE), "too small for .* 5 states"),
+        (lambda: allowed_tokens(torch.ones(3, 5).bool())(ROW, NOWHERE, NOWHERE + 3), "too small for .* position 3"),
+        (lambda: pad_prompts([[1, 2], [1]], [4]), "one length for each prompt, got 1 for 2 prompts"),
+        (lambda: pad_prompts([[1, 2, 3]], 2), "prompt 0 has 3 tokens, which do not fit into a sequence of length 2"),
+        (lambda: pad_prompts([[1], [2]], [4, 5]), "lengths differ, from 4 to 5: name the token that pads"),
+        (lambda: pad_prompts([], 4), "one length for each prompt"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, told):
@@ -216,8 +207,8 @@ def test_what_makes_no_sense_is_refused(make, told):
 
 
 def test_prompts_and_sequences_of_different_lengths():
-    x, given = prompted([[5, 7], [], [6]], [2, 3, 4], pad_id=9)
+    x, given = pad_prompts([[5, 7], [], [6]], [2, 3, 4], pad_id=9)
     assert x.tolist() == [[5, 7, 9, 9], [9, 9, 9, 9], [6, 9, 9, 9]]
     assert given.int().tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 0, 0]]
-    x, given = prompted([[5], []], 2)
+    x, given = pad_prompts([[5], []], 2)
     assert given.int().tolist() == [[1, 0], [0, 0]]

@@ -9,8 +9,18 @@ import math
 
 import pytest
 import torch
-from sedd_samplers import FirstHitting, Ordered, Reverse, Uniformization, chance, confidence, entropy, infill, sample
-from sedd_samplers.categorical import draw_shared
+from sedd_samplers import (
+    ConfidenceUnmasking,
+    FirstHitting,
+    Reverse,
+    Uniformization,
+    confidence,
+    entropy,
+    infill,
+    random_order,
+    sample,
+)
+from sedd_samplers.randomness import draw_shared
 
 SAMPLES = 200_000
 ALARM = 1e-4
@@ -111,11 +121,11 @@ def test_uniformization_infills_exactly(ref):
     assert ref.chi_square(out, law) > ALARM
 
 
-@pytest.mark.parametrize(("order", "exact"), [(entropy, True), (chance, True), (confidence, False)])
+@pytest.mark.parametrize(("order", "exact"), [(entropy, True), (random_order, True), (confidence, False)])
 def test_one_position_at_a_time_is_the_chain_rule_unless_the_token_is_looked_at(ref, order, exact):
     graph, p0, score = problem(ref, "absorbing")
     x = sample(
-        score, graph, ref.LogLinear(), shape=(SAMPLES, 3), steps=3, t_min=1e-4, method=Ordered(order),
+        score, graph, ref.LogLinear(), shape=(SAMPLES, 3), steps=3, t_min=1e-4, method=ConfidenceUnmasking(order),
         generator=seeded(),
     )  # fmt: skip
     assert score.rows == 3 * SAMPLES

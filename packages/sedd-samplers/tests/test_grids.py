@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sedd_samplers import TauLeaping, adaptive_times, level_times, mask_probability, trajectory, uniform_times
+from sedd_samplers import TauLeaping, adaptive_grid, mask_probability, noise_grid, trajectory, uniform_grid
 
 
 class Geometric:
@@ -37,7 +37,7 @@ LEVELS = {"sigma": lambda sigma: sigma, "log": torch.log, "root": torch.sqrt, "m
 @pytest.mark.parametrize("steps", [1, 2, 17])
 def test_steps_are_equally_long_in_the_level(ref, schedule, level, steps):
     noise = {"linear": ref.Linear(4.0), "log-linear": ref.LogLinear(), "geometric": Geometric()}[schedule]
-    times = level_times(noise, steps, level, t_min=0.01)
+    times = noise_grid(noise, steps, level, t_min=0.01)
     assert times.dtype == torch.float64
     assert times.shape == (steps + 1,)
     assert times[[0, -1]].tolist() == [1.0, 0.01]
@@ -47,11 +47,11 @@ def test_steps_are_equally_long_in_the_level(ref, schedule, level, steps):
 
 def test_known_grids(ref):
     """Equal steps in time are equal steps in sigma when it is linear, in mask probability when it is log-linear."""
-    torch.testing.assert_close(level_times(ref.Linear(3.0), 7, lambda sigma: sigma), uniform_times(7))
-    torch.testing.assert_close(level_times(ref.LogLinear(), 7), uniform_times(7))
-    torch.testing.assert_close(level_times(Geometric(), 7, torch.log), uniform_times(7))
+    torch.testing.assert_close(noise_grid(ref.Linear(3.0), 7, lambda sigma: sigma), uniform_grid(7))
+    torch.testing.assert_close(noise_grid(ref.LogLinear(), 7), uniform_grid(7))
+    torch.testing.assert_close(noise_grid(Geometric(), 7, torch.log), uniform_grid(7))
     # infinite noise at t = 1 is mask probability 1; equal steps of it are the times of the inverse
-    times = level_times(Cosine(), 4, t_min=0.0)
+    times = noise_grid(Cosine(), 4, t_min=0.0)
     torch.testing.assert_close(
         times, 2 / math.pi * torch.asin(torch.linspace(1, 0, 5).double().sqrt()), atol=1e-7, rtol=0
     )
@@ -69,7 +69,7 @@ def test_known_grids(ref):
 )
 def test_levels_that_make_no_grid_are_refused(ref, change, told):
     with pytest.raises(ValueError, match=told):
-        level_times(**{"noise": ref.Linear(2.0), "steps": 4, **change})
+        noise_grid(**{"noise": ref.Linear(2.0), "steps": 4, **change})
 
 
 def pilot(ref, target, *, t_min=1e-3, **options):
@@ -77,7 +77,7 @@ def pilot(ref, target, *, t_min=1e-3, **options):
     score = ref.SpectralScore(ref.random_data(3, 3, 4, 3), graph.Q)
     x = torch.zeros(400, 3, dtype=torch.int64)
     options = {"x": x, "given": x > 0, **options}
-    return adaptive_times(score, graph, ref.LogLinear(), target=target, t_min=t_min, **options)
+    return adaptive_grid(score, graph, ref.LogLinear(), target=target, t_min=t_min, **options)
 
 
 def test_a_quarter_of_the_target_takes_twice_the_steps(ref):
@@ -95,7 +95,7 @@ def test_the_error_of_a_step_is_what_it_is_said_to_be(ref):
     graph = ref.StructuredAbsorbing(3)
     score = ref.SpectralScore(ref.random_data(3, 1, 4, 3), graph.Q)
     x = torch.zeros(20_000, 1, dtype=torch.int64)
-    times = adaptive_times(score, graph, ref.LogLinear(1e-9), x=x, given=x > 0, target=0.002, t_min=0.2)
+    times = adaptive_grid(score, graph, ref.LogLinear(1e-9), x=x, given=x > 0, target=0.002, t_min=0.2)
     t, s = times[:-1], times[1:]
     still = torch.exp(-(t - s) / t)
     masked = torch.cat([torch.ones(1), still.cumprod(0)[:-1]])  # by tau-leaping up to here
@@ -119,7 +119,7 @@ def test_the_adaptive_grid_beats_the_uniform_one(ref):
     begin, true = score.marginal(noise(times[[0, -1]])[0]).flatten(1)
     adaptive, uniform = (
         float((ref.law_of_chain(score, graph, noise, TauLeaping(), grid, begin) - true).abs().sum()) / 2
-        for grid in (times, uniform_times(len(times) - 1, 1e-3))
+        for grid in (times, uniform_grid(len(times) - 1, 1e-3))
     )
     assert adaptive < uniform / 2
 

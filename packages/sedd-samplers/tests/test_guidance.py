@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sedd_samplers import (
-    classifier_free,
-    classifier_guided,
-    controlled,
-    first_order_ratios,
-    neighbour_ratios,
-    sample,
-    to_posterior,
-)
+from sedd_samplers import sample
+from sedd_samplers.adapters import to_posterior
+from sedd_samplers.controls import controlled
+from sedd_samplers.guidance import classifier_free, classifier_guided, first_order_ratios, neighbour_ratios
 
 GRAPHS = {"absorbing": lambda ref: ref.StructuredAbsorbing(3), "uniform": lambda ref: ref.StructuredUniform(4)}
 SIGMA = torch.tensor([0.4, 1.5], dtype=torch.float64)

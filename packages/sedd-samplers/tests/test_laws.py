@@ -17,7 +17,7 @@ from sedd_samplers import (
     capped,
     rescaled,
     sample,
-    uniform_times,
+    uniform_grid,
 )
 
 SAMPLES = 50_000
@@ -57,7 +57,7 @@ def test_samples_follow_the_law_of_the_discrete_chain(ref, name, method):
     graph, p0 = problem(ref, name)
     score, noise = ref.ExactRows(p0, graph.Q), ref.Linear(2.0)
     law = ref.law_of_chain(
-        score, graph, noise, method, uniform_times(3, 0.1), prior_law(ref, score, graph), denoise=True
+        score, graph, noise, method, uniform_grid(3, 0.1), prior_law(ref, score, graph), denoise=True
     ).reshape(p0.shape)
     x = sample(
         score, graph, noise, shape=(SAMPLES, 3), steps=3, t_min=0.1, method=method,
@@ -83,7 +83,7 @@ def test_samples_follow_the_law_of_the_discrete_chain(ref, name, method):
 def test_samples_follow_the_law_of_a_chain_of_two_draws_a_step(ref, name, method, stages):
     graph, p0 = problem(ref, name)
     score, noise = ref.ExactScore(p0, graph.Q), ref.Linear(2.0)
-    times = uniform_times(2, 0.2)
+    times = uniform_grid(2, 0.2)
     law = ref.law_of_chain(
         score, graph, noise, method, times, prior_law(ref, score, graph), stages=stages, denoise=True
     ).reshape(p0.shape)

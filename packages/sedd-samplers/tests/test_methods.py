@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from sedd_samplers import (
     Ancestral,
+    ConfidenceUnmasking,
     Euler,
     FirstHitting,
-    Ordered,
     PredictorCorrector,
     Remasking,
     Reverse,
@@ -21,23 +21,22 @@ from sedd_samplers import (
     Trapezoidal,
     Tweedie,
     Uniformization,
-    adaptive_times,
+    adaptive_grid,
     at_rate,
     capped,
-    chance,
     confidence,
-    controlled,
-    correct,
     entropy,
     infill,
-    level_times,
     margin,
+    noise_grid,
+    random_order,
     rescaled,
     sample,
-    to_posterior,
-    top_k,
     trajectory,
 )
+from sedd_samplers.adapters import to_posterior
+from sedd_samplers.controls import controlled, top_k
+from sedd_samplers.steps import correct
 
 ANY_GRAPH = {
     "Euler": Euler(),
@@ -55,12 +54,12 @@ ABSORBING = {
     "remasking, capped": Remasking(capped(0.3)),
     "remasking, rescaled": Remasking(rescaled(0.5)),
     "remasking at a rate": Remasking(at_rate(2.0)),
-    "by confidence": Ordered(),
-    "by confidence and chance": Ordered(confidence, randomness=2.0),
-    "by entropy": Ordered(entropy),
-    "by margin": Ordered(margin),
-    "by chance": Ordered(chance),
-    "by confidence, of two": Ordered(confidence, controls=(top_k(2),)),
+    "by confidence": ConfidenceUnmasking(),
+    "by confidence at random": ConfidenceUnmasking(confidence, randomness=2.0),
+    "by entropy": ConfidenceUnmasking(entropy),
+    "by margin": ConfidenceUnmasking(margin),
+    "in random order": ConfidenceUnmasking(random_order),
+    "by confidence, of two": ConfidenceUnmasking(confidence, controls=(top_k(2),)),
     "corrected first-hitting": PredictorCorrector(FirstHitting()),
 }
 METHODS = {**ANY_GRAPH, **ABSORBING}
@@ -102,9 +101,9 @@ def test_given_positions_never_change(ref, data):
     if grid == "uniform":
         times = {"steps": steps, "t_min": 0.01}
     elif grid == "by level":
-        times = {"times": level_times(noise, steps, torch.log, t_min=0.01)}
+        times = {"times": noise_grid(noise, steps, torch.log, t_min=0.01)}
     else:
-        times = {"times": adaptive_times(lively, graph, noise, x=x, given=fixed, target=5.0, t_min=0.1)}
+        times = {"times": adaptive_grid(lively, graph, noise, x=x, given=fixed, target=5.0, t_min=0.1)}
     states = trajectory(
         lively, graph, noise, x=x, given=fixed, method=METHODS[name], denoise=denoise, generator=rng,
         until=(lambda state: finished) if stopping else None, **times,
@@ -145,7 +144,7 @@ def test_pieces_of_the_vocabulary_axis_change_nothing(ref, name, monkeypatch):
                       seeds=range(7))  # fmt: skip
 
     whole = run()
-    for module in ("asking", "reverse"):
+    for module in ("fast.rows", "reverse"):
         monkeypatch.setattr(f"sedd_samplers.{module}.rows_at_a_time", lambda num_states, device: 3)
     assert torch.equal(run(), whole)
 
@@ -205,7 +204,7 @@ def test_the_rate_of_absorption_sets_the_clock(ref, rate):
     """At the rate b and noise sigma / b the process is the same, and so are the samples."""
     graph = ref.StructuredAbsorbing(5)
     scaled = ref.MatrixGraph(rate * graph.Q, 5)
-    for method in (FirstHitting(), Remasking(rescaled(0.5)), Ordered()):
+    for method in (FirstHitting(), Remasking(rescaled(0.5)), ConfidenceUnmasking()):
         one = sample(lively, graph, ref.Linear(3.0), shape=(20, 4), steps=4, method=method, seeds=range(20))
         other = sample(
             lambda x, sigma: lively(x, rate * sigma), scaled, ref.Linear(3.0 / rate), shape=(20, 4), steps=4,
@@ -275,15 +274,16 @@ def test_correctors_move_tokens_and_masks_and_no_given_position(ref):
     assert (y[:, 2:] != 5).any()
 
 
-@pytest.mark.parametrize("order", [confidence, entropy, margin, chance])
-def test_ordered_unmasks_as_many_as_the_grid_says(ref, order):
+@pytest.mark.parametrize("order", [confidence, entropy, margin, random_order])
+def test_confidence_unmasking_unmasks_as_many_as_the_grid_says(ref, order):
     graph, masked = ref.StructuredAbsorbing(5), []
     x = torch.zeros(3, 12, dtype=torch.int64)
     given = torch.zeros_like(x, dtype=torch.bool)
     given[1, :4] = True
     given[2] = True
-    for state in trajectory(lively, graph, ref.LogLinear(0.0), x=x, given=given, method=Ordered(order), seeds=range(3),
-                            times=torch.tensor([0.999, 0.75, 0.5, 0.25, 0.001]), denoise=False):  # fmt: skip
+    times = torch.tensor([0.999, 0.75, 0.5, 0.25, 0.001])
+    for state in trajectory(lively, graph, ref.LogLinear(0.0), x=x, given=given, method=ConfidenceUnmasking(order),
+                            times=times, seeds=range(3), denoise=False):  # fmt: skip
         masked.append((state.x == 5).sum(1).tolist())
     assert masked == [[12, 8, 0], [9, 6, 0], [6, 4, 0], [3, 2, 0], [0, 0, 0]]
 
@@ -298,7 +298,7 @@ def test_the_order_decides_who_comes_first(ref):
 
     for order in (entropy, margin):
         x, seen = torch.zeros(40, 4, dtype=torch.int64), []
-        for state in trajectory(score, graph, ref.LogLinear(0.0), x=x, given=x > 0, method=Ordered(order),
+        for state in trajectory(score, graph, ref.LogLinear(0.0), x=x, given=x > 0, method=ConfidenceUnmasking(order),
                                 times=torch.tensor([0.999, 0.75, 0.5, 0.25, 0.001]), seeds=range(40)):  # fmt: skip
             seen.append((state.x != 5).float().mean(0).tolist())
         assert seen[:5] == [[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1]]
@@ -311,7 +311,7 @@ def test_greedy_decoding_takes_the_likeliest_token_where_the_order_says(ref, ord
     score = ref.ExactScore(ref.random_data(3, 4, 4, 3), graph.Q)
     times = torch.tensor([0.999, 0.75, 0.5, 0.25, 0.001])
     x = torch.zeros(30, 4, dtype=torch.int64)
-    method = Ordered(order, controls=(top_k(1),))
+    method = ConfidenceUnmasking(order, controls=(top_k(1),))
     run = trajectory(score, graph, ref.LogLinear(0.0), x=x, given=x > 0, method=method, times=times, seeds=range(30))
     got = [state.x for state in run]
     state = torch.full((1, 4), 3)
@@ -334,12 +334,12 @@ def test_what_is_drawn_is_controlled_and_what_ranks_is_not(ref):
         return infill(score, graph, ref.LogLinear(0.0), x=x, given=x > 0, method=method, denoise=False,
                       times=torch.tensor([0.999, 0.75]), seeds=range(400))  # fmt: skip
 
-    out = first(score, Ordered(entropy, controls=(top_k(2),)))
+    out = first(score, ConfidenceUnmasking(entropy, controls=(top_k(2),)))
     places = (out != 3).nonzero()[:, 1]
     assert len(places.unique()) == 1
     p = to_posterior(score, graph)(torch.full((1, 4), 3), torch.ones(1, dtype=torch.float64))[0, places[0]]
     assert out[:, places[0]].unique().tolist() == p.topk(2).indices.sort().values.tolist()
-    anywhere = first(controlled(score, graph, top_k(1)), Ordered(entropy))
+    anywhere = first(controlled(score, graph, top_k(1)), ConfidenceUnmasking(entropy))
     assert len((anywhere != 3).nonzero()[:, 1].unique()) == 4
 
 
@@ -349,8 +349,9 @@ def test_randomness_disturbs_the_order(ref):
     score = lambda x, sigma: torch.arange(4.0)[:, None].expand(len(x), 4, 6)  # noqa: E731
     x = torch.zeros(4000, 4, dtype=torch.int64)
     times = torch.tensor([0.999, 0.75])
-    first = infill(score, graph, ref.LogLinear(0.0), x=x, given=x > 0, method=Ordered(confidence, randomness=1e6),
-                   times=times, denoise=False, seeds=range(4000))  # fmt: skip
+    method = ConfidenceUnmasking(confidence, randomness=1e6)
+    first = infill(score, graph, ref.LogLinear(0.0), x=x, given=x > 0, times=times, method=method, denoise=False,
+                   seeds=range(4000))  # fmt: skip
     count = (first != 5).sum(0).double()
     assert count.sum() == 4000
     assert float(((count - 1000) ** 2 / 1000).sum()) < 21.1  # chi-square, 3 degrees of freedom
@@ -368,7 +369,7 @@ def test_randomness_disturbs_the_order(ref):
         (lambda: PredictorCorrector(ratio=math.nan), "ratio must be finite and positive"),
         (lambda: Uniformization(slack=0.9), "slack must be at least 1, got 0.9"),
         (lambda: Uniformization(shrink=1.0), r"shrink must lie in \(0, 1\), got 1.0"),
-        (lambda: Ordered(randomness=-0.1), "randomness must be finite and at least 0, got -0.1"),
+        (lambda: ConfidenceUnmasking(randomness=-0.1), "randomness must be finite and at least 0, got -0.1"),
         (lambda: capped(1.5), r"eta must be finite and lie in \[0, 1\], got 1.5"),
         (lambda: rescaled(-0.5), r"eta must be finite and lie in \[0, 1\], got -0.5"),
         (lambda: at_rate(math.inf), r"gamma must be finite"),

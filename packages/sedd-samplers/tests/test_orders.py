@@ -15,15 +15,11 @@ from sedd_samplers import (
     TauLeaping,
     Trapezoidal,
     Tweedie,
-    ancestral_probs,
     at_rate,
     capped,
-    correct,
-    corrector_probs,
     rescaled,
-    tweedie_probs,
 )
-from sedd_samplers.kernels import leap, reverse_rates
+from sedd_samplers.steps import ancestral_probs, correct, corrector_probs, leap, reverse_rates, tweedie_probs
 
 GRAPHS = {
     "absorbing": lambda ref: ref.StructuredAbsorbing(3),
@@ -102,8 +98,8 @@ class Subtracting:
             return leap(kept[0] * (t - s)[b, None] / 2, x)
 
         def from_star(log_score, x_star, b, i):
-            doses = (2 * a_star(log_score, x_star, b) - kept[0]).clamp(min=0) * (t - s)[b, None] / 2
-            return leap(doses.scatter(1, x_star[:, None], 0.0), x_star)
+            deltas = (2 * a_star(log_score, x_star, b) - kept[0]).clamp(min=0) * (t - s)[b, None] / 2
+            return leap(deltas.scatter(1, x_star[:, None], 0.0), x_star)
 
         sigma, a = rates(t)
         x_star = reverse.redraw(x, sigma, reverse.movable(x), to_star)
@@ -127,25 +123,25 @@ def test_strong_dependence_costs_the_trapezoidal_method_its_order_but_not_its_le
     assert all(a < b / 2 for a, b in zip(second, first, strict=True))
 
 
-def corrected(ref, graph, score, sigma, dose, law, kernel=correct):
+def corrected(ref, graph, score, sigma, delta, law, kernel=correct):
     """The law after one corrector step, by enumeration."""
     states = ref.all_states(graph.num_states, score.p0.ndim)
     reverse = ref.Enumerator(score, graph, ref.Linear(1.0), states.shape)
     level = torch.full((len(states),), sigma, dtype=torch.float64)
-    kernel(reverse, states, level, torch.full_like(level, dose))
+    kernel(reverse, states, level, torch.full_like(level, delta))
     return law @ ref.joint(reverse.stages[0], states)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_corrector_leaves_the_true_law_where_it_is(ref, name):
-    """But for tau-leaping's own error, of second order in the dose: the rates themselves are stationary."""
+    """But for tau-leaping's own error, of second order in the delta: the rates themselves are stationary."""
     graph, score = problem(ref, name)
     p = score.marginal(torch.tensor([0.6]).double())[0].flatten()
-    doses = [0.02, 0.01, 0.005]
-    moved = [float((corrected(ref, graph, score, 0.6, dose, p) - p).abs().sum()) / 2 for dose in doses]
-    assert slope([1 / d for d in doses], moved) == pytest.approx(2, abs=0.15)
-    wrong = [float((corrected(ref, graph, score, 0.7, dose, p) - p).abs().sum()) / 2 for dose in doses]
-    assert slope([1 / d for d in doses], wrong) == pytest.approx(1, abs=0.15)  # of another noise level, it is not
+    deltas = [0.02, 0.01, 0.005]
+    moved = [float((corrected(ref, graph, score, 0.6, delta, p) - p).abs().sum()) / 2 for delta in deltas]
+    assert slope([1 / d for d in deltas], moved) == pytest.approx(2, abs=0.15)
+    wrong = [float((corrected(ref, graph, score, 0.7, delta, p) - p).abs().sum()) / 2 for delta in deltas]
+    assert slope([1 / d for d in deltas], wrong) == pytest.approx(1, abs=0.15)  # of another noise level, it is not
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -166,11 +162,11 @@ def test_the_corrector_is_tau_leaping_with_both_rates(ref, name):
     N = graph.num_states
     generator = torch.Generator().manual_seed(0)
     log_score = torch.randn(N, N, generator=generator, dtype=torch.float64)
-    dose = 0.5 * torch.rand(N, generator=generator, dtype=torch.float64)
+    delta = 0.5 * torch.rand(N, generator=generator, dtype=torch.float64)
     x = torch.arange(N)
-    got = corrector_probs(log_score, x, graph, graph.rates_out_of(x), dose)
+    got = corrector_probs(log_score, x, graph, graph.rates_out_of(x), delta)
     for i in range(N):
-        rates = dose[i] * (graph.Q[:, i] + graph.Q[i] * log_score[i].exp())
+        rates = delta[i] * (graph.Q[:, i] + graph.Q[i] * log_score[i].exp())
         rates[i] = 0
         clocks = rates[:, None].expand(N, N) - rates.sum() * torch.eye(N, dtype=torch.float64)
         torch.testing.assert_close(got[i], torch.linalg.matrix_exp(clocks)[:, i], rtol=1e-6, atol=1e-7)

@@ -6,23 +6,16 @@ import math
 
 import pytest
 import torch
-from sedd_samplers import (
-    Ancestral,
-    Tweedie,
-    ancestral_probs,
-    denoise_probs,
-    from_posterior,
-    sample,
-    tweedie_probs,
-    tweedie_score,
-)
+from sedd_samplers import Ancestral, Tweedie, sample
+from sedd_samplers.adapters import from_posterior
+from sedd_samplers.steps import ancestral_probs, denoise_probs, tweedie_probs, tweedie_score
 
 STEPS = [
-    (sigma, dose) for sigma in (1.0, 5.0, 9.5, 12.0, 20.0) for dose in (0.01, 1.0, 6.0, 12.0, 19.9) if dose <= sigma
+    (sigma, delta) for sigma in (1.0, 5.0, 9.5, 12.0, 20.0) for delta in (0.01, 1.0, 6.0, 12.0, 19.9) if delta <= sigma
 ]
 
 
-def uniform(N, sigma, dose):
+def uniform(N, sigma, delta):
     """x, the score and the true law of a step back at every state, in closed form: one token under uniform noise."""
     p0 = (2 * torch.randn(N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).softmax(0)
 
@@ -32,9 +25,9 @@ def uniform(N, sigma, dose):
     # log p_t(y) / p_t(x) without forming the ratio, which is all but 1
     signal = N * math.exp(-sigma) / -math.expm1(-sigma) * p0
     log_score = torch.log1p(signal)[None] - torch.log1p(signal)[:, None]
-    keep = math.exp(-dose)
+    keep = math.exp(-delta)
     step = keep * torch.eye(N, dtype=torch.float64) + (1 - keep) / N
-    return torch.arange(N), log_score, step * noised(sigma - dose)[None] / noised(sigma)[:, None]
+    return torch.arange(N), log_score, step * noised(sigma - delta)[None] / noised(sigma)[:, None]
 
 
 def close(got, true):
@@ -45,14 +38,14 @@ def close(got, true):
 
 
 @pytest.mark.parametrize("N", [5, 300])
-@pytest.mark.parametrize(("sigma", "dose"), STEPS)
-def test_steps_back_through_uniform_noise_keep_float32_s_precision(ref, N, sigma, dose):
+@pytest.mark.parametrize(("sigma", "delta"), STEPS)
+def test_steps_back_through_uniform_noise_keep_float32_s_precision(ref, N, sigma, delta):
     """Worked in float32 throughout, the longest are wrong by everything, and D3PM's have no state left to draw."""
     graph = ref.StructuredUniform(N)
-    x, log_score, true = uniform(N, sigma, dose)
+    x, log_score, true = uniform(N, sigma, delta)
     level = torch.full((N,), sigma, dtype=torch.float64)
-    close(tweedie_probs(log_score.float(), x, graph, torch.full_like(level, dose)), true)
-    close(ancestral_probs(log_score.float(), x, graph, level - dose, level), true)
+    close(tweedie_probs(log_score.float(), x, graph, torch.full_like(level, delta)), true)
+    close(ancestral_probs(log_score.float(), x, graph, level - delta, level), true)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 9.5, 20.0])
@@ -70,15 +63,15 @@ def test_the_posterior_comes_back_from_a_float32_score(ref, sigma):
 def test_what_is_wrong_in_a_network_s_score_costs_short_steps_little(ref):
     """Scores off by 1e-3 at sigma = 20: D3PM's step goes by way of clean tokens, of which it knows nothing."""
     graph, generator = ref.StructuredUniform(50), torch.Generator().manual_seed(0)
-    for dose in (0.1, 1.0):
-        x, log_score, true = uniform(50, 20.0, dose)
+    for delta in (0.1, 1.0):
+        x, log_score, true = uniform(50, 20.0, delta)
         wrong = (log_score + 1e-3 * torch.randn(50, 50, generator=generator, dtype=torch.float64)).float()
         level = torch.full((50,), 20.0, dtype=torch.float64)
         for got in (
-            tweedie_probs(wrong, x, graph, torch.full_like(level, dose)),
-            ancestral_probs(wrong, x, graph, level - dose, level),
+            tweedie_probs(wrong, x, graph, torch.full_like(level, delta)),
+            ancestral_probs(wrong, x, graph, level - delta, level),
         ):
-            assert float((got.double() - true).abs().sum(-1).max()) / 2 < 4e-3 * math.exp(dose)
+            assert float((got.double() - true).abs().sum(-1).max()) / 2 < 4e-3 * math.exp(delta)
 
 
 @pytest.mark.parametrize("method", [Tweedie(), Ancestral()])

@@ -15,21 +15,17 @@ from sedd_samplers import (
     TauLeaping,
     Tweedie,
     Unmasking,
-    allowed,
-    classifier_free,
-    controlled,
-    from_posterior,
+    cached,
     infill,
-    live,
-    prompted,
-    remembered,
+    pad_prompts,
     sample,
-    temperature,
-    top_k,
-    top_p,
     trajectory,
-    uniform_times,
+    uniform_grid,
 )
+from sedd_samplers.adapters import from_posterior
+from sedd_samplers.controls import allowed_tokens, controlled, temperature, top_k, top_p
+from sedd_samplers.guidance import classifier_free
+from sedd_samplers.views import live
 
 METHODS = [Euler(), TauLeaping(), Tweedie()]
 GRAPHS = {
@@ -57,9 +53,9 @@ def wrapped(graph, shape):
     return {
         "plain": flat(6),
         "controlled": controlled(plain, graph, temperature(0.7), top_k(4), top_p(0.9)),
-        "allowed": from_posterior(lambda x, sigma: torch.ones(*x.shape, 6), graph, controls=[allowed(even)]),
+        "allowed": from_posterior(lambda x, sigma: torch.ones(*x.shape, 6), graph, controls=[allowed_tokens(even)]),
         "guided": classifier_free(plain, flat(6), 2.0, num_states=6),
-        "remembered": from_posterior(remembered(lambda x, sigma: torch.ones(*x.shape, 6)), graph),
+        "cached": from_posterior(cached(lambda x, sigma: torch.ones(*x.shape, 6)), graph),
     }
 
 
@@ -77,7 +73,7 @@ def test_given_positions_never_change(ref, data):
     fixed = torch.rand(shape, generator=rng) < data.draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
     denoise, stopping = data.draw(st.booleans()), data.draw(st.booleans())
     finished = torch.rand(shape[0], generator=rng) < 0.3
-    control = data.draw(st.sampled_from(["plain", "controlled", "allowed", "guided", "remembered"]))
+    control = data.draw(st.sampled_from(["plain", "controlled", "allowed", "guided", "cached"]))
     states = trajectory(
         wrapped(graph, shape)[control], graph, ref.LogLinear(), x=x, given=fixed, steps=data.draw(st.integers(1, 5)),
         method=method, denoise=denoise, generator=rng, until=(lambda state: finished) if stopping else None,
@@ -103,10 +99,10 @@ def test_a_batch_of_prompts_and_lengths_is_its_sequences_alone(ref):
 
     score = from_posterior(posterior, graph)
     prompts, lengths = [[1, 2], [], [3, 3, 0]], [6, 3, 9]
-    x, fixed = prompted(prompts, lengths, pad_id=pad)
+    x, fixed = pad_prompts(prompts, lengths, pad_id=pad)
     together = infill(score, graph, ref.LogLinear(), x=x, given=fixed, steps=9, seeds=[5, 6, 7])
     for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        x, fixed = prompted([prompt], length)
+        x, fixed = pad_prompts([prompt], length)
         alone = infill(score, graph, ref.LogLinear(), x=x, given=fixed, steps=9, seeds=[5 + i])
         assert torch.equal(together[[i], :length], alone)
         assert (together[i, length:] == pad).all()
@@ -126,7 +122,7 @@ def test_infilling_follows_the_conditional_distribution(ref):
 
 
 def test_the_grid_starts_at_one_and_ends_at_t_min():
-    times = uniform_times(4, 0.2)
+    times = uniform_grid(4, 0.2)
     torch.testing.assert_close(times, torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2], dtype=torch.float64))
 
 

@@ -6,17 +6,8 @@ import weakref
 
 import pytest
 import torch
-from sedd_samplers import (
-    Euler,
-    Tweedie,
-    Unmasking,
-    from_logits,
-    from_posterior,
-    infill,
-    remembered,
-    sample,
-    trajectory,
-)
+from sedd_samplers import Euler, Tweedie, Unmasking, cached, infill, sample, trajectory
+from sedd_samplers.adapters import from_logits, from_posterior
 from sedd_samplers.randomness import uniforms
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -110,7 +101,7 @@ def test_unmasking_refuses_graphs_in_which_tokens_move(ref):
 
 
 @pytest.mark.parametrize("method", [Tweedie(), Euler(), Unmasking()])
-def test_what_is_remembered_changes_no_sample(ref, method):
+def test_what_is_cached_changes_no_sample(ref, method):
     """Five sequences at different places in their course, some finished early, 60 steps."""
     graph, network, spared = ref.StructuredAbsorbing(5), Counting(6), Counting(6)
     given = torch.rand(5, 12, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, 0.9, 5)[:, None]
@@ -120,21 +111,21 @@ def test_what_is_remembered_changes_no_sample(ref, method):
         return infill(from_logits(logits, graph), graph, ref.LogLinear(), x=x, given=given, steps=60, method=method,
                       seeds=range(5))  # fmt: skip
 
-    assert torch.equal(run(network), run(remembered(spared)))
+    assert torch.equal(run(network), run(cached(spared)))
     assert spared.sequences <= network.sequences
     if method != Unmasking():
         assert spared.sequences < 0.5 * network.sequences
         assert spared.sequences <= 5 + int((~given).sum())  # one call at first, then one after each move
 
 
-def test_what_is_remembered_belongs_to_a_sequence_and_its_states(ref):
+def test_what_is_cached_belongs_to_a_sequence_and_its_states(ref):
     seen = []
 
     def model(x, sigma, where, rows):
         seen.append(rows.tolist())
         return (x * 10 + rows[:, None]).double()[..., None].expand(*x.shape, 2)[where]
 
-    ask = remembered(model)
+    ask = cached(model)
     everywhere = torch.ones(3, 2, dtype=torch.bool)
     x, sigma = torch.tensor([[0, 1], [0, 1], [1, 1]]), torch.ones(3)
     first = ask(x, sigma, everywhere, torch.arange(3))
@@ -148,7 +139,7 @@ def test_what_is_remembered_belongs_to_a_sequence_and_its_states(ref):
     assert seen == [[0, 1, 2], [1], [2], [0]]
 
 
-def test_what_is_remembered_is_compared_exactly():
+def test_what_is_cached_is_compared_exactly():
     """Tokens 150,000 and 150,001 are not the same; to a relative tolerance they would be."""
     asked = []
 
@@ -156,7 +147,7 @@ def test_what_is_remembered_is_compared_exactly():
         asked.append(x.tolist())
         return x.double()[where][:, None]
 
-    ask = remembered(model)
+    ask = cached(model)
     everywhere, sigma = torch.ones(1, 2, dtype=torch.bool), torch.ones(1)
     for token in (150_000, 150_001, 150_001):
         x = torch.tensor([[7, token]])

@@ -11,7 +11,8 @@ import subprocess
 
 import pytest
 import torch
-from sedd_samplers import State, live, record, trajectory
+from sedd_samplers import State, trajectory
+from sedd_samplers.views import live, record
 
 MASK = 4
 TEXT = {0: "to be", 1: " or\n", 2: "</script><b>&", 3: "\x1b[31m世", 4: "never shown"}.__getitem__

@@ -7,8 +7,8 @@
 
 All go through one pair of row kernels: `tweedie_score` (from the law of an earlier state to the score) and its inverse
 `tweedie_probs`. `from_...` wraps a foreign model as a score model, `to_...` wraps a score model as the other kind; the
-two undo each other. A wrapper offers `where` and `rows` (see `sedd_samplers.asking`), hands them on to a model that
-has them too, and indexes the answer of one that has not. It works in float32 (in float64 for float64 answers).
+two undo each other. A wrapper offers `where` and `rows` (see `sedd_samplers.model_calls`), hands them on to a model
+that has them too, and indexes the answer of one that has not. It works in float32 (in float64 for float64 answers).
 
 Sources: posterior and Tweedie's theorem, equations 18 and 19; SUBS, Sahoo et al. 2024 (arXiv 2406.07524); reverse
 model, Austin et al. 2021 (arXiv 2107.03006); velocity, Gat et al. 2024 (arXiv 2407.15595).
@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .asking import Asked, RowModel, check_recoverable, convert_rows, row_model
 from .controls import Control, apply_controls
-from .interfaces import Graph, ScoreModel
-from .kernels import denoise_probs, possible, tweedie_probs, tweedie_score
+from .fast import convert_rows
+from .interfaces import Graph, RowModel, ScoreModel
+from .model_calls import ModelCall, row_model
+from .steps import check_recoverable, denoise_probs, possible, tweedie_probs, tweedie_score
 
 __all__ = [
     "from_posterior",
@@ -58,7 +59,7 @@ def from_posterior(posterior: Model, graph: Graph, *, controls: Sequence[Control
     Raises:
         ValueError: the posterior is not callable; when called, if it returns another shape.
     """
-    return _from_law(Asked(posterior, graph.num_states, "posterior"), graph, lambda sigma: sigma, controls)
+    return _from_law(ModelCall(posterior, graph.num_states, "posterior"), graph, lambda sigma: sigma, controls)
 
 
 def to_posterior(score: ScoreModel, graph: Graph) -> RowModel:
@@ -77,7 +78,7 @@ def to_posterior(score: ScoreModel, graph: Graph) -> RowModel:
         ValueError: the score model is not callable; when called, if it returns another shape, or if tokens are noised
             and sigma is too high to tell the posterior from a score of that precision (9 in float32).
     """
-    return _to_law(Asked(score, graph.num_states, "score model"), graph, lambda sigma: sigma, denoise_probs)
+    return _to_law(ModelCall(score, graph.num_states, "score model"), graph, lambda sigma: sigma, denoise_probs)
 
 
 def from_logits(
@@ -114,10 +115,10 @@ def from_logits(
     if len(out | {graph.mask_id}) == graph.num_states + (graph.mask_id is None):
         raise ValueError("banned holds every token: none is left to draw")
     index = torch.tensor(sorted(out), dtype=torch.int64)
-    asked = Asked(logits, graph.num_states, "logits")
+    call = ModelCall(logits, graph.num_states, "logits")
 
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = asked(x, sigma, where, rows)
+        answer, pick = call(x, sigma, where, rows)
 
         def softmax(part: Tensor, _: slice) -> Tensor:
             return part.index_fill(1, index.to(part.device), -torch.inf).softmax(-1)
@@ -170,7 +171,7 @@ def from_masked_lm(
     return from_logits(row_model(at), graph, banned=[*banned, *([] if pad_id is None else [pad_id])], controls=controls)
 
 
-def from_reverse(reverse: Model, graph: Graph, dose: Levels) -> RowModel:
+def from_reverse(reverse: Model, graph: Graph, delta_sigma: Levels) -> RowModel:
     """The score model of a model of reverse steps, p(x_s | x_t), as D3PM's.
 
     A Tweedie step of the same length is the model's own step again, whatever the model.
@@ -179,7 +180,7 @@ def from_reverse(reverse: Model, graph: Graph, dose: Levels) -> RowModel:
         reverse: (x (B, L) int64, sigma (B,)) -> probabilities (B, L, N) of each position's state one of its own steps
             earlier. It may offer `where` and `rows`.
         graph: the forward process.
-        dose: sigma (B,) -> (B,): how much of the total noise that step takes away, in (0, sigma].
+        delta_sigma: sigma (B,) -> (B,): how much of the total noise that step takes away, in (0, sigma].
 
     Returns:
         A score model.
@@ -187,15 +188,15 @@ def from_reverse(reverse: Model, graph: Graph, dose: Levels) -> RowModel:
     Raises:
         ValueError: reverse is not callable; when called, if it returns another shape.
     """
-    return _from_law(Asked(reverse, graph.num_states, "reverse model"), graph, dose)
+    return _from_law(ModelCall(reverse, graph.num_states, "reverse model"), graph, delta_sigma)
 
 
-def to_reverse(score: ScoreModel, graph: Graph, dose: Levels) -> RowModel:
+def to_reverse(score: ScoreModel, graph: Graph, delta_sigma: Levels) -> RowModel:
     """The model of reverse steps p(x_s | x_t) that a score model is by Tweedie's equation 19.
 
     Arguments as for `from_reverse`; returns (x, sigma) -> probabilities (B, L, N), normalised, negatives set to 0.
     """
-    return _to_law(Asked(score, graph.num_states, "score model"), graph, dose, tweedie_probs)
+    return _to_law(ModelCall(score, graph.num_states, "score model"), graph, delta_sigma, tweedie_probs)
 
 
 def from_velocity(velocity: Model, graph: Graph) -> RowModel:
@@ -219,10 +220,10 @@ def from_velocity(velocity: Model, graph: Graph) -> RowModel:
             shape.
     """
     _check_path(graph)
-    asked = Asked(velocity, graph.num_states, "velocity")
+    call = ModelCall(velocity, graph.num_states, "velocity")
 
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = asked(x, torch.exp(-sigma), where, rows)
+        answer, pick = call(x, torch.exp(-sigma), where, rows)
         here, left = x[where][:, None], -torch.expm1(-sigma)[where.nonzero()[:, 0], None]
 
         def posterior(u: Tensor, part: slice) -> Tensor:
@@ -250,11 +251,11 @@ def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
     return row_model(at)
 
 
-def _from_law(asked: Asked, graph: Graph, dose: Levels, controls: Sequence[Control] = ()) -> RowModel:
+def _from_law(call: ModelCall, graph: Graph, delta_sigma: Levels, controls: Sequence[Control] = ()) -> RowModel:
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = asked(x, sigma, where, rows)
+        answer, pick = call(x, sigma, where, rows)
         index, position = where.nonzero(as_tuple=True)
-        here, level, sequence = x[where], dose(sigma)[index], rows[index]
+        here, level, sequence = x[where], delta_sigma(sigma)[index], rows[index]
 
         def convert(p: Tensor, part: slice) -> Tensor:
             if controls:
@@ -267,11 +268,11 @@ def _from_law(asked: Asked, graph: Graph, dose: Levels, controls: Sequence[Contr
     return row_model(at)
 
 
-def _to_law(asked: Asked, graph: Graph, dose: Levels, kernel: Callable[..., Tensor]) -> RowModel:
+def _to_law(call: ModelCall, graph: Graph, delta_sigma: Levels, kernel: Callable[..., Tensor]) -> RowModel:
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = asked(x, sigma, where, rows)
-        check_recoverable(graph, dose(sigma), torch.promote_types(answer.dtype, torch.float32))
-        here, level = x[where], dose(sigma)[where.nonzero()[:, 0]]
+        answer, pick = call(x, sigma, where, rows)
+        check_recoverable(graph, delta_sigma(sigma), torch.promote_types(answer.dtype, torch.float32))
+        here, level = x[where], delta_sigma(sigma)[where.nonzero()[:, 0]]
 
         def normalised(log_score: Tensor, part: slice) -> Tensor:
             p = kernel(log_score, here[part], graph, level[part].to(log_score.dtype)).clamp_min_(0)

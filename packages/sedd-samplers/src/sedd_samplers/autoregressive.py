@@ -25,18 +25,19 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Generator, Tensor
 
-from .asking import Asked, widened
-from .categorical import draw_categorical
 from .controls import Control, apply_controls
-from .randomness import uniforms
-from .sampling import State, check_finished, check_prompt, check_shape, device_of, last_state, row_seeds
+from .fast import widened
+from .model_calls import ModelCall, device_of
+from .prompts import check_prompt, check_shape
+from .randomness import draw_categorical, row_seeds, uniforms
+from .sampling import State, check_finished, last_state
 
 __all__ = ["left_to_right", "sample_left_to_right", "continue_left_to_right"]
 
 UNWRITTEN = -1
 
 
-class Options(TypedDict, total=False):
+class LeftToRightOptions(TypedDict, total=False):
     """What `sample_left_to_right` and `continue_left_to_right` hand on to `left_to_right`, where each is explained."""
 
     controls: Sequence[Control]
@@ -53,7 +54,7 @@ def sample_left_to_right(
     num_states: int,
     device: torch.device | str | None = None,
     progress: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[LeftToRightOptions],
 ) -> Tensor:
     """Samples of a model of the next token.
 
@@ -83,9 +84,9 @@ def continue_left_to_right(
     start: int | Tensor,
     num_states: int,
     progress: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[LeftToRightOptions],
 ) -> Tensor:
-    """Samples of what follows given tokens; `prompted` makes `x` and `given` of prompts and lengths.
+    """Samples of what follows given tokens; `pad_prompts` makes `x` and `given` of prompts and lengths.
 
     Args:
         model: x (B, L) int64 -> logits (B, L, N) of the token after each, causal.
@@ -134,7 +135,7 @@ def left_to_right(
         generator: where the sequences' seeds are drawn from; the global generator when None.
         seeds: B integers instead, one a sequence: its sample then depends on nothing else in the batch, and what is
             drawn at a position is the same whether the tokens before it were drawn or given.
-        until: State -> (B,) bool, which sequences are finished. Asked after every token. A finished sequence is not
+        until: State -> (B,) bool, which sequences are finished. ModelCall after every token. A finished sequence is not
             written any further: what is left of it stays -1. When all are finished the loop ends.
 
     Yields:
@@ -147,7 +148,7 @@ def left_to_right(
     check_prompt(x, given, num_states, None)
     first = _start(start, len(x)).to(x.device)
     seeds = row_seeds(seeds, generator, len(x)).to(x.device)
-    asked = Asked(model, num_states, "model of the next token", "x")
+    call = ModelCall(model, num_states, "model of the next token", "x")
 
     total, free = x.shape[1], ~given
     x = x.masked_fill(free, UNWRITTEN)
@@ -155,7 +156,7 @@ def left_to_right(
     for i in range(total):
         row = free[:, i].nonzero()[:, 0]
         if len(row):
-            law = _next(asked, torch.cat([first[row, None], x[row, :i]], 1), row)
+            law = _next(call, torch.cat([first[row, None], x[row, :i]], 1), row)
             place = torch.full_like(row, i)
             law = apply_controls(controls, law, row, place)
             x = x.clone()
@@ -168,11 +169,11 @@ def left_to_right(
                 return
 
 
-def _next(asked: Asked, x: Tensor, rows: Tensor) -> Tensor:
+def _next(call: ModelCall, x: Tensor, rows: Tensor) -> Tensor:
     """The law (b, N) of the token after x (b, l), float32 at least; ValueError where it is none."""
     last = torch.zeros_like(x, dtype=torch.bool)
     last[:, -1] = True
-    answer, pick = asked(x, None, last, rows)
+    answer, pick = call(x, None, last, rows)
     logits = widened(answer if pick is None else answer[pick])
     top = logits.amax(-1)
     if not top.isfinite().all():

@@ -10,7 +10,8 @@ What that is exactly, and what not:
 - One position, everything else known: exact, the controlled conditional.
 - Several: each position's conditional is controlled as it comes, as in any left-to-right model. The samples' joint law
   is not p0 to the power 1/temperature, nor p0 restricted to a set.
-- `allowed`: every finished sample obeys, for every graph. But a position that is drawn now does not look ahead to the
+- `allowed_tokens`: every finished sample obeys, for every graph. But a position that is drawn now does not look ahead
+to the
   constraints of those still open. The law is p0 given the constraint where tokens do not depend on each other, or where
   every constrained position is constrained to one token, which then belongs into the prompt: there the network sees it.
 
@@ -24,12 +25,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .asking import Asked, RowModel, check_recoverable, convert_rows, row_model
-from .interfaces import Graph, ScoreModel
-from .kernels import tweedie_score
-from .masking import clean_posterior
+from .fast import convert_rows
+from .interfaces import Graph, RowModel, ScoreModel
+from .model_calls import ModelCall, row_model
+from .steps import check_recoverable, tweedie_posterior, tweedie_score
 
-__all__ = ["Control", "controlled", "temperature", "top_k", "top_p", "allowed", "apply_controls"]
+__all__ = ["Control", "controlled", "temperature", "top_k", "top_p", "allowed_tokens", "apply_controls"]
 
 Control = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(p(x0 | x_t) (M, N), sequence (M,), position (M,)) -> (M, N), non-negative."""
@@ -57,16 +58,16 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
         ValueError: the score model is not callable; when called, if it returns another shape, if the controls leave no
             token to a position, or if tokens are noised and sigma is too high for the score's precision (9 in float32).
     """
-    asked = Asked(score, graph.num_states, "score model")
+    call = ModelCall(score, graph.num_states, "score model")
 
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = asked(x, sigma, where, rows)
+        answer, pick = call(x, sigma, where, rows)
         index, position = where.nonzero(as_tuple=True)
         here, level, sequence = x[where], sigma[index], rows[index]
         check_recoverable(graph, sigma, torch.promote_types(answer.dtype, torch.float32))
 
         def convert(log_score: Tensor, part: slice) -> Tensor:
-            p = clean_posterior(log_score, here[part], graph, level[part])
+            p = tweedie_posterior(log_score, here[part], graph, level[part])
             p = apply_controls(controls, p, sequence[part], position[part])
             return tweedie_score(p, here[part], graph, level[part])
 
@@ -129,7 +130,7 @@ def top_p(mass: float) -> Control:
     return keep
 
 
-def allowed(tokens: Tensor) -> Control:
+def allowed_tokens(tokens: Tensor) -> Control:
     """Only the tokens that are allowed at each position; see above for when the law is exact.
 
     Args:

@@ -27,8 +27,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .asking import Asked, RowModel, convert_rows, row_model
-from .interfaces import ScoreModel
+from .fast import convert_rows
+from .interfaces import RowModel, ScoreModel
+from .model_calls import ModelCall, row_model
 
 __all__ = ["classifier_free", "classifier_guided", "neighbour_ratios", "first_order_ratios"]
 
@@ -50,8 +51,8 @@ def classifier_free(conditional: ScoreModel, unconditional: ScoreModel, weight: 
         ValueError: a model is not callable or the weight negative or not finite; when called, for another shape.
     """
     _check_weight(weight)
-    with_class = Asked(conditional, num_states, "conditional score model")
-    without = Asked(unconditional, num_states, "unconditional score model")
+    with_class = ModelCall(conditional, num_states, "conditional score model")
+    without = ModelCall(unconditional, num_states, "unconditional score model")
 
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
         if weight in (0, 1):
@@ -87,8 +88,8 @@ def classifier_guided(score: ScoreModel, ratios: Callable[..., Tensor], weight: 
         ValueError: a model is not callable or the weight negative or not finite; when called, for another shape.
     """
     _check_weight(weight)
-    unguided = Asked(score, num_states, "score model")
-    classifier = Asked(ratios, num_states, "classifier's ratios")
+    unguided = ModelCall(score, num_states, "score model")
+    classifier = ModelCall(ratios, num_states, "classifier's ratios")
 
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
         answer, pick = unguided(x, sigma, where, rows)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Row", "Graph", "Noise", "ScoreModel"]
+__all__ = ["Row", "Graph", "Noise", "ScoreModel", "RowModel"]
 
 
 class Row(Protocol):
@@ -72,3 +72,10 @@ class ScoreModel(Protocol):
 
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
         """Log-score at (B, L) int64 states and (B,) total noise."""
+
+
+class RowModel(Protocol):
+    """A model of sequences that offers `where` and `rows`; every `RowModel` is a `ScoreModel` by its shape."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, /, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """(B, L, N), or (M, N) for the M true positions of `where`."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["prompted"]
+__all__ = ["pad_prompts", "check_prompt", "check_shape"]
 
 
-def prompted(
+def pad_prompts(
     prompts: Sequence[Sequence[int]],
     length: int | Sequence[int],
     *,
@@ -19,7 +19,7 @@ def prompted(
 ) -> tuple[Tensor, Tensor]:
     """What `infill` needs to continue prompts.
 
-        x, given = prompted([[5, 7], [5]], [8, 12], pad_id=0)
+        x, given = pad_prompts([[5, 7], [5]], [8, 12], pad_id=0)
         x = infill(score, graph, noise, x=x, given=given)
 
     Padding is given, so that it never moves, and the model sees it as the tokens `pad_id`. To a model that knows
@@ -53,3 +53,24 @@ def prompted(
         x[i, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
         given[i, : len(prompt)] = True
     return x.to(device), given.to(device)
+
+
+def check_prompt(x: Tensor, given: Tensor, num_states: int, mask_id: int | None) -> None:
+    """ValueError unless x (B, L) int64 holds tokens at the given positions (B, L) bool."""
+    if x.ndim != 2 or x.dtype != torch.int64:
+        raise ValueError(f"x must be int64 of shape (batch, length), got {x.dtype} {tuple(x.shape)}")
+    if given.shape != x.shape or given.dtype != torch.bool:
+        raise ValueError(f"given must be bool of x's shape {tuple(x.shape)}, got {given.dtype} {tuple(given.shape)}")
+    tokens = x[given]
+    wrong = (tokens < 0) | (tokens >= num_states)
+    if wrong.any():
+        state = int(tokens[wrong][0])
+        raise ValueError(f"x holds the state {state} at a given position; states are 0..{num_states - 1}")
+    if mask_id is not None and (tokens == mask_id).any():
+        raise ValueError(f"x holds the mask ({mask_id}) at a given position, which would stay; leave it free")
+
+
+def check_shape(shape: tuple[int, int]) -> None:
+    """ValueError unless it is two positive integers."""
+    if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"shape must be (batch, length), two positive integers, got {shape!r}")

@@ -12,11 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .asking import Asked, convert_rows, rows_at_a_time, widened
-from .categorical import draw_categorical, draw_shared
+from .fast import convert_rows, rows_at_a_time, widened
 from .interfaces import Graph, Noise, ScoreModel
-from .kernels import denoise_probs
-from .randomness import uniforms
+from .model_calls import ModelCall
+from .randomness import draw_categorical, draw_shared, uniforms
 
 __all__ = ["Reverse", "Kernel"]
 
@@ -50,7 +49,7 @@ class Reverse:
         self.frozen = frozen
         self._seeds = seeds
         self._drawn = torch.zeros_like(seeds)
-        self._asked = Asked(score, graph.num_states, "score model")
+        self._call = ModelCall(score, graph.num_states, "score model")
         into = graph.rates_into(torch.arange(graph.num_states, device=frozen.device))
         # a jump leads into x where the row Q[x, .] is positive; its one negative entry is the diagonal
         self._enterable = (into.base > 0) | (into.value > 0).any(-1)
@@ -131,21 +130,12 @@ class Reverse:
         x[sequence[flipped], position[flipped]] = state
         return x
 
-    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
-        """The final step from noise level t (B,) to none, over tokens only: no mask remains."""
-        sigma, _ = self.noise(t)
-
-        def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
-            return denoise_probs(log_score, x, self.graph, sigma[sequence])
-
-        return self.redraw(x, sigma, self.movable(x), kernel)
-
     def _evaluate(self, x: Tensor, sigma: Tensor, where: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's rows (R, N), and which of them belong to `where`, in order; None when all do, as they stand."""
         rows = where.any(1).nonzero()[:, 0]
         if len(rows) < len(x):
             x, sigma, where = x[rows], sigma[rows], where[rows]
-        return self._asked(x, sigma.to(torch.float32), where, rows)
+        return self._call(x, sigma.to(torch.float32), where, rows)
 
 
 def _named(

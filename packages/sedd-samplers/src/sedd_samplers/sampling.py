@@ -23,12 +23,15 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from .grids import check_times, uniform_times
+from .grids import check_times, uniform_grid
 from .interfaces import Graph, Noise, ScoreModel
-from .methods import Method, Tweedie
+from .model_calls import device_of
+from .prompts import check_prompt, check_shape
+from .randomness import row_seeds
 from .reverse import Reverse
+from .steps import Method, Tweedie, final_denoise
 
-__all__ = ["State", "Options", "trajectory", "sample", "infill"]
+__all__ = ["State", "TrajectoryOptions", "trajectory", "sample", "infill"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class State:
     steps: int
 
 
-class Options(TypedDict, total=False):
+class TrajectoryOptions(TypedDict, total=False):
     """What `sample` and `infill` hand to `trajectory`, where each is explained."""
 
     steps: int | None
@@ -69,7 +72,7 @@ def sample(
     shape: tuple[int, int],
     device: torch.device | str | None = None,
     progress: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[TrajectoryOptions],
 ) -> Tensor:
     """Samples from a score model.
 
@@ -99,7 +102,7 @@ def infill(
     x: Tensor,
     given: Tensor,
     progress: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[TrajectoryOptions],
 ) -> Tensor:
     """Samples of the free positions given the others.
 
@@ -177,7 +180,7 @@ def trajectory(
             if step <= len(grid) - 1:
                 x = method(reverse, x, t.expand(len(x)), s.expand(len(x)))
             else:
-                x = reverse.denoise(x, t.to(x.device).expand(len(x)))
+                x = final_denoise(reverse, x, t.to(x.device).expand(len(x)))
         state = State(x, float(s), step, total)
         yield state
         if until is not None:
@@ -188,7 +191,7 @@ def trajectory(
 
 def _grid(steps: int | None, t_min: float | None, times: Tensor | None) -> Tensor:
     if times is None:
-        return uniform_times(128 if steps is None else steps, 1e-5 if t_min is None else t_min)
+        return uniform_grid(128 if steps is None else steps, 1e-5 if t_min is None else t_min)
     if steps is not None or t_min is not None:
         raise ValueError("give either times or steps and t_min, not both: the times say how many steps there are")
     return check_times(times)
@@ -220,42 +223,3 @@ def last_state(states: Iterator[State], progress: bool) -> Tensor:
     shown = tqdm(states, total=first.steps, desc="sampling", unit="step", disable=not progress)
     last: State = deque(itertools.chain([first], shown), maxlen=1).pop()
     return last.x
-
-
-def row_seeds(seeds: Sequence[int] | Tensor | None, generator: Generator | None, batch: int) -> Tensor:
-    if seeds is None:
-        device = "cpu" if generator is None else generator.device
-        return torch.randint(2**63 - 1, (batch,), generator=generator, device=device)
-    if generator is not None:
-        raise ValueError("give either a generator or seeds, not both: with seeds the generator would decide nothing")
-    seeds = torch.as_tensor(seeds)
-    if seeds.shape != (batch,) or seeds.is_floating_point():
-        raise ValueError(f"seeds must be {batch} integers, one a sequence, got {seeds.dtype} {tuple(seeds.shape)}")
-    return seeds.long()
-
-
-def device_of(model: object, device: torch.device | str | None) -> torch.device:
-    if device is None and isinstance(model, torch.nn.Module):
-        device = next((p.device for p in model.parameters()), None)
-    return torch.device("cpu" if device is None else device)
-
-
-def check_prompt(x: Tensor, given: Tensor, num_states: int, mask_id: int | None) -> None:
-    """ValueError unless x (B, L) int64 holds tokens at the given positions (B, L) bool."""
-    if x.ndim != 2 or x.dtype != torch.int64:
-        raise ValueError(f"x must be int64 of shape (batch, length), got {x.dtype} {tuple(x.shape)}")
-    if given.shape != x.shape or given.dtype != torch.bool:
-        raise ValueError(f"given must be bool of x's shape {tuple(x.shape)}, got {given.dtype} {tuple(given.shape)}")
-    tokens = x[given]
-    wrong = (tokens < 0) | (tokens >= num_states)
-    if wrong.any():
-        state = int(tokens[wrong][0])
-        raise ValueError(f"x holds the state {state} at a given position; states are 0..{num_states - 1}")
-    if mask_id is not None and (tokens == mask_id).any():
-        raise ValueError(f"x holds the mask ({mask_id}) at a given position, which would stay; leave it free")
-
-
-def check_shape(shape: tuple[int, int]) -> None:
-    """ValueError unless it is two positive integers."""
-    if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"shape must be (batch, length), two positive integers, got {shape!r}")

@@ -31,7 +31,10 @@ from sedd_objectives import (
     fused_denoising_loss,
     likelihood_bound,
 )
-from sedd_samplers import Ancestral, Control, allowed, from_logits, sample, sample_left_to_right
+from sedd_samplers import Ancestral, sample
+from sedd_samplers.adapters import from_logits
+from sedd_samplers.autoregressive import sample_left_to_right
+from sedd_samplers.controls import Control, allowed_tokens
 from torch import Generator, Tensor
 
 from sedd_train import randomness
@@ -191,7 +194,7 @@ class Autoregressive:
     def only_tokens(self, num_states: int, length: int, device: torch.device | str = "cpu") -> Control:
         """What keeps the state `start`, which is no token, out of sequences of this length."""
         tokens = torch.arange(num_states, device=device) != self.start
-        return allowed(tokens.expand(length, -1))
+        return allowed_tokens(tokens.expand(length, -1))
 
     def noised(self, x0: Tensor, t: Tensor, seed: int, step: int, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The clean sequence."""

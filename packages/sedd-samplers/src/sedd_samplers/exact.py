@@ -1,17 +1,9 @@
-"""Uniformization: the reverse process of any graph without discretisation.
+"""Exact methods: the reverse process without discretisation, whatever the grid.
 
-Chen & Ying, *Convergence analysis of discrete diffusion model: exact implementation through uniformization* (2024). In
-the variable sigma the reverse process jumps from x to y, which differ at one position, at the rate Q[x, y] s_y (3),
-R(x, sigma) in total. As long as R <= M, it is the same process as this: candidates arrive as a Poisson process of the
-constant rate M; a candidate at noise sigma is a jump with probability R(x, sigma) / M, to y in proportion to its rate,
-and nothing otherwise.
+    FirstHitting      absorbing graphs: one position comes to light at a time, when does not depend on the model
+    Uniformization    any graph: candidates for a jump at a rate that bounds the reverse rate, some of them accepted
 
-Where M comes from decides whether that is exact. Here the state stands still until a candidate is accepted, so that
-R(x, .) is then a function of sigma alone, and no random number has to do with it: M is `slack` times the larger of its
-values at both ends of a window [shrink sigma, sigma], and a window ends when x moves. Rates grow like 1 / sigma at most
-as sigma falls, by 1 / shrink over a window. At every candidate R <= M is verified, and an excess is an error: to go on
-with another M, because of where a candidate fell, would not be exact either. What no candidate meets is not seen: it
-takes a rate that rises by more than `slack` within a window and falls again before a candidate comes.
+Exact means: with the exact score, from the law at one time to the law at another.
 """
 
 from __future__ import annotations
@@ -21,16 +13,76 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .categorical import draw_categorical
-from .kernels import reverse_rates
-from .reverse import Reverse
+from .masked import absorption_rate, mask_probability
+from .randomness import draw_categorical
+from .reverse import Kernel, Reverse
+from .steps import reverse_rates, tweedie_posterior
 
-__all__ = ["Uniformization"]
+__all__ = ["FirstHitting", "Uniformization"]
+
+
+@dataclass(frozen=True)
+class FirstHitting:
+    """Exact for absorbing graphs, on any grid; as many evaluations of the score as positions come to light.
+
+    Zheng et al., *Masked diffusion models are secretly time-agnostic masked models and exploit inaccurate categorical
+    sampling* (2024), proposition 4.1. With K masked positions at mask probability lambda, each of them comes to light
+    at a time of its own, whatever the model says: its mask probability then is uniform on [0, lambda]. The next one is
+    the largest of K uniforms,
+
+        lambda' = lambda u^(1/K),      u ~ U(0, 1],
+
+    its position any of the K with equal chances, and its token has the model's posterior given everything that is in
+    the open. The time of the event follows from lambda(sigma) = 1 - exp(-sigma).
+
+    The sequences of a batch have their own times and their own numbers of events; each event is one call of the model
+    for all sequences that have one left. A posterior that does not sum to 1 is normalised.
+
+    Raises:
+        ValueError: when called, for a graph that is not absorbing.
+    """
+
+    def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """All events between t and s; see `Method`."""
+        rate = absorption_rate(reverse.graph, x.device, "FirstHitting")
+        now, end = (mask_probability(reverse.noise(time)[0], rate) for time in (t, s))
+        while True:
+            masked = reverse.movable(x)
+            count = masked.sum(1)
+            row = ((count > 0) & (now > end)).nonzero()[:, 0]
+            if not len(row):
+                return x
+            u = 1 - reverse.uniforms(row, torch.zeros_like(row))
+            now = now.index_put((row,), now[row] * u ** (1 / count[row]))
+            row = row[now[row] > end[row]]
+            rank = (reverse.uniforms(row, torch.zeros_like(row)) * count[row]).long()
+            where = torch.zeros_like(masked)
+            where[row] = masked[row] & (masked[row].cumsum(1) == rank[:, None] + 1)
+            sigma = -torch.log1p(-now) / rate
+            x = reverse.redraw(x, sigma, where, _unmask(reverse, sigma))
+
+
+def _unmask(reverse: Reverse, sigma: Tensor) -> Kernel:
+    return lambda log_score, x, sequence, _: tweedie_posterior(log_score, x, reverse.graph, sigma[sequence])
 
 
 @dataclass(frozen=True)
 class Uniformization:
     """Exact for any graph, on any grid that ends above zero noise.
+
+    Chen & Ying, *Convergence analysis of discrete diffusion model: exact implementation through uniformization* (2024).
+    In the variable sigma the reverse process jumps from x to y, which differ at one position, at the rate Q[x, y] s_y
+    (3), R(x, sigma) in total. As long as R <= M, it is the same process as this: candidates arrive as a Poisson process
+    of the constant rate M; a candidate at noise sigma is a jump with probability R(x, sigma) / M, to y in proportion to
+    its rate, and nothing otherwise.
+
+    Where M comes from decides whether that is exact. Here the state stands still until a candidate is accepted, so that
+    R(x, .) is then a function of sigma alone, and no random number has to do with it: M is `slack` times the larger of
+    its values at both ends of a window [shrink sigma, sigma], and a window ends when x moves. Rates grow like 1 / sigma
+    at most as sigma falls, by 1 / shrink over a window. At every candidate R <= M is verified, and an excess is an
+    error: to go on with another M, because of where a candidate fell, would not be exact either. What no candidate
+    meets is not seen: it takes a rate that rises by more than `slack` within a window and falls again before a
+    candidate comes.
 
     Each jump costs some four evaluations of the score: two to bound the rate, `slack` or a little more candidates. The
     sequences of a batch have their own events; each call of the model is for all that need one. The grid only sets when

@@ -1,4 +1,4 @@
-"""How a model of sequences is asked for rows: at the positions that matter, in the way it offers, and checked.
+"""Calls of a model of sequences: at the positions that matter, in the way it offers, and checked.
 
 A model is a callable (x (B, L), sigma (B,)) -> (B, L, N). It may have two parameters more, by name:
 
@@ -12,36 +12,19 @@ The wrappers of this package (adapters, controls, guidance) offer both and hand 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .interfaces import Graph
+from .interfaces import RowModel
 
-__all__ = [
-    "RowModel",
-    "Asked",
-    "offers",
-    "row_model",
-    "convert_rows",
-    "rows_at_a_time",
-    "widened",
-    "check_recoverable",
-]
+__all__ = ["ModelCall", "offers", "row_model", "device_of"]
 
 
-class RowModel(Protocol):
-    """A model of sequences that offers `where` and `rows`; every `RowModel` is a `ScoreModel` by its shape."""
-
-    def __call__(self, x: Tensor, sigma: Tensor, /, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """(B, L, N), or (M, N) for the M true positions of `where`."""
-
-
-class Asked:
-    """A model as it is asked, whatever it offers.
+class ModelCall:
+    """A model as it is called, whatever it offers.
 
     Args:
         model: the callable; a module is asked about its forward.
@@ -105,50 +88,8 @@ def row_model(at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> RowMode
     return model
 
 
-def convert_rows(answer: Tensor, pick: Tensor | None, convert: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """Rows (M, N) made from a model's answer in pieces: one new tensor and one piece's temporaries.
-
-    Args:
-        answer: (R, N), not modified.
-        pick: which rows of it to take, as `Asked` returns it.
-        convert: (rows (m, N) float32 or float64, the slice of 0..M that they are) -> (m, N).
-    """
-    count = len(answer) if pick is None else len(pick)
-    dtype = torch.promote_types(answer.dtype, torch.float32)
-    out = torch.empty(count, answer.shape[-1], dtype=dtype, device=answer.device)
-    size = rows_at_a_time(answer.shape[-1], answer.device)
-    with torch.autocast(answer.device.type, enabled=False):
-        for i in range(0, count, size):
-            part = slice(i, i + size)
-            out[part] = convert(widened(answer[part] if pick is None else answer[pick[part]]), part)
-    return out
-
-
-def rows_at_a_time(num_states: int, device: torch.device) -> int:
-    """How many rows of N numbers a piece holds: 4 MB, which a CPU's cache keeps, or 256 MB, which fill a GPU."""
-    return max(1, (2**20 if device.type == "cpu" else 2**26) // num_states)
-
-
-def widened(rows: Tensor) -> Tensor:
-    """The same in float32 at least."""
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def check_recoverable(graph: Graph, sigma: Tensor, dtype: torch.dtype) -> None:
-    """That a posterior can be told from a score at sigma: ValueError where tokens are noised and e^sigma eps > 1e-3.
-
-    Where a jump leads into some state other than the mask, all that the score knows of x0 is of the size e^-sigma, and
-    what a network computes is rounded more coarsely than that.
-    """
-    limit = math.log(1e-3 / torch.finfo(dtype).eps)
-    if not len(sigma) or float(sigma.max()) <= limit:
-        return
-    states = torch.arange(graph.num_states, device=sigma.device)
-    into = graph.rates_into(states)
-    entered = (into.base > 0) | (into.value > 0).any(-1)
-    if entered.sum() > (graph.mask_id is not None and entered[graph.mask_id]):
-        raise ValueError(
-            f"the posterior p(x0 | x_t) cannot be told from a {dtype} score at sigma = {float(sigma.max()):.6g}: what "
-            f"it knows of x0 is lost in rounding beyond {limit:.3g}. Adapt and control a model of the posterior "
-            "instead (from_posterior, from_logits and their controls), or use float64"
-        )
+def device_of(model: object, device: torch.device | str | None) -> torch.device:
+    """The device that was asked for, else that of a module's first parameter, else the CPU."""
+    if device is None and isinstance(model, torch.nn.Module):
+        device = next((p.device for p in model.parameters()), None)
+    return torch.device("cpu" if device is None else device)

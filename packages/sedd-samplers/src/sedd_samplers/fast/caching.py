@@ -11,21 +11,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .asking import RowModel, offers, row_model
+from ..interfaces import RowModel
+from ..model_calls import offers, row_model
 
-__all__ = ["remembered"]
+__all__ = ["cached"]
 
 
-def remembered(model: Callable[..., Tensor]) -> RowModel:
+def cached(model: Callable[..., Tensor]) -> RowModel:
     """The same model, called only for sequences that have changed since its last call.
 
-        score = from_logits(remembered(network), graph)
+        score = from_logits(cached(network), graph)
 
     It keeps the last answer, as many rows as were asked for. Make one for each run: of a network that was trained on
     in the meantime it would not know.
 
     Args:
-        model: a model of sequences (see `sedd_samplers.asking`) that ignores sigma.
+        model: a model of sequences (see `sedd_samplers.model_calls`) that ignores sigma.
 
     Returns:
         A model with the same answers.

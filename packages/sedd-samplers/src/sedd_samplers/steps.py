@@ -1,0 +1,500 @@
+"""Steps that work on any graph, each beside its equation.
+
+A method is any callable `(reverse, x, t, s) -> x`: it moves the states x (B, L) from the times t (B,) to the earlier
+times s (B,). Those of this module draw every position's next state from a kernel, a function of rows that transcribes
+one equation. With s(x)_y = p_t(y) / p_t(x) the concrete score, Q the generator (columns are sources), the reverse rate
+of the jump x -> y being Q[x, y] s(x)_y (3), and D = sigma(t) - sigma(s):
+
+    Euler (17)             delta_x(y) + D Q[x, y] s_y                           D = dt dsigma(t) to first order
+    tau-leaping            exp(-R) at x, (1 - exp(-R)) D Q[x, y] s_y / R        R = sum_{y != x} D Q[x, y] s_y
+    posterior (18)         p(x0 | x_t) = (exp(-sigma Q) s)_x0 exp(sigma Q)[x_t, x0]
+    Tweedie (19)           (exp(-D Q) s)_y exp(D Q)[x, y]
+    final denoise          Tweedie with D = sigma(t), restricted to tokens
+    ancestral              sum_{x0} p(x0 | x_t) p(x_s | x_t, x0)
+    corrector              tau-leaping with the rates Q[y, x] + Q[x, y] s_y
+
+(18) is the paper's discrete Tweedie theorem. (20) is its choice among steps that move every position by itself: with
+the exact score, (19) gives each position its true reverse marginal, whatever the step's length. Read backwards,
+whoever knows the law p(x_s | x_t = x) of a step knows the score,
+
+    s = exp(D Q) [ p(. | x) / exp(D Q)[x, .] ]
+
+Rows come out unnormalised and may hold negative entries where the equation gives them; the draw clamps them to 0 and
+renormalises. Where tokens themselves are noised, exp(-D Q) takes apart what is nearly equal: errors grow by e^D. Those
+of the score itself nothing can undo, and short steps keep them small. Rounding in here is another matter: a log-score
+of 1e-9 is as precise in float32 as any number, its exponential 1 + 1e-9 is not. So long steps are worked in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .fast import spread, times_row
+from .interfaces import Graph, Row
+from .reverse import Reverse
+
+__all__ = [
+    "Method",
+    "Euler",
+    "euler_probs",
+    "TauLeaping",
+    "tau_leaping_probs",
+    "Tweedie",
+    "tweedie_probs",
+    "tweedie_score",
+    "tweedie_posterior",
+    "final_denoise",
+    "denoise_probs",
+    "Ancestral",
+    "ancestral_probs",
+    "Trapezoidal",
+    "PredictorCorrector",
+    "correct",
+    "corrector_probs",
+    "reverse_rates",
+    "leap",
+]
+
+
+class Method(Protocol):
+    """One step of a sampler, from times t down to times s."""
+
+    def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor, /) -> Tensor:
+        """New states (B, L) int64 at times s (B,), from x (B, L) at times t (B,), both float64; x is left alone."""
+
+
+# --- Tweedie ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tweedie:
+    """Every position is drawn from its own exact reverse marginal, equation 19; first order in the step.
+
+    What is left of the step error is that positions which move in the same step do not see each other.
+    """
+
+    def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """One step; see `Method`."""
+        sigma, _ = reverse.noise(t)
+        delta_sigma = sigma - reverse.noise(s)[0]
+
+        def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+            return tweedie_probs(log_score, x, reverse.graph, delta_sigma[sequence])
+
+        return reverse.redraw(x, sigma, reverse.movable(x), kernel)
+
+
+def tweedie_probs(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
+    """Equation 19: (exp(-D Q) s)_y exp(D Q)[x, y].
+
+    Args:
+        log_score: (M, N) float.
+        x: (M,) int64.
+        graph: the forward process.
+        delta_sigma: (M,) D = sigma(t) - sigma(s).
+
+    Returns:
+        (M, N), each row summing to 1; negative entries where the score is not that of any distribution.
+    """
+    dtype = _precision(log_score, delta_sigma)
+    delta_sigma = delta_sigma.to(dtype)
+    before = graph.propagate(concrete_score(log_score.to(dtype), x), -delta_sigma)
+    return times_row(before, graph.transition_into(x, delta_sigma)).to(log_score.dtype)
+
+
+def tweedie_score(probs: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
+    """The log-score whose Tweedie step is `probs`: equation 19 read backwards.
+
+    Args:
+        probs: (M, N) float, non-negative, the law of the state a noise D earlier; rows need not sum to 1. What it says
+            of states that cannot have become x is ignored.
+        x: (M,) int64.
+        graph: the forward process.
+        delta_sigma: (M,) D > 0; with D = sigma, `probs` is the posterior p(x0 | x_t = x).
+
+    Returns:
+        (M, N): 0 at y = x, -inf where no probability leads, NaN where no state of positive probability can become x.
+    """
+    dtype = _precision(probs, delta_sigma)
+    delta_sigma = delta_sigma.to(dtype)
+    p = probs.to(dtype)
+    reach = spread(graph.transition_into(x, delta_sigma), p)
+    s = graph.propagate(torch.where(reach > 0, p / reach, 0.0), delta_sigma).clamp_min(0)
+    at_x = s.gather(1, x[:, None])  # 1, had every row the sum 1 over the states that can have become x
+    return s.div_(at_x).log_().to(probs.dtype)
+
+
+def tweedie_posterior(log_score: Tensor, x: Tensor, graph: Graph, sigma: Tensor) -> Tensor:
+    """Equation 18, Tweedie's theorem: p(x0 | x_t = x) = (exp(-sigma Q) s)_x0 exp(sigma Q)[x, x0], a distribution.
+
+    Args:
+        log_score: (M, N) float.
+        x: (M,) int64.
+        graph: the forward process.
+        sigma: (M,) the total noise of x.
+
+    Returns:
+        (M, N), each row summing to 1, 0 at the mask. Negative entries, which the score of no distribution gives, become
+        0 before rows are made to sum to 1.
+    """
+    probs = denoise_probs(log_score, x, graph, sigma).clamp_(min=0)
+    return probs.div_(probs.sum(-1, keepdim=True))
+
+
+def final_denoise(reverse: Reverse, x: Tensor, t: Tensor) -> Tensor:
+    """The final step from time t (B,) to no noise, over tokens only: no mask remains in what it returns, (B, L)."""
+    sigma, _ = reverse.noise(t)
+
+    def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+        return denoise_probs(log_score, x, reverse.graph, sigma[sequence])
+
+    return reverse.redraw(x, sigma, reverse.movable(x), kernel)
+
+
+def denoise_probs(log_score: Tensor, x: Tensor, graph: Graph, sigma: Tensor) -> Tensor:
+    """The step that removes all remaining noise: Tweedie with D = sigma (M,), no probability on the mask.
+
+    With the exact score this is the posterior p(x0 | x_t) of each position (18). Returns (M, N), unnormalised; entries
+    may be negative.
+    """
+    probs = tweedie_probs(log_score, x, graph, sigma)
+    if graph.mask_id is not None:
+        probs[:, graph.mask_id] = 0
+    return probs
+
+
+def possible(probs: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
+    """The probabilities (M, N) of earlier states without those of states that cannot have become x; a new tensor."""
+    return torch.where(spread(graph.transition_into(x, delta_sigma.to(probs.dtype)), probs) > 0, probs, 0.0)
+
+
+def check_recoverable(graph: Graph, sigma: Tensor, dtype: torch.dtype) -> None:
+    """That a posterior can be told from a score at sigma: ValueError where tokens are noised and e^sigma eps > 1e-3.
+
+    Where a jump leads into some state other than the mask, all that the score knows of x0 is of the size e^-sigma, and
+    what a network computes is rounded more coarsely than that.
+    """
+    limit = math.log(1e-3 / torch.finfo(dtype).eps)
+    if not len(sigma) or float(sigma.max()) <= limit:
+        return
+    states = torch.arange(graph.num_states, device=sigma.device)
+    into = graph.rates_into(states)
+    entered = (into.base > 0) | (into.value > 0).any(-1)
+    if entered.sum() > (graph.mask_id is not None and entered[graph.mask_id]):
+        raise ValueError(
+            f"the posterior p(x0 | x_t) cannot be told from a {dtype} score at sigma = {float(sigma.max()):.6g}: what "
+            f"it knows of x0 is lost in rounding beyond {limit:.3g}. Adapt and control a model of the posterior "
+            "instead (from_posterior, from_logits and their controls), or use float64"
+        )
+
+
+# --- Euler and tau-leaping -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Euler:
+    """Every position jumps by itself with the probabilities of equation 17; first order in the step.
+
+    Under log-linear noise and an absorbing graph the rate of the schedule makes this Tweedie's step, for any score.
+    """
+
+    def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """One step; see `Method`."""
+        sigma, dsigma = reverse.noise(t)
+        delta_sigma = (t - s) * dsigma
+
+        def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+            return euler_probs(log_score, x, reverse.graph, delta_sigma[sequence])
+
+        return reverse.redraw(x, sigma, reverse.movable(x), kernel)
+
+
+def euler_probs(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
+    """Equation 17: delta_x(y) + D Q[x, y] s_y.
+
+    Args:
+        log_score: (M, N) float.
+        x: (M,) int64.
+        graph: the forward process.
+        delta_sigma: (M,) dt dsigma(t), the difference of total noise to first order.
+
+    Returns:
+        (M, N), each row summing to 1; negative at x where the step is too long for its rates.
+    """
+    probs = reverse_rates(log_score, x, graph).mul_(delta_sigma.to(log_score.dtype)[:, None])
+    return probs.scatter_(1, x[:, None], 1 - probs.sum(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class TauLeaping:
+    """Every position jumps with the reverse rates of the step's beginning; first order in the step.
+
+    Campbell et al., *A continuous time framework for discrete denoising models* (2022), with states that are labels
+    rather than counts: of several jumps in one step the last decides. Each jump has a clock with its rate held fixed,
+    and the state at the end of the step is where the clock that rang last leads.
+    """
+
+    def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """One step; see `Method`."""
+        sigma, dsigma = reverse.noise(t)
+        delta_sigma = (t - s) * dsigma
+
+        def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+            return tau_leaping_probs(log_score, x, reverse.graph, delta_sigma[sequence])
+
+        return reverse.redraw(x, sigma, reverse.movable(x), kernel)
+
+
+def tau_leaping_probs(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
+    """The law at the end of a step with the reverse rates of its beginning; arguments as for `euler_probs`.
+
+    Returns:
+        (M, N), non-negative, each row summing to 1.
+    """
+    return leap(reverse_rates(log_score, x, graph).mul_(delta_sigma.to(log_score.dtype)[:, None]), x)
+
+
+def reverse_rates(log_score: Tensor, x: Tensor, graph: Graph) -> Tensor:
+    """Equation 3: Q[x, y] s_y for y != x, and 0 at y = x; (M, N)."""
+    return times_row(concrete_score(log_score, x), graph.rates_into(x)).scatter_(1, x[:, None], 0.0)
+
+
+def leap(jumps: Tensor, x: Tensor) -> Tensor:
+    """Tau-leaping with expected numbers of jumps (M, N), 0 at x (M,); overwrites and returns them.
+
+    exp(-R) at x, (1 - exp(-R)) jumps_y / R elsewhere, R = sum_y jumps_y
+    """
+    expected = jumps.sum(-1, keepdim=True)
+    jumps.mul_(torch.where(expected > 0, -torch.expm1(-expected) / expected, 1.0))
+    return jumps.scatter_(1, x[:, None], torch.exp(-expected))
+
+
+def concrete_score(log_score: Tensor, x: Tensor) -> Tensor:
+    """S = exp(log_score), a new tensor (M, N); the entry at x carries no information and its true value is 1."""
+    return log_score.exp().scatter_(1, x[:, None], 1.0)
+
+
+def _precision(like: Tensor, delta_sigma: Tensor) -> torch.dtype:
+    """What a step of the noise D (M,) is worked in: float64 where e^D times float32's rounding exceeds 1e-6."""
+    long = len(delta_sigma) > 0 and float(delta_sigma.max()) > 2
+    return torch.float64 if long else like.dtype
+
+
+# --- Ancestral -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """Every position is drawn from the averaged posterior of D3PM; first order in the step, like Tweedie.
+
+    Austin et al., *Structured denoising diffusion models in discrete state-spaces* (2021), equation 4, at the noise
+    levels sigma_s < sigma_t of a step, D = sigma_t - sigma_s:
+
+        p(x_s | x_t) = sum_{x0} p(x0 | x_t) q(x_s | x_t, x0)
+        q(x_s | x_t, x0) = exp(D Q)[x_t, x_s] exp(sigma_s Q)[x_s, x0] / exp(sigma_t Q)[x_t, x0]
+
+    With Tweedie's theorem (18) for p(x0 | x_t) the sum over x0 collapses,
+
+        p(x_s | x_t) = exp(D Q)[x_t, x_s] (exp(sigma_s Q) exp(-sigma_t Q) s)_{x_s} = exp(D Q)[x_t, x_s] (exp(-D Q)
+        s)_{x_s}
+
+    which is the Tweedie step (19). The two part only where the score is not that of any distribution: here p(x0 | x_t)
+    is first made a distribution over tokens, so that what is drawn from is one too. For the absorbing graph that means:
+    a mask stays with its true probability lambda_s / lambda_t, however much the model's posterior sums to.
+    """
+
+    def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """One step; see `Method`."""
+        sigma_t, sigma_s = reverse.noise(t)[0], reverse.noise(s)[0]
+
+        def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+            return ancestral_probs(log_score, x, reverse.graph, sigma_s[sequence], sigma_t[sequence])
+
+        return reverse.redraw(x, sigma_t, reverse.movable(x), kernel)
+
+
+def ancestral_probs(log_score: Tensor, x: Tensor, graph: Graph, sigma_s: Tensor, sigma_t: Tensor) -> Tensor:
+    """sum_{x0} p(x0 | x_t = x) q(x_s | x_t = x, x0).
+
+    Args:
+        log_score: (M, N) float.
+        x: (M,) int64.
+        graph: the forward process.
+        sigma_s: (M,) the total noise after the step.
+        sigma_t: (M,) the total noise before it, at least sigma_s.
+
+    Returns:
+        (M, N), each row summing to 1; negative by no more than rounding.
+    """
+    clean = tweedie_posterior(log_score, x, graph, sigma_t)
+    sigma_s, sigma_t = sigma_s.to(clean.dtype), sigma_t.to(clean.dtype)
+    reach = spread(graph.transition_into(x, sigma_t), clean)
+    earlier = graph.propagate(torch.where(reach > 0, clean / reach, 0.0), sigma_s)
+    return earlier.mul_(spread(graph.transition_into(x, sigma_t - sigma_s), clean))
+
+
+# --- Trapezoidal -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trapezoidal:
+    """Two evaluations a step: second order where the extrapolated rates stay positive, else first with a small error.
+
+    Ren et al., *Fast solvers for discrete diffusion models: theory and applications of high-order algorithms* (2025),
+    algorithm 2. With a(x, t) the reverse rates dsigma(t) Q[x, y] s_y and h = t - s, x* is where tau-leaping with
+    a(x, t) leads in theta h, and from there tau-leaping goes on for (1 - theta) h with the extrapolated rates
+
+        ( alpha_1 a(x*, t - theta h) - alpha_2 a(x, t) )_+      alpha_1 = 1 / (2 theta (1 - theta))
+                                                                alpha_2 = alpha_1 - 1
+
+    In the paper a jump is a vector that is added to the state, so that the same jump can be taken from x and from x*. A
+    state that is a label knows only where it jumps *to*. At a position that has moved, a(x, t) belongs to a state that
+    is no longer there, and subtracting it costs the second order: with rates a_xy, the chance of the path x -> y -> z
+    in one step is a_xy a_yz h^2 / 2, which is theta h a_xy times (1 - theta) h alpha_1 a_yz, with nothing subtracted.
+    So alpha_2 takes part only at positions that stood still; at those that moved the rates are alpha_1 a(x*, t - theta
+    h).
+
+    The positive part costs the second order where it binds. What is subtracted makes up for pairs of positions that
+    moved in the same stage and did not see each other; if a rate at one position falls to less than alpha_2 / alpha_1
+    of itself when another moves, there is more to make up for than can be taken away, with any theta. The ratio is
+    smallest, 1/2, at theta = 1/2. The first stage's rates (M, N) are kept for the second.
+
+    Args:
+        theta: where in the step the second evaluation is made, as a fraction in (0, 1).
+
+    Raises:
+        ValueError: for another theta.
+    """
+
+    theta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.theta < 1:
+            raise ValueError(f"theta must lie in (0, 1), got {self.theta!r}")
+
+    def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """One step; see `Method`."""
+        first, second = self.theta * (t - s), (1 - self.theta) * (t - s)
+        alpha_1 = 1 / (2 * self.theta * (1 - self.theta))
+        alpha_2 = alpha_1 - 1
+        sigma, dsigma = reverse.noise(t)
+        sigma_star, dsigma_star = reverse.noise(t - first)
+        free = reverse.movable(x)
+        slot = free.flatten().cumsum(0).view_as(x) - 1
+        kept: list[Tensor] = []  # a(x, t), made when its precision is known
+
+        def to_star(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+            a = reverse_rates(log_score, x, reverse.graph).mul_(dsigma.to(log_score.dtype)[sequence, None])
+            if not kept:
+                kept.append(a.new_empty(int(free.sum()), a.shape[1]))
+            kept[0][slot[sequence, position]] = a
+            return leap(a.mul_(first.to(a.dtype)[sequence, None]), x)
+
+        def from_star(log_score: Tensor, x_star: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+            a_star = reverse_rates(log_score, x_star, reverse.graph)
+            rates = a_star.mul_(alpha_1 * dsigma_star.to(log_score.dtype)[sequence, None])
+            still = x_star == x[sequence, position]
+            rates[still] -= alpha_2 * kept[0][slot[sequence[still], position[still]]]
+            return leap(rates.clamp_(min=0).mul_(second.to(rates.dtype)[sequence, None]), x_star)
+
+        x_star = reverse.redraw(x, sigma, free, to_star)
+        return reverse.redraw(x_star, sigma_star, reverse.movable(x_star), from_star)
+
+
+# --- Predictor and corrector -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PredictorCorrector:
+    """A predictor's step and then corrector steps, which leave the law where it is and take the states closer to it.
+
+    Campbell et al., *A continuous time framework for discrete denoising models* (2022), section 4.4. At noise sigma the
+    forward process, at the rates Q[y, x], moves the law p_sigma one way and the reverse process, at the rates
+    Q[x, y] s_y, moves it back by as much. Run both at once, at
+
+        Q[y, x] + Q[x, y] s_y
+
+    and p_sigma is stationary: what a predictor's step has done wrong is forgotten. A corrector step is tau-leaping with
+    these rates for some noise D; its own error at the exact law is of second order in D.
+
+    The order is the predictor's, second order excepted: the corrector's own error is of first order in total. Where the
+    noise is 0 nothing is corrected. Every free position can move under the corrector, so that all of them reach the
+    network's head.
+
+    Args:
+        predictor: the method that makes the step.
+        corrections: how many corrector steps follow it.
+        ratio: how long each is, as a multiple of the step's own noise sigma(t) - sigma(s).
+
+    Raises:
+        ValueError: for corrections < 1 or ratio <= 0; when called, for a graph without `rates_out_of`.
+    """
+
+    predictor: Method = Tweedie()
+    corrections: int = 1
+    ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.corrections, bool) or not isinstance(self.corrections, int) or self.corrections < 1:
+            raise ValueError(f"corrections must be a positive integer, got {self.corrections!r}")
+        if not 0 < self.ratio < float("inf"):
+            raise ValueError(f"ratio must be finite and positive, got {self.ratio!r}")
+
+    def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """One step; see `Method`."""
+        x = self.predictor(reverse, x, t, s)
+        sigma = reverse.noise(s)[0]
+        delta_sigma = self.ratio * (reverse.noise(t)[0] - sigma)
+        for _ in range(self.corrections):
+            x = correct(reverse, x, sigma, delta_sigma)
+        return x
+
+
+def correct(reverse: Reverse, x: Tensor, sigma: Tensor, delta_sigma: Tensor) -> Tensor:
+    """One corrector step: x (B, L) at noise sigma (B,), moved for the noise D (B,) by forward and reverse at once.
+
+    Raises:
+        ValueError: for a graph without `rates_out_of`.
+    """
+    rates_out_of = _rates_out_of(reverse.graph)
+
+    def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+        return corrector_probs(log_score, x, reverse.graph, rates_out_of(x), delta_sigma[sequence])
+
+    return reverse.redraw(x, sigma, ~reverse.frozen & (sigma > 0)[:, None], kernel)
+
+
+def corrector_probs(log_score: Tensor, x: Tensor, graph: Graph, out: Row, delta_sigma: Tensor) -> Tensor:
+    """Tau-leaping with the rates Q[y, x] + Q[x, y] s_y.
+
+    Args:
+        log_score: (M, N) float.
+        x: (M,) int64.
+        graph: the forward process.
+        out: Q[., x], the rates of the jumps out of x.
+        delta_sigma: (M,) noise for which both processes run.
+
+    Returns:
+        (M, N), non-negative, each row summing to 1.
+    """
+    into = graph.rates_into(x)
+    entered = (into.base > 0) | (into.value > 0).any(-1)  # where nothing leads into x, its score means nothing
+    back = reverse_rates(log_score, x, graph).where(entered[:, None], 0.0)
+    rates = (back + spread(out, back)).scatter_(1, x[:, None], 0.0)
+    return leap(rates.mul_(delta_sigma.to(back.dtype)[:, None]), x)
+
+
+def _rates_out_of(graph: Graph) -> Callable[[Tensor], Row]:
+    method: Callable[[Tensor], Row] | None = getattr(graph, "rates_out_of", None)
+    if method is None:
+        raise ValueError(
+            "the corrector also runs forwards and needs graph.rates_out_of(x), the rates Q[., x] out of x; "
+            f"a {type(graph).__name__} has none"
+        )
+    return method
