@@ -15,7 +15,13 @@ def save_causal() -> Callable[..., Path]:
     """save_causal(folder, tokenizer, context=64) writes a tiny causal language model of transformers, freshly drawn."""
 
     def save(folder: Path, tokenizer: Any, context: int = 64) -> Path:
-        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": context, "initializer_range": 0.5}
+        sizes: dict[str, Any] = {
+            "n_embd": 16,
+            "n_layer": 1,
+            "n_head": 2,
+            "n_positions": context,
+            "initializer_range": 0.5,
+        }
         GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def sampled_bound(graph, noise, count, seed):
     """The mean bound over `count` sequences with 8 times each, its standard error, and what it should be."""
     exact, generator = Exact(graph), torch.Generator().manual_seed(seed)
     x0 = exact.sample(count, generator)
-    how = {"num_times": 8, "num_reconstructions": 2, "generator": generator, "t_min": 1e-5}
+    how: dict[str, Any] = {"num_times": 8, "num_reconstructions": 2, "generator": generator, "t_min": 1e-5}
     value = likelihood_bound(exact.log_score, graph, noise, x0, **how, small_noise_share=0.5).value
     want = exact.entropy() + exact.kl_to_prior(noise(torch.ones((), dtype=torch.float64))[0])
     return float(value.mean()), float(value.std()) / count**0.5, want

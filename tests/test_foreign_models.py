@@ -24,8 +24,15 @@ from transformers import (
 )
 
 PAD, CLS, SEP, MASK = 0, 1, 2, 5
-SIZES = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-SPECIAL = {"pad_token_id": PAD, "bos_token_id": CLS, "eos_token_id": SEP, "cls_token_id": CLS, "sep_token_id": SEP}
+SIZES: dict[str, Any] = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 32}
+SPECIAL: dict[str, Any] = {
+    "pad_token_id": PAD,
+    "bos_token_id": CLS,
+    "eos_token_id": SEP,
+    "cls_token_id": CLS,
+    "sep_token_id": SEP,
+}
 MODELS: dict[str, Any] = {
     "BERT": lambda: BertForMaskedLM(BertConfig(**SIZES, pad_token_id=PAD)),
     "RoBERTa": lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, pad_token_id=PAD)),

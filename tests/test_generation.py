@@ -135,8 +135,13 @@ def test_a_run_that_was_cut_off_goes_on_and_more_samples_are_added(
     held = json.loads((tmp_path / "out.json").read_text())["cells"]
     assert [len(cell["nats"]) for cell in held.values()] == [3, 2]
     calls.clear()
+
+    def counted(judge: Any, texts: list[str]) -> Any:
+        calls.append(len(texts))
+        return read(judge, texts)
+
     with monkeypatch.context() as patch:
-        patch.setattr(script.Judge, "judge", lambda judge, texts: calls.append(len(texts)) or read(judge, texts))
+        patch.setattr(script.Judge, "judge", counted)
         cells = run(*options, "--num", 4).cells
     assert calls == [1, 2]
     for key, cell in cells.items():

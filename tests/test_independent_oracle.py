@@ -15,6 +15,7 @@ import torch
 from sedd_graphs import Absorbing, Geometric, Row, Uniform
 from sedd_objectives import denoising_score_entropy
 from sedd_samplers.steps import denoise_probs, euler_probs, tweedie_probs
+from torch import Tensor
 from torch.nn.functional import one_hot
 
 BATCH, LENGTH, TOKENS = 3, 5, 7  # all different, so that no axis is taken for another
@@ -26,8 +27,10 @@ def oracle():
     package = importlib.util.find_spec("d3_dna")
     if package is None:
         pytest.skip("d3-dna is not installed: pip install --no-deps d3-dna")
-    path = Path(package.origin).parent / "models/diffusion.py"
+    path = Path(str(package.origin)).parent / "models/diffusion.py"
     spec = importlib.util.spec_from_file_location("d3_dna_diffusion", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -59,8 +62,8 @@ def noised(graph):
     return x0, x, log_score.scatter(-1, x[..., None], 0)
 
 
-def rows(*tensors):
-    return [values.flatten(0, 1) for values in tensors]
+def rows(log_score: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return log_score.flatten(0, 1), x.flatten(0, 1)
 
 
 @pytest.mark.usefixtures("_float64")

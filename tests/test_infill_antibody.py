@@ -20,6 +20,8 @@ def test_designed_loops_are_far_likelier_than_random_ones(capsys):
     And each of them is likelier than each random loop.
     """
     spec = importlib.util.spec_from_file_location("infill_antibody", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     scores = example.main(num=4, heat=1.0, seed=0)

@@ -70,7 +70,8 @@ def run(script: ModuleType, made: dict[str, Path], tmp_path: Path, monkeypatch: 
 
 def test_half_of_the_tokens_are_given_where_the_name_says(script: ModuleType) -> None:
     def given(name: str, length: int) -> torch.Tensor:
-        return script.PROMPTS[name](500, length, torch.Generator().manual_seed(0))
+        given: torch.Tensor = script.PROMPTS[name](500, length, torch.Generator().manual_seed(0))
+        return given
 
     ones, zeros = torch.ones(500, 50, dtype=torch.bool), torch.zeros(500, 50, dtype=torch.bool)
     assert torch.equal(given("prefix", 100), torch.cat([ones, zeros], 1))
@@ -144,8 +145,13 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_samples(
     options = ("--prompts", "middle", "--nucleus", 1)
     whole = run(*options, "--sets", 3, "--output", tmp_path / "whole").cells
     run(*options, "--sets", 1)
-    read, calls = script.features, []
-    monkeypatch.setattr(script, "features", lambda judge, coder, x: calls.append(len(x)) or read(judge, coder, x))
+    read, calls = script.features, list[int]()
+
+    def counted(judge: Any, coder: Any, x: Any) -> Any:
+        calls.append(len(x))
+        return read(judge, coder, x)
+
+    monkeypatch.setattr(script, "features", counted)
     cells = run(*options, "--sets", 3).cells
     assert calls == [20] * (1 + 2 * 3)  # the original windows, and two more sets of three systems
     assert cells == whole

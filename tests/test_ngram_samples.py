@@ -107,7 +107,7 @@ def index(x: Tensor, size: int) -> Tensor:
     return (x * size ** torch.arange(x.shape[1] - 1, -1, -1)).sum(1)
 
 
-METHODS = {
+METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "absorbing, first hitting": (Absorbing(3), FirstHitting(), {"steps": 1}),
     "absorbing, 300 steps": (Absorbing(3), Unmasking(), {"steps": 300}),
     "uniform, uniformization": (Uniform(3), Uniformization(), {"steps": 1, "t_min": 1e-3}),

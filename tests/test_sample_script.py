@@ -40,7 +40,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, coder: Any) -> dict[str, Pat
     """Checkpoints of a network that masks, one whose tokens are noised, and of the two time-free families."""
     sizes: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "length": LENGTH, "dropout": 0.0}
     vocabulary = len(coder)
-    kinds = {
+    kinds: dict[str, tuple[Any, int, dict[str, Any]]] = {
         "absorb": (SEDD, vocabulary + 1, {"graph": {"type": "absorb"}, "noise": {"type": "loglinear"}}),
         "uniform": (
             SEDD,
