@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import nox
 
@@ -125,3 +129,48 @@ def bench(session: nox.Session) -> None:
     install_all(session)
     for name in session.posargs or sorted(path.stem for path in Path("benchmarks").glob("*.py")):
         session.run("python", f"benchmarks/{name}.py")
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build all sdists and wheels into dist/, check what is in them, and import them in an empty environment."""
+    session.install("build", "twine", "check-wheel-contents", "hatchling", *PINNED)
+    dist = Path("dist")
+    if dist.exists():
+        shutil.rmtree(dist)
+    versions = {name: project(name)["version"] for name in PACKAGES}
+    if len(set(versions.values())) > 1:
+        session.error(f"all packages share one version, but their pyproject.toml say {versions}: run nox -s version")
+    for name in PACKAGES:
+        session.run("python", "-m", "build", "-q", "--no-isolation", "--outdir", "dist", f"packages/{name}")
+    built = sorted(str(path) for path in dist.iterdir())
+    session.run("twine", "check", "--strict", *built)
+    session.run("check-wheel-contents", *(path for path in built if path.endswith(".whl")))
+    session.install("torch", *PINNED)
+    session.install("--force-reinstall", "--no-deps", *(path for path in built if path.endswith(".whl")))
+    session.install(*(path for path in built if path.endswith(".whl")), *PINNED)
+    session.chdir(session.create_tmp())  # out of the tree
+    for name in PACKAGES:
+        module = name.replace("-", "_")
+        session.run("python", "-c", f"import {module}; assert {module}.__version__ == '{versions[name]}'")
+
+
+@nox.session(venv_backend="none")
+def version(session: nox.Session) -> None:
+    """Give all packages one version: `nox -s version -- 0.2.0`."""
+    if len(session.posargs) != 1 or not re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", session.posargs[0]):
+        session.error(f"expected one version such as 0.2.0 or 0.2.0rc1, got {session.posargs}")
+    [new] = session.posargs
+    for name in PACKAGES:
+        path = Path("packages") / name / "pyproject.toml"
+        old = project(name)["version"]
+        text = path.read_text().replace(f'version = "{old}"', f'version = "{new}"', 1)
+        path.write_text(re.sub(r'"(sedd-[a-z]+)==[^"]+"', rf'"\1=={new}"', text))
+    citation = Path("CITATION.cff")
+    citation.write_text(re.sub(r"(?m)^version: .*$", f"version: {new}", citation.read_text()))
+
+
+def project(name: str) -> dict[str, Any]:
+    """The `project` table of a package."""
+    table: dict[str, Any] = tomllib.loads((Path("packages") / name / "pyproject.toml").read_text())["project"]
+    return table
