@@ -15,13 +15,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 imports_compiler = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
-def projection(dtype):
-    return torch.randn(2, 160, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+def heads(dtype):
+    """Queries, keys and values (2, 160, 2, 16) as views of one projection."""
+    qkv = torch.randn(2, 160, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
 
-def by_definition(qkv, ids):
+def by_definition(q, k, v, ids):
     """Softmax(q k' / sqrt d) v in float64 with a dense mask; rows of padding are 0."""
-    q, k, v = qkv.double().transpose(1, 3).unbind(2)
+    q, k, v = (a.double().transpose(1, 2) for a in (q, k, v))
     within = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] >= 0)
     scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~within[:, None], -torch.inf)
     return (torch.softmax(scores, dim=-1).nan_to_num() @ v).transpose(1, 2)
@@ -30,10 +32,10 @@ def by_definition(qkv, ids):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("packed", [False, True])
 def test_sdpa(dtype, packed):
-    qkv, ids = projection(dtype), IDS if packed else torch.zeros_like(IDS)
-    out = sdpa(*qkv.unbind(2), Documents(ids) if packed else None)
+    (q, k, v), ids = heads(dtype), IDS if packed else torch.zeros_like(IDS)
+    out = sdpa(q, k, v, Documents(ids) if packed else None)
     assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), by_definition(qkv, ids), atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(out.double(), by_definition(q, k, v, ids), atol=TOLERANCE[dtype], rtol=0)
 
 
 @imports_compiler
@@ -41,12 +43,12 @@ def test_sdpa(dtype, packed):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("packed", [False, True])
 def test_flex_gives_the_same_numbers(dtype, packed):
-    qkv, documents = projection(dtype), Documents(IDS) if packed else None
+    (q, k, v), documents = heads(dtype), Documents(IDS) if packed else None
     flex = FlexAttention()
     flex.attend = flex_attention  # uncompiled: the same contract, without a minute of compilation
-    out = flex(*qkv.unbind(2), documents)
+    out = flex(q, k, v, documents)
     assert out.dtype == dtype
-    torch.testing.assert_close(out, sdpa(*qkv.unbind(2), documents), atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(out, sdpa(q, k, v, documents), atol=TOLERANCE[dtype], rtol=0)
 
 
 @pytest.mark.slow
@@ -54,11 +56,11 @@ def test_flex_gives_the_same_numbers(dtype, packed):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_flex_gives_the_same_numbers(dtype, packed):
-    qkv, documents = projection(dtype), Documents(IDS) if packed else None
+    (q, k, v), documents = heads(dtype), Documents(IDS) if packed else None
     with torch.no_grad():
-        out = FlexAttention()(*qkv.unbind(2), documents)
+        out = FlexAttention()(q, k, v, documents)
     assert out.dtype == dtype
-    torch.testing.assert_close(out, sdpa(*qkv.unbind(2), documents), atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(out, sdpa(q, k, v, documents), atol=TOLERANCE[dtype], rtol=0)
 
 
 def test_block_mask_is_the_documents():
@@ -74,7 +76,7 @@ def flash_attn(monkeypatch):
     """A stand-in for the flash-attn package with its signatures, computed by definition."""
 
     def rows(q, k, v):
-        return by_definition(torch.stack([q, k, v], dim=2), torch.zeros(q.shape[:2], dtype=torch.int64)).to(q.dtype)
+        return by_definition(q, k, v, torch.zeros(q.shape[:2], dtype=torch.int64)).to(q.dtype)
 
     def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k):
         assert ends_q.dtype == torch.int32
@@ -82,24 +84,23 @@ def flash_attn(monkeypatch):
         assert longest_q == longest_k == ends_q.diff().max()
         assert torch.equal(ends_q, ends_k)
         ids = torch.arange(len(ends_q) - 1).repeat_interleave(ends_q.diff())
-        return by_definition(torch.stack([q, k, v], dim=1)[None], ids[None])[0].to(q.dtype)
+        return by_definition(q[None], k[None], v[None], ids[None])[0].to(q.dtype)
 
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_func = rows
-    module.flash_attn_varlen_func = varlen
+    module = types.SimpleNamespace(flash_attn_func=rows, flash_attn_varlen_func=varlen)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
 
 
 @pytest.mark.parametrize("ids", [None, IDS, IDS.abs()], ids=["rows", "padding", "no padding"])
 def test_flash_packs_and_unpacks(flash_attn, ids):
-    qkv, documents = projection(torch.bfloat16), None if ids is None else Documents(ids)
-    out = FlashAttention()(*qkv.unbind(2), documents)
-    torch.testing.assert_close(out, sdpa(*qkv.unbind(2), documents), atol=TOLERANCE[torch.bfloat16], rtol=0)
+    (q, k, v), documents = heads(torch.bfloat16), None if ids is None else Documents(ids)
+    out = FlashAttention()(q, k, v, documents)
+    torch.testing.assert_close(out, sdpa(q, k, v, documents), atol=TOLERANCE[torch.bfloat16], rtol=0)
 
 
 def test_flash_refuses_float32(flash_attn):
+    q, k, v = heads(torch.float32)
     with pytest.raises(TypeError, match=r"was given torch\.float32.*autocast"):
-        FlashAttention()(*projection(torch.float32).unbind(2), None)
+        FlashAttention()(q, k, v, None)
 
 
 def test_flash_missing_says_how_to_install(monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from sedd_nets import RADD, Causal, Documents, from_pretrained
 
-SIZES = {"width": 16, "depth": 2, "heads": 2, "dropout": 0.0, "length": 12}
+SIZES: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "dropout": 0.0, "length": 12}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sedd_nets import MDLM, RADD, SEDD, from_pretrained, read_config
 
 FAMILIES = {"sedd-tiny-absorb": SEDD, "sedd-tiny-uniform": SEDD, "radd-tiny": RADD, "mdlm-tiny": MDLM}
-SIZES = {"width": 16, "depth": 2, "heads": 2, "length": 12, "dropout": 0.0}
+SIZES: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "length": 12, "dropout": 0.0}
 
 
 @pytest.fixture(params=[RADD, MDLM])

@@ -12,6 +12,7 @@ def test_spans_lengths_and_padding():
     assert documents.cu_seqlens.tolist() == [0, 3, 7, 9, 12, 17]
     assert documents.cu_seqlens.dtype == torch.int32
     assert documents.longest == 5
+    assert documents.kept is not None
     assert documents.kept.tolist() == [*range(9), *range(11, 19)]
     assert Documents(IDS.abs()).kept is None
 
@@ -69,8 +70,8 @@ def test_padding_is_read_by_no_one(make_sedd, batch):
 
 
 def test_padding_attends_to_nothing():
-    qkv = torch.randn(3, 7, 3, 2, 4, generator=torch.Generator().manual_seed(7))
-    out = sdpa(*qkv.unbind(2), Documents(IDS))
+    q, k, v = torch.randn(3, 3, 7, 2, 4, generator=torch.Generator().manual_seed(7))
+    out = sdpa(q, k, v, Documents(IDS))
     assert (out[IDS < 0] == 0).all()
     assert (out[IDS >= 0] != 0).all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from sedd_nets import MDLM, RADD, SEDD, init_local_attention, init_unigram_bias
 from sedd_nets.fast.memory_efficient import rotated
 from sedd_nets.initialisation import offset
 
-SIZES = {"width": 128, "depth": 3, "heads": 4, "dropout": 0.0, "length": 64}
+SIZES: dict[str, Any] = {"width": 128, "depth": 3, "heads": 4, "dropout": 0.0, "length": 64}
 
 
 def networks():
@@ -59,7 +60,7 @@ def test_a_neighbour_reaches_the_hidden_vector_and_a_far_token_does_not():
         other = x.clone()
         other[:, 30 + distance] = (other[:, 30 + distance] + 1) % 40
         difference = net.hidden(x, torch.ones(16)) - net.hidden(other, torch.ones(16))
-        return difference[:, 30].norm(dim=-1).mean().item()
+        return float(difference[:, 30].norm(dim=-1).mean())
 
     with torch.no_grad():
         assert influence(1) == influence(20) == 0  # the gates are shut

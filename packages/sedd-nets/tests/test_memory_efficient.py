@@ -1,5 +1,7 @@
 """The functions that keep little for the backward pass, against the plain formulas that a compiler is given."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from sedd_nets.attention import Rotary
@@ -18,7 +20,7 @@ def turned(qkv):
     return torch.stack(rotated(qkv, cos.double(), sin.double()), dim=2)
 
 
-CASES = {
+CASES: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] = {
     "norm": (modulated_norm, [(B, L, D), (B, 1, D), (B, 1, D)]),
     "norm, noise a position": (modulated_norm, [(B, L, D), (B, L, D), (B, L, D)]),
     "gelu": (gelu_linear, [(B, L, D), (5, D), (5,)]),

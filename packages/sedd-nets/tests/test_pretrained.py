@@ -6,7 +6,7 @@ import pytest
 import sedd_nets.pretrained
 import torch
 from safetensors.torch import load_file, save_file
-from sedd_nets import SEDD, read_config
+from sedd_nets import SEDD, from_pretrained, read_config
 
 SECTIONS = {"tokens": 10, "graph": {"type": "absorb"}, "noise": {"type": "loglinear", "eps": 1e-3}}
 
@@ -34,6 +34,27 @@ def test_published_files_survive_a_round_trip(golden, tmp_path, name):
     config, written = read_config(folder), read_config(tmp_path)
     config["model"].pop("name")
     assert written == config
+
+
+@pytest.mark.parametrize("name", ["sedd-tiny-absorb", "sedd-tiny-uniform"])
+def test_a_config_that_does_not_say_whether_to_scale_means_what_its_graph_needs(golden, tmp_path, name):
+    folder, expected = golden(name)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = read_config(folder)
+    del config["model"]["scale_by_sigma"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    log_score = SEDD.from_pretrained(tmp_path)(expected["xt"], expected["sigma"])
+    torch.testing.assert_close(log_score, expected["log_score"], atol=1e-5, rtol=0)
+
+
+def test_what_a_checkpoint_says_of_its_noise_is_kept(golden, tmp_path):
+    """The network has no use for it, whoever builds the schedule has: values other than the usual ones, too."""
+    folder, _ = golden("sedd-tiny-absorb")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = read_config(folder) | {"noise": {"type": "loglinear", "eps": 0.0123}, "anything": [1, {"a": 2}]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    net = from_pretrained(tmp_path)
+    assert net.sections == {key: value for key, value in config.items() if key != "model"}
 
 
 def test_saving_given_weights(make_sedd, tmp_path):

@@ -50,7 +50,8 @@ def test_initialisation_is_the_papers():
         elif "norm" in name:
             assert (parameter == 1).all(), name
     # kaiming_uniform(a = sqrt 5) is uniform on +- 1 / sqrt(fan_in)
-    for weight in (net.vocab_embed.embedding, net.blocks[0].attn_qkv.weight, net.blocks[1].mlp[0].weight):
+    for name in ("vocab_embed.embedding", "blocks.0.attn_qkv.weight", "blocks.1.mlp.0.weight"):
+        weight = net.get_parameter(name)
         assert weight.abs().max().item() == pytest.approx(1 / 8, rel=1e-3)
         assert weight.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.03)
 
@@ -171,7 +172,7 @@ def test_every_parameter_gets_its_gradient(make_sedd, batch):
 def test_float32_islands_under_autocast(make_sedd, batch):
     x, sigma = batch
     net = make_sedd()
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
     for name, module in net.named_modules():
         module.register_forward_hook(lambda _module, _given, out, name=name: seen.setdefault(name, out))
     exact = net(x, sigma)
@@ -266,6 +267,17 @@ def test_bad_input_is_named(make_sedd, batch):
         net(x[0], sigma[0])
     with pytest.raises(ValueError, match="where must be a bool mask"):
         net(x, sigma, where=x)
+
+
+@pytest.mark.parametrize("scale_by_sigma", [True, False])
+def test_the_noise_may_come_in_float64(make_sedd, batch, scale_by_sigma):
+    """A schedule in float64 makes no other network: the numbers stay float32, and are those of float32 noise."""
+    x, sigma = batch
+    net = make_sedd(scale_by_sigma=scale_by_sigma)
+    log_score = net(x, sigma.double())
+    assert log_score.dtype == torch.float32
+    torch.testing.assert_close(log_score, net(x, sigma), atol=1e-5, rtol=0)
+    log_score.sum().backward()
 
 
 def test_published_names():
