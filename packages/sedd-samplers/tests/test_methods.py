@@ -36,7 +36,7 @@ from sedd_samplers import (
 )
 from sedd_samplers.adapters import to_posterior
 from sedd_samplers.controls import controlled, top_k
-from sedd_samplers.steps import correct
+from sedd_samplers.multistage import correct
 
 ANY_GRAPH = {
     "Euler": Euler(),

@@ -19,7 +19,8 @@ from sedd_samplers import (
     capped,
     rescaled,
 )
-from sedd_samplers.steps import ancestral_probs, correct, corrector_probs, leap, reverse_rates, tweedie_probs
+from sedd_samplers.multistage import correct, corrector_probs
+from sedd_samplers.steps import ancestral_probs, leap, reverse_rates, tweedie_probs
 
 GRAPHS = {
     "absorbing": lambda ref: ref.StructuredAbsorbing(3),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from . import adapters, autoregressive, controls, guidance, masked, steps, views
+from . import adapters, autoregressive, controls, guidance, masked, multistage, steps, views
 from .exact import FirstHitting, Uniformization
 from .fast import cached
 from .grids import adaptive_grid, noise_grid, uniform_grid
@@ -28,11 +28,12 @@ from .masked import (
     random_order,
     rescaled,
 )
+from .multistage import PredictorCorrector, Trapezoidal
 from .prompts import pad_prompts
 from .randomness import draw_categorical
 from .reverse import Reverse
 from .sampling import State, infill, sample, trajectory
-from .steps import Ancestral, Euler, Method, PredictorCorrector, TauLeaping, Trapezoidal, Tweedie
+from .steps import Ancestral, Euler, Method, TauLeaping, Tweedie
 
 __all__ = [
     "sample",
@@ -77,6 +78,7 @@ __all__ = [
     "autoregressive",
     "views",
     "masked",
+    "multistage",
     "steps",
 ]
 __version__ = version("sedd-samplers")

@@ -1,0 +1,166 @@
+"""Everything that is there for speed, against the same thing written plainly; and a whole run against a plain loop."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sedd_samplers import Ancestral, Euler, TauLeaping, Tweedie, sample, uniform_grid
+from sedd_samplers.fast import cached, convert_rows, draw_by_blocks, spread, times_row
+from sedd_samplers.randomness import uniforms
+
+GRAPHS = {
+    "absorbing": lambda ref: ref.StructuredAbsorbing(4),
+    "absorbing, mask amid the tokens": lambda ref: ref.StructuredAbsorbing(4, 2),
+    "uniform": lambda ref: ref.StructuredUniform(5),
+    "hybrid": lambda ref: ref.hybrid_matrix(4),
+    "cycle": lambda ref: ref.cycle_matrix(5),
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# The equations of the methods with dense matrices, one position at a time. s is the concrete score with s_x = 1.
+
+
+def plain_euler(s, x, Q, t, s_, noise):
+    rates = (t - s_) * noise(t)[1] * Q[x] * s
+    rates[x] = 0
+    rates[x] = 1 - rates.sum()
+    return rates
+
+
+def plain_tau_leaping(s, x, Q, t, s_, noise):
+    rates = (t - s_) * noise(t)[1] * Q[x] * s
+    rates[x] = 0
+    total = rates.sum()
+    probs = rates * (1 - torch.exp(-total)) / total.clamp(min=1e-300)
+    probs[x] = torch.exp(-total)
+    return probs
+
+
+def plain_tweedie(s, x, Q, t, s_, noise):
+    step = torch.linalg.matrix_exp((noise(t)[0] - noise(s_)[0]) * Q)
+    return torch.linalg.solve(step, s) * step[x]
+
+
+def plain_ancestral(s, x, Q, t, s_, noise, mask_id):
+    to_t, to_s = torch.linalg.matrix_exp(noise(t)[0] * Q), torch.linalg.matrix_exp(noise(s_)[0] * Q)
+    clean = (torch.linalg.solve(to_t, s) * to_t[x]).clamp(min=0)
+    if mask_id is not None:
+        clean[mask_id] = 0
+    clean = clean / clean.sum()
+    step = torch.linalg.matrix_exp((noise(t)[0] - noise(s_)[0]) * Q)
+    return sum(p * step[x] * to_s[:, x0] / to_t[x, x0] for x0, p in enumerate(clean) if p > 0)
+
+
+PLAIN = {Euler: plain_euler, TauLeaping: plain_tau_leaping, Tweedie: plain_tweedie, Ancestral: plain_ancestral}
+
+
+def plain_sample(score, graph, noise, shape, times, method, seeds):
+    """The loop with nothing left out and nothing done at once: every position by itself, in float64."""
+    B, L = shape
+    Q, N = graph.Q, graph.num_states
+    drawn = [0] * B
+
+    def draw(law, b, i):
+        u = uniforms(torch.tensor([seeds[b]]), torch.tensor([drawn[b]]), torch.tensor([i]))
+        cumulative = law.clamp(min=0).cumsum(0)
+        return int((cumulative <= u * cumulative[-1]).sum())
+
+    tokens = torch.tensor([0.0 if y == graph.mask_id else 1.0 for y in range(N)], dtype=torch.float64)
+    prior = torch.linalg.matrix_exp(500 * Q) @ (tokens / tokens.sum())
+    x = torch.tensor([[draw(prior, b, i) for i in range(L)] for b in range(B)])
+    for t, s in pairwise([*times, None]):
+        moved = x.clone()
+        for b in range(B):
+            drawn[b] += 1
+            log_score = score(x[b : b + 1], noise(t)[0][None])[0]
+            free = [i for i in range(L) if (Q[x[b, i]] > 0).any()]
+            drawn[b] -= not free  # a sequence with nothing to move draws nothing
+            for i in free:
+                concrete = log_score[i].exp()
+                concrete[x[b, i]] = 1
+                if s is None:
+                    law = plain_tweedie(concrete, int(x[b, i]), Q, t, torch.zeros_like(t), lambda t_: (noise(t_)[0],))
+                    if graph.mask_id is not None:
+                        law[graph.mask_id] = 0
+                else:
+                    more = (graph.mask_id,) if method is Ancestral else ()
+                    law = PLAIN[method](concrete, int(x[b, i]), Q, t, s, noise, *more)
+                moved[b, i] = draw(law, b, i)
+        x = moved
+    return x
+
+
+@pytest.mark.parametrize("method", PLAIN)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_run_draws_the_tokens_of_the_plain_loop(ref, name, method):
+    graph, noise, times = GRAPHS[name](ref), ref.Linear(2.0), uniform_grid(3, 0.1)
+    tokens = 5 - (graph.mask_id is not None)
+    score = ref.ExactScore(ref.random_data(tokens, 3, 5, graph.mask_id), graph.Q)
+    fast = sample(score, graph, noise, shape=(6, 3), times=times, method=method(), seeds=range(6))
+    assert torch.equal(fast, plain_sample(score, graph, noise, (6, 3), times, method, range(6)))
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_row_is_multiplied_as_if_it_were_spread(ref, name):
+    graph, x = GRAPHS[name](ref), torch.arange(5)
+    sigma = torch.rand(5, generator=seeded(), dtype=torch.float64)
+    row = graph.transition_into(x, sigma)
+    plain = torch.stack([torch.linalg.matrix_exp(sigma[i] * graph.Q)[i] for i in range(5)])
+    dense = torch.rand(5, 5, generator=seeded(1), dtype=torch.float64)
+    torch.testing.assert_close(spread(row, dense).double(), plain, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(times_row(dense.clone(), row), dense * plain, rtol=1e-6, atol=1e-7)
+
+
+def test_a_row_of_nothing_special_is_its_base():
+    row = SimpleNamespace(base=torch.tensor([2.0]), index=torch.zeros(1, 0).long(), value=torch.zeros(1, 0))
+    assert times_row(torch.ones(1, 3), row).tolist() == [[2.0] * 3]
+    assert spread(row, torch.ones(1, 3)).tolist() == [[2.0] * 3]
+
+
+@pytest.mark.parametrize("num_states", [1, 2, 7, 64, 1000])
+def test_a_draw_by_blocks_is_the_first_state_beyond_the_uniform_number(num_states):
+    probs = torch.rand(500, num_states, generator=seeded(), dtype=torch.float64) ** 6
+    uniform = torch.rand(500, generator=seeded(1), dtype=torch.float64)
+    cumulative = probs.cumsum(1)
+    plain = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1)
+    state, total = draw_by_blocks(probs, uniform)
+    assert torch.equal(state, plain)
+    torch.testing.assert_close(total, cumulative[:, -1])
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_draw_from_no_distribution_tells_by_its_sum(bad):
+    probs = torch.rand(3, 100, generator=seeded())
+    probs[1] = bad
+    total = draw_by_blocks(probs, torch.full((3,), 0.5, dtype=torch.float64))[1]
+    assert ((total > 0) & total.isfinite()).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("picked", [False, True])
+def test_rows_are_converted_in_pieces_as_at_once(picked, monkeypatch):
+    monkeypatch.setattr("sedd_samplers.fast.rows.rows_at_a_time", lambda num_states, device: 3)
+    answer = torch.rand(11, 4, generator=seeded()).bfloat16()
+    pick = torch.tensor([9, 0, 3, 3, 10, 7, 1]) if picked else None
+    scale = torch.arange(11.0)[: 7 if picked else 11, None]
+    got = convert_rows(answer, pick, lambda rows, part: rows * scale[part])
+    assert torch.equal(got, (answer.float()[pick] if picked else answer.float()) * scale)
+
+
+def test_a_cached_model_answers_as_the_model(ref):
+    """Along a run in which sequences change one after the other, at all positions and at some."""
+    table = torch.rand(5, 5, generator=seeded())
+    model = lambda x, sigma: table[x] + x.sum(1)[:, None, None]  # noqa: E731
+    ask, x = cached(model), torch.randint(5, (4, 6), generator=seeded(1))
+    sigma, rows = torch.ones(4), torch.arange(4)
+    for step in range(12):
+        x = x.clone()
+        x[step % 4, step % 6] = step % 5
+        where = torch.rand(4, 6, generator=seeded(step // 3)) < 0.5
+        assert torch.equal(ask(x, sigma, where=where, rows=rows), model(x, sigma)[where])
