@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -74,6 +75,37 @@ class FrozenNet(Net):
         self.linear.weight.requires_grad_(False)
 
 
+class LinearHead(NamedTuple):
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    shift: torch.Tensor | None
+
+
+class LinearNet(Net):
+    """Hands its head over as what it is."""
+
+    def linear_head(self, sigma):
+        return LinearHead(self.linear.weight, self.linear.bias, -sigma.expm1().log())
+
+
+class FrozenLinearNet(LinearNet, FrozenNet):
+    """The bias learns, the weight does not."""
+
+
+class BareLinearNet(LinearNet):
+    """Neither bias nor shift."""
+
+    def __init__(self, num_states):
+        super().__init__(num_states)
+        self.linear = nn.Linear(6, num_states, bias=False)
+
+    def head(self, hidden, x, sigma):
+        return self.linear(hidden)
+
+    def linear_head(self, sigma):
+        return LinearHead(self.linear.weight, None, None)
+
+
 @pytest.fixture
 def case(graph, log_linear, generator):
     """A noised batch with times in float64."""
@@ -89,7 +121,8 @@ def small_chunks(monkeypatch):
 
 def fused(net, graph, noise, x0, t, xt, **how):
     sigma, dsigma = noise(t)
-    return fused_denoising_loss(net.hidden(xt, sigma), net.head, graph, xt, x0, sigma, dsigma, **how)
+    head = net.linear_head(sigma) if isinstance(net, LinearNet) else net.head
+    return fused_denoising_loss(net.hidden(xt, sigma), head, graph, xt, x0, sigma, dsigma, **how)
 
 
 def gradients(loss, net):
@@ -98,7 +131,7 @@ def gradients(loss, net):
     return torch.autograd.grad(loss, learning, allow_unused=True)
 
 
-@pytest.mark.parametrize("kind", [Net, NormalisedNet, SharedNet, FrozenNet])
+@pytest.mark.parametrize("kind", [Net, NormalisedNet, SharedNet, FrozenNet, LinearNet, FrozenLinearNet, BareLinearNet])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.usefixtures("small_chunks")
 def test_the_loss_and_all_gradients_are_those_of_the_plain_path(kind, weighted, graph, log_linear, case, generator):
@@ -113,12 +146,13 @@ def test_the_loss_and_all_gradients_are_those_of_the_plain_path(kind, weighted, 
         torch.testing.assert_close(one, other, **EXACTLY)
 
 
-def test_gradients_arrive_in_the_same_order_in_every_process(make_graphs, log_linear, generator):
+@pytest.mark.parametrize("kind", [NormalisedNet, LinearNet])
+def test_gradients_arrive_in_the_same_order_in_every_process(kind, make_graphs, log_linear, generator):
     """Ranks reduce them in the order of arrival; one that hung on addresses in memory would mix them up."""
     graph, x0 = make_graphs(5)["uniform"], torch.randint(5, (3, 7), generator=generator)
     orders = set()
     for _ in range(20):
-        net, order = NormalisedNet(5), []
+        net, order = kind(5), []
         for name, parameter in net.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
         fused(net, graph, log_linear, x0, torch.full((3,), 0.5), x0).total.backward()
@@ -147,12 +181,13 @@ def test_noise_a_position(graph, log_linear, case, generator):
     torch.testing.assert_close(fused(net, graph, log_linear, x0, t * 0.9, xt).per_sequence, plain, **EXACTLY)
 
 
+@pytest.mark.parametrize("net", [Net, LinearNet])
 @pytest.mark.parametrize("kind", ["uniform", "absorbing", "hybrid"])  # whose closed forms are differentiable
 @pytest.mark.usefixtures("small_chunks")
-def test_a_learnt_schedule_receives_the_same_gradient(kind, make_graphs, generator):
+def test_a_learnt_schedule_receives_the_same_gradient(net, kind, make_graphs, generator):
     """By way of dsigma, of the ratios, of the trunk and of the head."""
     graph = make_graphs(5)[kind]
-    net = Net(graph.num_states).double()
+    net = net(graph.num_states).double()
     power = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     x0, t = torch.randint(5, (3, 7), generator=generator), torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)
     xt = graph.sample(x0, t, generator=generator)
@@ -182,8 +217,9 @@ def test_the_head_is_called_as_often_whatever_can_move_and_sees_nothing_else(mak
         assert all(slope is not None for slope in gradients(loss.total, net))
 
 
-def test_where_nothing_can_move_the_gradients_are_zero(make_graphs, log_linear, generator):
-    graph, net = make_graphs(5)["absorbing"], Net(6)
+@pytest.mark.parametrize("kind", [Net, LinearNet])
+def test_where_nothing_can_move_the_gradients_are_zero(kind, make_graphs, log_linear, generator):
+    graph, net = make_graphs(5)["absorbing"], kind(6)
     x0 = torch.randint(5, (3, 7), generator=generator)
     loss = fused(net, graph, log_linear, x0, torch.full((3,), 0.5), x0)
     assert (loss.per_sequence == 0).all()
@@ -205,15 +241,16 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("net", [Net, LinearNet])
 @pytest.mark.parametrize("kind", ["uniform", "absorbing", "hybrid", "dense"])
-def test_no_tensor_is_larger_than_a_chunk(kind, make_graphs, generator, monkeypatch):
+def test_no_tensor_is_larger_than_a_chunk(kind, net, make_graphs, generator, monkeypatch):
     """Nor than the hidden states: 600 positions and 40 states would make 24,000 log-scores."""
     monkeypatch.setattr(fused_module, "CHUNK_ELEMENTS", 2000)
     graph = make_graphs(40)[kind]
     if kind == "dense":  # at one noise level its exponential is one matrix
         matrices = graph.exp(torch.ones(1))
         graph.exp = lambda sigma: matrices.expand(len(sigma), -1, -1)
-    net, noise = Net(graph.num_states, width=4), lambda t: (torch.ones_like(t), torch.ones_like(t))
+    net, noise = net(graph.num_states, width=4), lambda t: (torch.ones_like(t), torch.ones_like(t))
     x0, t = torch.randint(40, (2, 300), generator=generator), torch.ones(2)
     jumped = torch.rand(2, 300, generator=generator) < 0.6
     xt = torch.where(jumped, 39 if graph.mask_id is None else graph.mask_id, x0)
@@ -225,23 +262,25 @@ def test_no_tensor_is_larger_than_a_chunk(kind, make_graphs, generator, monkeypa
     assert largest.entries >= 24000
 
 
-def test_goes_backward_only_once(make_graphs, log_linear, generator):
-    net, x0 = Net(5), torch.randint(5, (3, 7), generator=generator)
+@pytest.mark.parametrize("kind", [Net, LinearNet])
+def test_goes_backward_only_once(kind, make_graphs, log_linear, generator):
+    net, x0 = kind(5), torch.randint(5, (3, 7), generator=generator)
     total = fused(net, make_graphs(5)["uniform"], log_linear, x0, torch.full((3,), 0.5), x0).total
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="goes backward only once"):
         total.backward()
 
 
-def test_without_gradients_it_makes_none(graph, log_linear, case):
-    net, (x0, t, xt) = Net(graph.num_states).double(), case
+@pytest.mark.parametrize("kind", [Net, LinearNet])
+def test_without_gradients_it_makes_none(kind, graph, log_linear, case):
+    net, (x0, t, xt) = kind(graph.num_states).double(), case
     with torch.no_grad():
         loss = fused(net, graph, log_linear, x0, t, xt)
     assert not loss.total.requires_grad
     torch.testing.assert_close(loss.per_sequence, fused(net, graph, log_linear, x0, t, xt).per_sequence, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", [Net, NormalisedNet])
+@pytest.mark.parametrize("kind", [Net, NormalisedNet, LinearNet])
 @pytest.mark.usefixtures("small_chunks")
 def test_under_autocast_the_head_is_bfloat16_and_the_loss_float32(kind, graph, log_linear, case):
     """The plain path under the same autocast; each chunk's share of a gradient is rounded to bfloat16, 2^-9."""
@@ -256,9 +295,10 @@ def test_under_autocast_the_head_is_bfloat16_and_the_loss_float32(kind, graph, l
         assert (one - other).norm() < 2e-2 * other.norm()
 
 
-def test_a_bfloat16_head_sums_its_gradients_in_float32(make_graphs, log_linear, generator, monkeypatch):
+@pytest.mark.parametrize("kind", [Net, LinearNet])
+def test_a_bfloat16_head_sums_its_gradients_in_float32(kind, make_graphs, log_linear, generator, monkeypatch):
     """Summed in bfloat16 over 200 chunks, they would be off by several percent."""
-    graph, net = make_graphs(5)["uniform"], Net(5).bfloat16()
+    graph, net = make_graphs(5)["uniform"], kind(5).bfloat16()
     x0, t = torch.randint(5, (8, 50), generator=generator), torch.full((8,), 0.5)
     xt = graph.sample(x0, t, generator=generator)
     found = {}
@@ -303,6 +343,12 @@ def test_works_with_a_compiled_network_and_inside_a_compiled_function(make_graph
         ({"weight": torch.zeros(3)}, "weight is 0 at every position"),
         ({"weight": -torch.ones(3)}, "weight must be >= 0"),
         ({"head": lambda hidden, x, sigma: hidden}, "head must return log_score of shape"),
+        ({"head": LinearHead(torch.zeros(6, 5), None, None)}, r"head.weight must have shape \(N, D\), \(5, 6\)"),
+        ({"head": LinearHead(torch.zeros(5, 6), torch.zeros(6), None)}, r"head.bias must have shape \(N,\), \(5,\)"),
+        (
+            {"head": LinearHead(torch.zeros(5, 6), None, torch.zeros(3, 1))},
+            "head.shift must have a shape that is a lead",
+        ),
         ({"head": lambda hidden, x, sigma: hidden[:, :5] * float("nan")}, "log_score is NaN"),
     ],
 )
@@ -334,6 +380,20 @@ def test_a_nan_can_be_left_to_the_caller_who_finds_its_sequence(make_graphs, gen
     assert torch.equal(loss.per_sequence[::2], whole.per_sequence[::2])
     loss.total.backward()
     assert net.linear.weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 10])
+def test_a_head_may_use_what_was_made_outside_in_as_many_chunks_as_it_takes(chunk, make_graphs, generator, monkeypatch):
+    """A tensor with a history of its own: each chunk goes back through it, and so does the caller's own loss."""
+    monkeypatch.setattr(fused_module, "CHUNK_ELEMENTS", chunk)
+    x0, table = torch.randint(5, (3, 7), generator=generator), torch.randn(6, 5, generator=generator).requires_grad_()
+    hidden, graph = torch.randn(3, 7, 6, generator=generator), make_graphs(5)["uniform"]
+    weight = table.tanh()
+    sigma = torch.ones(3)
+    total = fused_denoising_loss(hidden, lambda h, x, s: h @ weight, graph, x0, x0.roll(1), sigma, sigma).total
+    (found,) = torch.autograd.grad(total + weight.sum(), table)
+    plain = denoising_score_entropy(hidden @ table.tanh(), graph, x0, x0.roll(1), sigma).sum() + table.tanh().sum()
+    torch.testing.assert_close(found, torch.autograd.grad(plain, table)[0])
 
 
 def test_the_plain_loss_leaves_a_nan_to_its_caller_too(make_graphs, log_linear):

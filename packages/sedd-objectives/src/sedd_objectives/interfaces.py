@@ -22,6 +22,8 @@ __all__ = [
     "ScoreModel",
     "PosteriorModel",
     "NextTokenModel",
+    "Head",
+    "LinearHead",
 ]
 
 
@@ -142,3 +144,29 @@ class NextTokenModel(Protocol):
 
     def __call__(self, x: Tensor, /) -> Any:
         """Logits at (B, L) int64 states."""
+
+
+class Head(Protocol):
+    """A network's last step, for any number m >= 0 of rows, each of its own arguments alone."""
+
+    def __call__(self, hidden: Tensor, x: Tensor, sigma: Tensor, /) -> Any:
+        """(hidden (m, D), x (m,) int64, sigma (m,)) -> log_score (m, N)."""
+
+
+class LinearHead(Protocol):
+    """A last step that is linear: log_score = hidden W^T + bias + shift. It is not callable.
+
+    The entry at a position's own state carries no meaning, as in any log-score, and so need not be set to 0.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """W (N, D), of the hidden states' dtype."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(N,), or None for 0."""
+
+    @property
+    def shift(self) -> Tensor | None:
+        """(B,) a sequence or (B, L) a position, or None for 0: SEDD's is -log(e^sigma - 1) - log(N - 1)."""

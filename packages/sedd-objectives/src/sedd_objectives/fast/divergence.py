@@ -189,10 +189,13 @@ def half_squares(
 
 
 def _difference(log_score: Tensor, ratio: Tensor) -> Tensor:
-    """S - r, without cancelling: r (e^d - 1) with d = log s - log r where s is not much larger than r > 0."""
+    """S - r, without cancelling: r (e^d - 1) with d = log s - log r where s is near r > 0.
+
+    Elsewhere the difference itself, of which autograd has the slope s; that of e^d - 1 it takes from its value, plus 1.
+    """
     wide = sum_dtype(ratio.device)
     positive = ratio > 0
     distance = (log_score.to(wide) - torch.where(positive, ratio, 1).to(wide).log()).to(log_score.dtype)
-    near = positive & (distance < 1)
+    near = positive & (distance.abs() < 1)
     far = log_score.masked_fill(near, 0).exp() - ratio
-    return torch.where(near, ratio * distance.clamp_max(1).expm1(), far)
+    return torch.where(near, ratio * distance.clamp(-1, 1).expm1(), far)

@@ -8,6 +8,8 @@ closed form.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "RowFunction",
     "chunks_of",
     "each_row",
+    "equal_parts",
     "squares_over_jumps",
     "sum_over_chunks",
     "sum_over_jumps",
@@ -88,6 +91,13 @@ def chunks_of(num_rows: int, num_states: int) -> list[slice]:
     """The rows 0 .. num_rows - 1 in slices of at most CHUNK_ELEMENTS entries."""
     size = max(1, CHUNK_ELEMENTS // max(1, num_states))
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def equal_parts(count: int, size: int, *, at_least: int = 1) -> list[slice]:
+    """`count` rows in as few equal parts as hold no more than `size`, then empty ones up to `at_least` in all."""
+    filled = max(1, math.ceil(count / size))
+    ends = [min(i, filled) * count // filled for i in range(max(filled, at_least) + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def _rows(log_score: Tensor, positions: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
