@@ -73,7 +73,7 @@ def head_and_loss(given: argparse.Namespace) -> tuple[Callable[[], None], list[C
     def ours() -> None:
         hidden.grad = None
         net.zero_grad()
-        fused_denoising_loss(hidden, net.head, graph, x, x0, sigma, dsigma).total.backward()
+        fused_denoising_loss(hidden, net.linear_head(x, sigma), graph, x, x0, sigma, dsigma).total.backward()
 
     if given.memory:
         return ours, []

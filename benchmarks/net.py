@@ -202,7 +202,7 @@ def loss_of(net: SEDD, given: argparse.Namespace, dtype: torch.dtype = torch.flo
             if given.loss == "where":
                 return denoising_loss(net, graph, noise, x0, t, xt=xt).sum()
             hidden = net.hidden(xt, sigma)
-            return fused_denoising_loss(hidden, net.head, graph, xt, x0, sigma, dsigma).total
+            return fused_denoising_loss(hidden, net.linear_head(xt, sigma), graph, xt, x0, sigma, dsigma).total
 
     return loss
 

@@ -73,13 +73,14 @@ class ScoreEntropy:
         lengths: Tensor | None = None,
         dropout_seeds: Tensor | None = None,
     ) -> Losses:
-        """The integrand of eq. 10 at times t; the network has `hidden` and `head`, as those of sedd_nets."""
+        """The integrand of eq. 10 at times t; the network is one of sedd_nets, or has its `hidden` and heads."""
         sigma, dsigma = self.noise(t)
         hidden = net.hidden(xt, sigma, documents=_documents(lengths, x0), dropout_seeds=dropout_seeds)
         weight = _inside(lengths, x0)
-        return fused_denoising_loss(
-            hidden, net.head, self.graph, xt, x0, sigma, dsigma, weight=weight, refuse_nan=False
-        )
+        head = net.linear_head(xt, sigma)
+        if head is None:
+            head = net.head
+        return fused_denoising_loss(hidden, head, self.graph, xt, x0, sigma, dsigma, weight=weight, refuse_nan=False)
 
     def loss(self, net: Any, x0: Tensor, t: Tensor, *, generator: Generator, lengths: Tensor | None = None) -> Tensor:
         """The integrand of eq. 10 at times t (B,), with noise of the generator's; refuses NaN. For measuring."""
