@@ -124,6 +124,16 @@ def tables(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, strictly and offline, into build/site; `-- --serve` shows it at 127.0.0.1:8000."""
+    session.install("torch", *PINNED)
+    session.install("./packages/sedd-graphs[plotting]", "mkdocs-material", "mkdocstrings[python]", "ruff", *PINNED)
+    session.run("python", "docs/pictures.py")
+    serve = "--serve" in session.posargs
+    session.run("mkdocs", *(["serve", "--dev-addr", "127.0.0.1:8000"] if serve else ["build", "--strict"]))
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure speed and memory, as ratios within one run; names of benchmarks go after `--`."""
     install_all(session)

@@ -25,7 +25,9 @@ class Causal(Transformer):
 
     Args:
         num_states: N; the last one is free to mark the beginning, as it marks the mask elsewhere.
-        width, depth, heads: D, the number of blocks, the attention heads of a block.
+        width: D.
+        depth: the number of blocks.
+        heads: the attention heads of a block.
         dropout: on the output of attention and MLP, in training mode.
         length: the longest sequence accepted.
 

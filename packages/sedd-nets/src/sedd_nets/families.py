@@ -40,7 +40,9 @@ class SEDD(Transformer):
 
     Args:
         num_states: N, the mask state included.
-        width, depth, heads: D, the number of blocks, the attention heads of a block.
+        width: D.
+        depth: the number of blocks.
+        heads: the attention heads of a block.
         cond_dim: width of the embedding of sigma.
         dropout: on the output of attention and MLP, in training mode.
         scale_by_sigma: see above; True for absorbing graphs.
@@ -195,7 +197,9 @@ class RADD(ConditionalTransformer):
 
     Args:
         num_states: N, the mask state included.
-        width, depth, heads: D, the number of blocks, the attention heads of a block.
+        width: D.
+        depth: the number of blocks.
+        heads: the attention heads of a block.
         dropout: on the output of attention and MLP, in training mode.
         length: the longest sequence accepted.
         mask_id: the mask state; the last one unless given.
@@ -262,7 +266,9 @@ class MDLM(ConditionalTransformer):
 
     Args:
         num_states: N, the mask state included.
-        width, depth, heads: D, the number of blocks, the attention heads of a block.
+        width: D.
+        depth: the number of blocks.
+        heads: the attention heads of a block.
         cond_dim: width of the embedding of sigma.
         dropout: on the output of attention and MLP, in training mode.
         length: the longest sequence accepted.
