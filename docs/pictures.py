@@ -9,7 +9,7 @@ from sedd_graphs import Absorbing, Cosine, Geometric, LogLinear, Uniform
 from sedd_graphs.plotting import draw_schedules, draw_sentence
 
 FOLDER = Path(__file__).parent / "img"
-WORDS = [
+WORDS = "the state of the union is strong because the people of the states are free"
     "the",
     "state",
     "of",
@@ -31,8 +31,8 @@ WORDS = [
 def main() -> None:
     """Write the pictures of the page on the idea."""
     FOLDER.mkdir(exist_ok=True)
-    words = sorted(set(WORDS))
-    x0 = torch.tensor([words.index(word) for word in WORDS])
+    words = sorted(set(WORDS.split()))
+    x0 = torch.tensor([words.index(word) for word in WORDS.split()])
     generator = torch.Generator().manual_seed(1)
     absorbing = draw_sentence(Absorbing(len(words)), LogLinear(), x0, [*words, "[MASK]"], generator=generator)
     uniform = draw_sentence(Uniform(len(words)), Geometric(1e-3, 3.0), x0, words, generator=generator)
