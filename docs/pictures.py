@@ -10,22 +10,6 @@ from sedd_graphs.plotting import draw_schedules, draw_sentence
 
 FOLDER = Path(__file__).parent / "img"
 WORDS = "the state of the union is strong because the people of the states are free"
-    "the",
-    "state",
-    "of",
-    "the",
-    "union",
-    "is",
-    "strong",
-    "because",
-    "the",
-    "people",
-    "of",
-    "the",
-    "states",
-    "are",
-    "free",
-]
 
 
 def main() -> None:
