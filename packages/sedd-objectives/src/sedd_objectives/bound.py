@@ -6,10 +6,13 @@
 
 Leaving out the last two gives a number, not a bound: the integral starts at t_min > 0, and the process has not reached
 its prior at t = 1. The decoder p(x0 | x) may be any distribution over tokens, one for each position; here it is
-Tweedie's (eq. 18), p(y | x) proportional to ( exp(-sigma Q) s )_y exp(sigma Q)[x, y]. A score that is not exact can
-make entries of it negative: they are set to 0, the mask state is left out, the rest is normalised, and a share of 1e-6
-is spread evenly over the tokens, so that what remains is a distribution and no token is impossible. The bound then
-holds for any score.
+Tweedie's, the posterior of one denoising step from t_min to clean tokens,
+
+    p(y | x) proportional to ( exp(-sigma Q) s )_y exp(sigma Q)[x, y].                                   (eq. 18)
+
+A score that is not exact can make entries of it negative: they are set to 0, the mask state is left out, the rest is
+normalised, and a share of 1e-6 is spread evenly over the tokens, so that what remains is a distribution and no token is
+impossible. The bound then holds for any score.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Denoising score entropy and the diffusion loss.
+"""Denoising score entropy (DSE) and the diffusion-weighted one (DWDSE), the training loss.
 
     DSE(x, x0)  = sum_{y != x} Q[x, y] ( s_y - r_y log s_y + K(r_y) ),   r_y = p(y|x0) / p(x|x0)            (eq. 7)
     DWDSE(x0)   = integral over t of dsigma(t) E_{x_t} sum over positions of DSE(x_t, x0)                   (eq. 10)
 
-The constant K, which (7) leaves out, makes the loss 0 at its minimum for a given x0 and DWDSE a likelihood bound.
+The sum is `score_entropy.plain_score_entropy` with the weights Q[x, .] and the ratios of the transitions; here it is
+`fast.score_entropy_rows`, the same number. The constant K, which (7) leaves out, makes the loss 0 at its minimum for a
+given x0 and DWDSE a likelihood bound.
 Positions into which no jump leads, such as the unmasked ones of an absorbing process, have loss 0 whatever the score;
 they are recognised from the graph's rows and never reach the network's head.
 """
@@ -64,7 +66,12 @@ def denoising_score_entropy(log_score: Tensor, graph: Graph, x: Tensor, x0: Tens
     rates = RatesInto.of(graph, x)
     live = rates.can_move(x, num_states)
     positions = None if bool(live.all()) else live.flatten().nonzero()[:, 0]
-    return spread(_live_loss(log_score, positions, graph, rates, x[live], x0[live], sigma[live]), live)
+    dtype = arithmetic_dtype(log_score, sigma)
+    jumps_at = denoising_jumps(graph, rates, x[live], x0[live], dtype)
+    rows, levels = log_score.reshape(-1, num_states), sigma[live].to(sum_dtype(x.device))
+    loss = fast.score_entropy_rows(rows, positions, jumps_at, levels, dtype=dtype)
+    check_not_nan(loss, log_score)
+    return spread(loss, live)
 
 
 def denoising_score_entropy_without_constant(
@@ -128,7 +135,7 @@ def denoising_loss(
     t_min: float = 1e-3,
     refuse_nan: bool = True,
 ) -> Tensor:
-    """The integrand of the diffusion loss at time t, eq. 10, summed over positions, in nats a sequence.
+    """The integrand at time t of DWDSE, the diffusion loss of eq. 10, summed over positions, in nats a sequence.
 
     Its mean over t ~ U[t_min, 1] times (1 - t_min) is the integral.
 
@@ -160,8 +167,12 @@ def denoising_loss(
         weight = check_weight(weight, x0)
         live = live & (weight > 0)
     log_score, positions = score_rows(score, xt, sigma, live, graph.num_states)
-    states = xt[live], x0[live], per_position[live]
-    loss = _live_loss(log_score, positions, graph, rates, *states, refuse_nan=refuse_nan)
+    dtype = arithmetic_dtype(log_score, per_position)
+    jumps_at = denoising_jumps(graph, rates, xt[live], x0[live], dtype)
+    rows, levels = log_score.reshape(-1, graph.num_states), per_position[live].to(sum_dtype(x0.device))
+    loss = fast.score_entropy_rows(rows, positions, jumps_at, levels, dtype=dtype)
+    if refuse_nan:
+        check_not_nan(loss, log_score)
     factor = dsigma if weight is None else dsigma * weight
     return spread(loss * factor[live].to(loss.dtype), live).sum(-1)
 
@@ -178,23 +189,3 @@ def denoising_jumps(graph: Graph, rates: RatesInto, x: Tensor, x0: Tensor, dtype
         return merge(rates.at(states), graph.ratio(states, x0[part], sigma), states, dtype, graph.num_states)
 
     return jumps_at
-
-
-def _live_loss(
-    log_score: Tensor,
-    positions: Tensor | None,
-    graph: Graph,
-    rates: RatesInto,
-    x: Tensor,
-    x0: Tensor,
-    sigma: Tensor,
-    *,
-    refuse_nan: bool = True,
-) -> Tensor:
-    """Denoising score entropy (M,) at the positions x, x0, sigma (M,), with log_score's rows found at `positions`."""
-    rows, dtype = log_score.reshape(-1, graph.num_states), arithmetic_dtype(log_score, sigma)
-    jumps_at = denoising_jumps(graph, rates, x, x0, dtype)
-    loss = fast.sum_over_chunks(rows, positions, jumps_at, sigma.to(sum_dtype(x.device)), dtype=dtype)
-    if refuse_nan:
-        check_not_nan(loss, log_score)
-    return loss

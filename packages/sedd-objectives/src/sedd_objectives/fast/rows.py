@@ -2,8 +2,8 @@
 
 A row has N entries, and autograd would keep every intermediate of that size. Here a formula sees a chunk of rows; the
 backward pass evaluates it again rather than keep anything, so that no more than one chunk's intermediates exist at any
-time. `each_row` does so for any differentiable formula, `sum_over_chunks` for score entropy, whose slopes are known in
-closed form.
+time. `each_row` does so for any differentiable formula, `score_entropy_rows` for score entropy, whose slopes are known
+in closed form.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
     "each_row",
     "equal_parts",
     "squares_over_jumps",
-    "sum_over_chunks",
+    "score_entropy_rows",
     "sum_over_jumps",
 ]
 
@@ -44,10 +44,10 @@ RowFunction = Callable[..., Tensor]
 def sum_over_jumps(log_score: Tensor, positions: Tensor | None, jumps: Jumps) -> Tensor:
     """Score entropy (M,) of the rows `positions` (M,) of log_score (R, N), or of all rows if None. Differentiable."""
     dtype = jumps.weight.dtype
-    return sum_over_chunks(log_score, positions, lambda _, *fields: Jumps(*fields), *jumps.fields(), dtype=dtype)
+    return score_entropy_rows(log_score, positions, lambda _, *fields: Jumps(*fields), *jumps.fields(), dtype=dtype)
 
 
-def sum_over_chunks(
+def score_entropy_rows(
     log_score: Tensor, positions: Tensor | None, jumps_at: JumpsAt, *inputs: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """`sum_over_jumps` for jumps that are made a chunk of rows at a time, forward and again backward.
