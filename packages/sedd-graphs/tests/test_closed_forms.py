@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sedd_graphs import Absorbing, Hybrid, Masked, Uniform
+from sedd_graphs import Absorbing, Clustered, Hybrid, Masked, Uniform
 
 GRAPHS = [
     Absorbing(5),
@@ -155,3 +155,14 @@ def test_sample_prior_is_the_limit():
     drawn = Uniform(3).sample_prior((200, 300), generator=torch.Generator().manual_seed(0))
     assert drawn.shape == (200, 300)
     assert (drawn.flatten().bincount() - 20_000).abs().max() < 6 * 120  # six standard deviations
+
+
+@pytest.mark.parametrize("kappa", [1.0, 2.0, 5.0])
+def test_kimura_has_its_transitions_and_its_pace(kappa):
+    """A-G and C-T at kappa times the rate of each transversion, and one substitution a unit of noise (Kimura 1980)."""
+    Q = Clustered.kimura(kappa).rates_into(torch.arange(4)).dense()
+    partner = torch.tensor([2, 3, 0, 1])  # A = 0 and G = 2 are purines, C = 1 and T = 3 pyrimidines
+    transversion = 1 / (kappa + 2)
+    expected = torch.full((4, 4), transversion)
+    expected[torch.arange(4), partner] = kappa * transversion
+    torch.testing.assert_close(Q, expected.fill_diagonal_(-1.0), rtol=0, atol=1e-14)

@@ -222,6 +222,46 @@ class Forgetful(Hybrid):
         return self.transition_from(x0, sigma_s)
 
 
+class Singular(Uniform):
+    """Samples at the first sequence's noise."""
+
+    def sample(self, x0, sigma, *, generator=None):
+        return super().sample(x0, sigma.flatten()[:1].expand(len(x0)), generator=generator)
+
+
+class Shared(Uniform):
+    """Positions that share one random number."""
+
+    def sample(self, x0, sigma, *, generator=None):
+        row = self.transition_from(x0, sigma)
+        u = torch.rand(len(x0), *(1,) * x0.dim(), generator=generator)
+        return row.quantile(u.expand(*x0.shape, 1))[..., 0]
+
+
+class Repeated(Uniform):
+    """Sequences that share their random numbers."""
+
+    def sample(self, x0, sigma, *, generator=None):
+        u = torch.rand(*x0.shape[1:], 1, generator=generator)
+        return self.transition_from(x0, sigma).quantile(u.expand(*x0.shape, 1))[..., 0]
+
+
+class Coarse(Uniform):
+    """A posterior at the first position's noise."""
+
+    def posterior(self, x, x0, sigma_s, sigma_t):
+        if sigma_t.dim() > 1:
+            sigma_s, sigma_t = sigma_s[:, 0], sigma_t[:, 0]
+        return super().posterior(x, x0, sigma_s, sigma_t)
+
+
+class Permissive(Uniform):
+    """Ratios of what cannot be."""
+
+    def ratio(self, x, x0, sigma):
+        return super().ratio(x, x0, torch.where(sigma == 0, 1e-9, sigma))
+
+
 @pytest.mark.parametrize(
     ("graph", "broken"),
     [
@@ -235,6 +275,11 @@ class Forgetful(Hybrid):
         (Careless(5), ["bad_input_is_refused"]),
         (Double(5), ["rows_are_well_formed"]),
         (Unready(5), ["no_positions_give_no_rows"]),
+        (Singular(5), ["samples_are_independent"]),
+        (Shared(5), ["samples_are_independent"]),
+        (Repeated(5), ["samples_are_independent"]),
+        (Coarse(5), ["every_position_has_its_own_noise"]),
+        (Permissive(5), ["bad_input_is_refused"]),
         (Forgetful(5, uniform_rate=1.0, mask_rate=1.0), ["posterior_is_bayes_rule"]),
     ],
     ids=repr,

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sedd_graphs._checks import check_integer, check_states, spread
-from sedd_graphs.graph import Graph, _level, _vectors
+from sedd_graphs._checks import check_integer, check_states, rate_dtype, spread
+from sedd_graphs.graph import Graph, _check_possible, _level, _vectors
 from sedd_graphs.row import Row
 
 __all__ = ["Absorbing"]
@@ -41,13 +41,13 @@ class Absorbing(Graph):
     def rates_into(self, x: Tensor) -> Row:
         """1 from every token into the mask; into a token nothing leads."""
         check_states("x", x, self.num_states)
-        masked = (x == self.mask_id).to(torch.get_default_dtype())
+        masked = (x == self.mask_id).to(rate_dtype())
         return Row(masked, x[..., None], masked[..., None] - 1, self.num_states)
 
     def rates_out_of(self, x: Tensor) -> Row:
         """1 from a token to the mask; from the mask nothing leads."""
         check_states("x", x, self.num_states)
-        moves = (x != self.mask_id).to(torch.get_default_dtype())
+        moves = (x != self.mask_id).to(rate_dtype())
         return self._token_and_mask(x, -moves, moves)
 
     def transition_from(self, x: Tensor, sigma: Tensor) -> Row:
@@ -68,15 +68,12 @@ class Absorbing(Graph):
     def ratio(self, x: Tensor, x0: Tensor, sigma: Tensor) -> Row:
         """At a mask, 1 / (e^sigma - 1) for x0; at the token x = x0, e^sigma - 1 for the mask; 0 elsewhere."""
         level = _level(sigma, x, x0, self.num_states)
-        odds = level.expm1()
-        from_mask = torch.where(x0 == self.mask_id, 0, 1 / odds)
-        to_mask = torch.where(x == x0, odds, torch.inf)  # x0 becomes no token but itself
-        masked = x == self.mask_id
-        return self._token_and_mask(
-            x0,
-            torch.where(masked, from_mask, torch.where(x == x0, 1, torch.inf).to(level.dtype)),
-            torch.where(masked, 1, to_mask),
-        )
+        masked, same = x == self.mask_id, x == x0
+        _check_possible(torch.where(same, masked | (level < torch.inf), masked & (level > 0)), x, x0, level)
+        gone = torch.where(masked & ~same, level, 1)  # where it does not count, any level whose slope is finite
+        from_mask = torch.where(masked & same, 0, -(-gone).exp() / (-gone).expm1())
+        odds = torch.where(masked, 0, level).expm1()
+        return self._token_and_mask(x0, torch.where(masked, from_mask, 1), torch.where(masked, 1, odds))
 
     def propagate(self, v: Tensor, sigma: Tensor) -> Tensor:
         """Tokens keep e^-sigma of their weight, the mask gains the rest."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sedd_graphs._checks import check_rate, check_states, spread, times
+from sedd_graphs._checks import check_rate, check_states, rate_dtype, spread, times
 from sedd_graphs._constants import Constant
 from sedd_graphs.graph import Graph, _uniform_prior, _vectors
 from sedd_graphs.row import Row
@@ -73,7 +73,7 @@ class Clustered(Graph):
     def rates_into(self, x: Tensor) -> Row:
         """between/N from every state, within/size more from those of x's cluster."""
         check_states("x", x, self.num_states)
-        one = torch.ones((), dtype=torch.get_default_dtype(), device=x.device)
+        one = torch.ones((), dtype=rate_dtype(), device=x.device)
         return self._row(x, self.between * one, self.within * one, -(self.within + self.between) * one)
 
     def rates_out_of(self, x: Tensor) -> Row:

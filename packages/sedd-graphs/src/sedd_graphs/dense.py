@@ -19,9 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-from sedd_graphs._checks import check_integer, check_states, describe, spread, widen
+from sedd_graphs._checks import check_integer, check_states, describe, distinct, rate_dtype, readable, spread, widen
 from sedd_graphs._constants import Constant
-from sedd_graphs.graph import Graph, _vectors
+from sedd_graphs.graph import Graph, _flow, _vectors
 from sedd_graphs.row import Row
 
 __all__ = ["Dense"]
@@ -35,8 +35,9 @@ _LEAST = 1e-6  # the eigenvectors' exp(sQ) is used where all its entries are at 
 class Dense(Graph):
     """The chain of any generator matrix, for up to some thousand states; rows name all N of them.
 
-    exp(sigma Q) is computed in float64, once for all positions of equal sigma, and kept until other levels are asked
-    for, so that a call each of `sample` and `ratio` costs one exponential.
+    exp(sigma Q) is computed in float64, once for all positions of equal sigma, and on the CPU kept until other levels
+    are asked for, so that a call each of `sample` and `ratio` costs one exponential. On a GPU, where comparing levels
+    would wait, every level of a batch costs one: give sigma as (B,) or as a 0-dimensional tensor, not as (B, L).
 
     Args:
         Q: (N, N), `Q[y, x]` the rate of the jump x -> y. Its diagonal is recomputed from the rates, in float64.
@@ -67,12 +68,12 @@ class Dense(Graph):
     def rates_into(self, x: Tensor) -> Row:
         """A row of Q."""
         check_states("x", x, self.num_states)
-        return Row.full(self._Q.on(x.device)[x].to(torch.get_default_dtype()))
+        return Row.full(self._Q.on(x.device)[x].to(rate_dtype()))
 
     def rates_out_of(self, x: Tensor) -> Row:
         """A column of Q."""
         check_states("x", x, self.num_states)
-        return Row.full(self._Q.on(x.device).T[x].to(torch.get_default_dtype()))
+        return Row.full(self._Q.on(x.device).T[x].to(rate_dtype()))
 
     def transition_from(self, x: Tensor, sigma: Tensor) -> Row:
         """A column of exp(sigma Q)."""
@@ -85,57 +86,69 @@ class Dense(Graph):
     def propagate(self, v: Tensor, sigma: Tensor) -> Tensor:
         """exp(sigma Q) v in float64: by eigenvectors, or by one exponential for each distinct sigma."""
         v, level = _vectors(v, sigma, self.num_states)
+        if v.numel() == 0:
+            return v
         wide = widen(v)
         if self.reversible:
             left, modes, right = (part.on(v.device) for part in self._eigen)
             decay = (self._finite(widen(level))[..., None] * modes).exp()
             return ((wide @ right.T * decay) @ left.T).to(v.dtype)
-        levels, which = torch.unique(self._finite(widen(level.detach())), return_inverse=True)
-        which = which.expand(v.shape[:-1])
-        moved = torch.empty_like(wide)
-        for i in range(len(levels)):
-            chosen, one = which == i, levels[i : i + 1]
-            matrix = self._exponentials(one) if one >= 0 else torch.matrix_exp(one * self._Q.on(v.device))[None]
-            moved[chosen] = wide[chosen] @ matrix[0].T
-        if sigma.requires_grad:  # d/dsigma = Q
-            moved = moved + (level - level.detach())[..., None] * (moved @ self._Q.on(v.device).T)
-        return moved.to(v.dtype)
+        Q = self._Q.on(v.device)
+        groups = wide.reshape(level.numel(), -1, self.num_states)  # of equal noise
+        levels, which = distinct(self._finite(widen(level.detach())).flatten())
+        if len(levels) < len(which):
+            moved = torch.empty_like(groups)
+            for i in range(len(levels)):
+                chosen = which == i
+                moved[chosen] = groups[chosen] @ _either_sign(Q, self._fastest, levels[i : i + 1]).mT
+        else:
+            parts = torch.split(torch.arange(len(which), device=v.device), max(1, _AT_ONCE // self.num_states**2))
+            moved = torch.cat([groups[i] @ _either_sign(Q, self._fastest, levels[which[i]]).mT for i in parts])
+        return _flow(moved.reshape(v.shape), level, lambda p: p @ Q.T).to(v.dtype)
 
     def _rows(self, x: Tensor, sigma: Tensor, *, transposed: bool) -> Row:
         """Row x of exp(sigma Q) or of its transpose, for each x."""
         check_states("x", x, self.num_states)
         level = spread(sigma, x.shape)
-        levels, which = torch.unique(self._finite(widen(level.detach())), return_inverse=True)
-        which = which.expand(x.shape)
-        p = torch.empty(*x.shape, self.num_states, dtype=levels.dtype, device=x.device)
+        levels, which = distinct(self._finite(widen(level.detach())))
+        p = torch.zeros(*x.shape, self.num_states, dtype=levels.dtype, device=x.device)
         step = max(1, _AT_ONCE // self.num_states**2)
         for start in range(0, len(levels), step):
             matrices = self._exponentials(levels[start : start + step])
-            chosen = (which >= start) & (which < start + step)
-            p[chosen] = (matrices.mT if transposed else matrices)[which[chosen] - start, x[chosen]]
-        if sigma.requires_grad:  # d/dsigma exp(sigma Q) = Q exp(sigma Q) = exp(sigma Q) Q
-            Q = self._Q.on(x.device)
-            p = p + (level - level.detach())[..., None] * (p @ (Q.T if transposed else Q))
-        return Row.full(p.to(level.dtype))
+            here = (which >= start) & (which < start + step)
+            rows = (matrices.mT if transposed else matrices)[(which - start).clamp(0, len(matrices) - 1), x]
+            p = torch.where(here[..., None], rows, p)
+        Q = self._Q.on(x.device)
+        return Row.full(_flow(p, level, lambda p: p @ (Q.T if transposed else Q)).to(level.dtype))
 
     def _finite(self, levels: Tensor) -> Tensor:
         """The levels, with a very long time for an infinite one."""
         return levels.clamp(max=_FOREVER / self._fastest) if self._fastest else torch.zeros_like(levels)
 
     def _exponentials(self, levels: Tensor) -> Tensor:
-        """exp(sigma Q) for levels (S,) >= 0, (S, N, N) float64, the last ones kept."""
-        if self._kept is not None and self._kept[0].device == levels.device and torch.equal(self._kept[0], levels):
-            return self._kept[1]
+        """exp(sigma Q) for levels (S,) >= 0, (S, N, N) float64, the last ones kept where levels can be compared."""
         Q = self._Q.on(levels.device)
-        if self.reversible:
-            left, modes, right = (part.on(levels.device) for part in self._eigen)
-            matrices = (left * (levels[:, None, None] * modes).exp()) @ right
-            small = matrices.amin((-2, -1)) < _LEAST
-            matrices[small] = _exponential(Q, levels[small])
-        else:
-            matrices = _exponential(Q, levels)
+        if not readable(levels):
+            return _exponential(Q, self._fastest, levels)
+        kept = self._kept  # read once: another thread may put its own there
+        if kept is not None and torch.equal(kept[0], levels):
+            return kept[1]
+        with torch.inference_mode(False), torch.no_grad():
+            levels = levels.clone()
+            matrices = self._by_eigenvectors(levels) if self.reversible else _exponential(Q, self._fastest, levels)
         self._kept = (levels, matrices)
         return matrices
+
+    def _by_eigenvectors(self, levels: Tensor) -> Tensor:
+        """The same, faster, where eigenvectors have the digits."""
+        left, modes, right = (part.on(levels.device) for part in self._eigen)
+        matrices: Tensor = (left * (levels[:, None, None] * modes).exp()) @ right
+        small = matrices.amin((-2, -1)) < _LEAST
+        matrices[small] = _exponential(self._Q.on(levels.device), self._fastest, levels[small])
+        return matrices
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_kept": None}
 
 
 def _generator(Q: Tensor) -> Tensor:
@@ -161,9 +174,8 @@ def _generator(Q: Tensor) -> Tensor:
     return rates - rates.sum(0).diag()
 
 
-def _exponential(Q: Tensor, levels: Tensor) -> Tensor:
-    """exp(sigma Q) for levels (S,) >= 0 by the positive series, (S, N, N)."""
-    fastest = float(-Q.diagonal().min())
+def _exponential(Q: Tensor, fastest: float, levels: Tensor) -> Tensor:
+    """exp(sigma Q) for levels (S,) >= 0 by the positive series, (S, N, N); `fastest` is the largest rate of leaving."""
     identity = torch.eye(len(Q), dtype=Q.dtype, device=Q.device)
     if fastest == 0:
         return identity.expand(len(levels), -1, -1)
@@ -174,12 +186,30 @@ def _exponential(Q: Tensor, levels: Tensor) -> Tensor:
     series = identity.expand(len(levels), -1, -1)
     for k in range(_TERMS, 0, -1):
         series = identity + jumps / k * (P @ series)
-    matrices = (-jumps).exp() * series
-    for i in range(int(halvings.max()) if len(levels) else 0):
-        again = halvings > i
-        squared = matrices[again] @ matrices[again]
-        matrices[again] = squared / squared.sum(-2, keepdim=True)  # lest rounding add up over 60 squarings
+    matrices: Tensor = (-jumps).exp() * series
+    for i in range(_rounds(halvings)):
+        squared = matrices @ matrices
+        squared = squared / squared.sum(-2, keepdim=True)  # lest rounding add up over 60 squarings
+        matrices = torch.where((halvings > i)[:, None, None], squared, matrices)
     return matrices
+
+
+def _rounds(halvings: Tensor) -> int:
+    """The most of them; the most there can be, where values cannot be read without waiting."""
+    if readable(halvings):
+        return int(halvings.max()) if len(halvings) else 0
+    return math.ceil(math.log2(_FOREVER))
+
+
+def _either_sign(Q: Tensor, fastest: float, levels: Tensor) -> Tensor:
+    """exp(sigma Q) for levels (S,) of either sign, (S, N, N): by the positive series where they are not negative."""
+    if readable(levels) and (levels >= 0).all():
+        return _exponential(Q, fastest, levels)
+    backwards: Tensor = torch.matrix_exp(levels.clamp(max=0)[:, None, None] * Q)
+    if readable(levels) and (levels < 0).all():
+        return backwards
+    forwards = _exponential(Q, fastest, levels.clamp(min=0))
+    return torch.where((levels >= 0)[:, None, None], forwards, backwards)
 
 
 def _eigen(Q: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -12,11 +12,13 @@ or more accurate.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from sedd_graphs._checks import check_states, describe, spread, widen
+from sedd_graphs._checks import at_least_float32, check_states, check_values, describe, spread, widen
 from sedd_graphs.row import Row
 
 __all__ = ["Graph"]
@@ -60,11 +62,14 @@ class Graph(ABC):
     def ratio(self, x: Tensor, x0: Tensor, sigma: Tensor) -> Row:
         """p(y | x0) / p(x | x0) for every state y: what the score network is to match (7).
 
-        Where x0 cannot have become x there is no such ratio, and the row has infinite or NaN entries.
+        Raises:
+            ValueError: x0 cannot have become x, so that there is no such ratio; the error names the two.
         """
         level = _level(sigma, x, x0, self.num_states)
         row = self.transition_from(x0, widen(sigma))
-        return row.scale(1 / row.at(x)).to(level.dtype)
+        p = row.at(x)
+        _check_possible(p > 0, x, x0, level)
+        return row.scale(1 / p).to(level.dtype)
 
     def sample(self, x0: Tensor, sigma: Tensor, *, generator: Generator | None = None) -> Tensor:
         """x_t ~ exp(sigma Q)[., x0], (...) int64."""
@@ -133,6 +138,16 @@ def _level(sigma: Tensor, x: Tensor, x0: Tensor, num_states: int, *, name: str =
     return spread(sigma, x.shape, name=name)
 
 
+def _check_possible(possible: Tensor, x: Tensor, x0: Tensor, level: Tensor) -> None:
+    """Raise unless x0 can have become x."""
+    check_values(
+        *(possible, "x must be a state that x0 can have become", x, x0, level),
+        say=lambda x, x0, level: (
+            f"x must be a state that x0 can have become, found x = {x} from x0 = {x0} at sigma = {level:.6g}"
+        ),
+    )
+
+
 def _vectors(v: Tensor, sigma: Tensor, num_states: int) -> tuple[Tensor, Tensor]:
     """V (..., N) in float32 at least, and sigma of either sign spread over (...)."""
     if not isinstance(v, Tensor) or not v.is_floating_point():
@@ -140,7 +155,39 @@ def _vectors(v: Tensor, sigma: Tensor, num_states: int) -> tuple[Tensor, Tensor]
     if v.dim() == 0 or v.shape[-1] != num_states:
         raise ValueError(f"v must have the graph's {num_states} states on its last axis, got shape {tuple(v.shape)}")
     level = spread(sigma, v.shape[:-1], of="v[..., 0]", signed=True)
-    return (v.float() if v.dtype in (torch.float16, torch.bfloat16) else v), level
+    return at_least_float32(v), level
+
+
+class _Flow(torch.autograd.Function):
+    """Vectors (..., N) that were computed apart from autograd at noise `level` (...), made functions of it.
+
+    By (1) their derivative is Q times themselves, and so is that of any order.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p: Tensor, level: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        """P; `multiply` is Q p."""
+        return p.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.multiply = inputs[2]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (p,) = ctx.saved_tensors
+        return grads[0], (grads[0] * ctx.multiply(p)).sum(-1), None
+
+
+def _flow(p: Tensor, level: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """P (..., N), at noise `level` that broadcasts to (...), with the derivative Q p = multiply(p) by it."""
+    if not level.requires_grad:
+        return p
+    flowing: Tensor = _Flow.apply(p, level.expand(p.shape[:-1]).to(p.dtype), multiply)  # type: ignore[no-untyped-call]
+    return flowing
 
 
 def _uniform_prior(sigma: Tensor, num_states: int) -> Row:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sedd_graphs._checks import check_integer, check_rate, check_states, spread, times, widen
-from sedd_graphs.graph import Graph, _level, _vectors
+from sedd_graphs.graph import Graph, _check_possible, _level, _vectors
 from sedd_graphs.row import Row
 from sedd_graphs.uniform import Uniform
 
@@ -84,11 +84,14 @@ class Masked(Graph):
         """Between tokens the graph's ratio, in which B cancels; at the mask, the graph's p(y | x0) B / (1 - B)."""
         level = widen(_level(sigma, x, x0, self.num_states))
         row = self.tokens.transition_from(self._token(x0), times(self.rate, widen(sigma)))
-        odds = times(self.mask_rate, level).expm1()  # (1 - B) / B
-        of_x = row.at(self._token(x))
         masked, from_mask = x == self.mask_id, x0 == self.mask_id
-        row = row.scale(1 / torch.where(masked, odds, torch.where(from_mask, 0, of_x)))
-        at_mask = torch.where(masked, 1, odds / torch.where(from_mask, 0, of_x))
+        of_x = torch.where(masked, 1, row.at(self._token(x)))  # of a token, from a token; 1 where it does not count
+        lost = torch.where(masked & ~from_mask, self._lost(level), 1)
+        odds = times(self.mask_rate, torch.where(masked, 0, level)).expm1()  # (1 - B) / B
+        of_token = ~from_mask & (of_x > 0) & (times(self.mask_rate, level) < torch.inf)
+        _check_possible(torch.where(masked, lost > 0, of_token), x, x0, level)
+        row = row.scale(torch.where(masked, self._kept(level) / lost, 1 / of_x))
+        at_mask = torch.where(masked, 1, odds / of_x)
         return self._join(row, masked & from_mask, 0.0, at_mask).to(spread(sigma, x.shape).dtype)
 
     def propagate(self, v: Tensor, sigma: Tensor) -> Tensor:

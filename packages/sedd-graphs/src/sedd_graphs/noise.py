@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sedd_graphs._checks import check_integer, describe, widen
+from sedd_graphs._checks import at_least_float32, check_integer, check_values, describe, rate_dtype, widen
 
 __all__ = ["Noise", "LogLinear", "Cosine", "Polynomial", "Geometric", "Linear", "MaskProbability", "Learned"]
 
@@ -248,12 +248,13 @@ class MaskProbability(Noise):
 
     def dsigma(self, t: Tensor) -> Tensor:
         """m'(t) / (1 - m(t)), by automatic differentiation."""
-        learning = torch.is_grad_enabled()
-        with torch.enable_grad():
-            at = t if t.requires_grad else t.detach().requires_grad_()
-            masked = self.mask(at)
-            (slope,) = torch.autograd.grad(masked.sum(), at, create_graph=learning)
-        return slope / (1 - (masked if learning else masked.detach()))
+        if torch.is_inference_mode_enabled():  # which knows no derivatives
+            with torch.inference_mode(False), torch.no_grad():
+                return self.dsigma(t.clone())
+        masked, pull_back = torch.func.vjp(self.mask, t)[:2]
+        (slope,) = pull_back(torch.ones_like(masked))
+        rate: Tensor = slope / (1 - masked)
+        return rate
 
 
 class Learned(nn.Module):
@@ -271,7 +272,7 @@ class Learned(nn.Module):
         super().__init__()
         self.start = start
         self.knots = check_integer("knots", knots, least=1)
-        self.log_density = nn.Parameter(torch.zeros(self.knots + 1))
+        self.log_density = nn.Parameter(torch.zeros(self.knots + 1, dtype=rate_dtype()))
 
     def extra_repr(self) -> str:
         """The schedule and the number of pieces."""
@@ -295,7 +296,11 @@ class Learned(nn.Module):
         piece = (torch.searchsorted(reached.detach(), warped.detach().contiguous(), right=True) - 1).clamp(
             0, self.knots - 1
         )
-        missing, d, slope = warped - reached[piece], density[piece], (density[piece + 1] - density[piece]) * self.knots
+        missing, d, slope = (
+            warped - _pick(reached, piece),
+            _pick(density, piece),
+            (_pick(density, piece + 1) - _pick(density, piece)) * self.knots,
+        )
         step = 2 * missing / (d + (d * d + 2 * missing * slope).clamp(min=0).sqrt())
         return (piece.to(step.dtype) / self.knots + step).clamp(0, 1).to(sigma.dtype)
 
@@ -304,9 +309,9 @@ class Learned(nn.Module):
         density, reached = self._density(t)
         piece = (t.detach() * self.knots).long().clamp(0, self.knots - 1)
         step = t - piece.to(t.dtype) / self.knots
-        slope = (density[piece + 1] - density[piece]) * self.knots
-        warped = reached[piece] + density[piece] * step + slope * step * step / 2
-        return warped.clamp(0, 1), density[piece] + slope * step
+        slope = (_pick(density, piece + 1) - _pick(density, piece)) * self.knots
+        warped = _pick(reached, piece) + _pick(density, piece) * step + slope * step * step / 2
+        return warped.clamp(0, 1), _pick(density, piece) + slope * step
 
     def _density(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """F' and F at the knots, (knots + 1,) each, in the dtype of `like`."""
@@ -314,6 +319,11 @@ class Learned(nn.Module):
         areas = (density[1:] + density[:-1]) / (2 * self.knots)
         reached = torch.cat([areas.new_zeros(1), areas.cumsum(0)]) / areas.sum()
         return density / areas.sum(), reached
+
+
+def _pick(values: Tensor, number: Tensor) -> Tensor:
+    """Values (K,) at `number` (...), also where vmap takes the axes of `number`."""
+    return values.index_select(0, number.flatten()).reshape(number.shape)
 
 
 def _noise_of(*, masked: Tensor, survival: Tensor) -> Tensor:
@@ -324,23 +334,22 @@ def _noise_of(*, masked: Tensor, survival: Tensor) -> Tensor:
 def _times(t: Tensor) -> Tensor:
     """The times in float32 at least; raise unless they lie in [0, 1]."""
     t = _float("t", t)
-    if not torch.compiler.is_compiling():
-        wrong = ~((t >= 0) & (t <= 1))
-        if wrong.any():
-            raise ValueError(f"t must lie in [0, 1] everywhere, found {float(t[wrong].flatten()[0])}")
+    check_values((t >= 0) & (t <= 1), "t must lie in [0, 1] everywhere", t)
     return t
 
 
 def _reached(noise: Noise | Learned, sigma: Tensor) -> Tensor:
     """The noise in float32 at least; raise unless the schedule reaches it, but for rounding."""
     sigma = _float("sigma", sigma)
-    if not torch.compiler.is_compiling():
-        low, high = noise.sigma(torch.tensor([0.0, 1.0], dtype=sigma.dtype, device=sigma.device)).detach()
-        slack = 1e-5 * high
-        wrong = ~((sigma >= low - slack) & (sigma <= high + slack))
-        if wrong.any():
-            found, spanned = float(sigma[wrong].flatten()[0]), f"{float(low):.6g} and {float(high):.6g}"
-            raise ValueError(f"sigma must lie between {spanned}, which this schedule spans, found {found}")
+    low, high = (noise.sigma(torch.full_like(sigma, t)).detach() for t in (0.0, 1.0))
+    slack = 1e-5 * high
+    check_values(
+        *((sigma >= low - slack) & (sigma <= high + slack), "sigma must lie between the ends of this schedule"),
+        *(low, high, sigma),
+        say=lambda low, high, sigma: (
+            f"sigma must lie between {low:.6g} and {high:.6g}, which this schedule spans, found {sigma}"
+        ),
+    )
     return sigma
 
 
@@ -348,7 +357,7 @@ def _float(name: str, values: Tensor) -> Tensor:
     """The values in float32 at least; raise unless they are a floating-point tensor."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, such as torch.tensor(0.5), got {describe(values)}")
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    return at_least_float32(values)
 
 
 def _between(name: str, value: float, low: float, high: float) -> float:

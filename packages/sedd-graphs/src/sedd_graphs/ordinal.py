@@ -19,8 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from sedd_graphs._checks import check_integer, check_states, spread, widen
-from sedd_graphs.graph import Graph, _uniform_prior, _vectors
+from sedd_graphs._checks import check_integer, check_states, distinct, rate_dtype, spread, widen
+from sedd_graphs.graph import Graph, _flow, _uniform_prior, _vectors
 from sedd_graphs.row import Row
 
 __all__ = ["Ordinal"]
@@ -51,7 +51,7 @@ class Ordinal(Graph):
     def rates_into(self, x: Tensor) -> Row:
         """`rate` from either neighbour."""
         check_states("x", x, self.num_states)
-        rate = torch.full_like(x, self.rate, dtype=torch.get_default_dtype())
+        rate = torch.full_like(x, self.rate, dtype=rate_dtype())
         last = self.num_states - 1
         leaving = (x > 0).to(rate.dtype) + (x < last).to(rate.dtype)
         return Row.of(
@@ -70,13 +70,11 @@ class Ordinal(Graph):
         """A discretised Gaussian of variance 2 rate sigma around x, folded at the ends."""
         check_states("x", x, self.num_states)
         level = spread(sigma, x.shape)
-        levels, which = torch.unique(widen(level.detach()), return_inverse=True)
+        levels, which = distinct(widen(level.detach()))
         ring = _ring(levels, self.num_states, self.rate)
         y, x, which = torch.arange(self.num_states, device=x.device), x[..., None], which[..., None]
         p = ring[which, (y - x).remainder(2 * self.num_states)] + ring[which, y + x + 1]
-        if sigma.requires_grad:  # dp/dsigma = Q p
-            p = p + (level - level.detach())[..., None] * self._apply(p)
-        return Row.full(p.to(level.dtype))
+        return Row.full(_flow(p, level, self._multiply).to(level.dtype))
 
     def transition_into(self, x: Tensor, sigma: Tensor) -> Row:
         """exp(sigma Q) is symmetric."""
@@ -97,7 +95,7 @@ class Ordinal(Graph):
         """1/N, at every sigma."""
         return _uniform_prior(sigma, self.num_states)
 
-    def _apply(self, v: Tensor) -> Tensor:
+    def _multiply(self, v: Tensor) -> Tensor:
         """Q v for v (..., N): second differences, with equal neighbours beyond the ends."""
         padded = torch.cat([v[..., :1], v, v[..., -1:]], -1)
         second: Tensor = padded.diff(n=2)
@@ -118,13 +116,10 @@ def _ring(levels: Tensor, num_states: int, rate: float) -> Tensor:
     modes = _modes(num_states, rate, levels.device)
     late = torch.where(modes > 0, -levels[:, None] * modes, 0).exp()
     ring: Tensor = torch.fft.irfft(late, n=2 * num_states)
-    early = levels < _FEW_IMAGES
-    if early.any():
-        line = _line(2 * rate * levels[early], 6 * num_states)
-        laps = line[:, :-1].reshape(-1, 3, 2 * num_states)  # T at n, n + 2N, n + 4N
-        back = line[:, 1:].flip(-1).reshape(-1, 3, 2 * num_states)  # T at 6N - n, 4N - n, 2N - n
-        ring[early] = laps.sum(-2) + back.sum(-2)
-    return ring
+    line = _line(2 * rate * levels.clamp(max=_FEW_IMAGES), 6 * num_states)
+    laps = line[:, :-1].reshape(-1, 3, 2 * num_states)  # T at n, n + 2N, n + 4N
+    back = line[:, 1:].flip(-1).reshape(-1, 3, 2 * num_states)  # T at 6N - n, 4N - n, 2N - n
+    return torch.where((levels < _FEW_IMAGES)[:, None], laps.sum(-2) + back.sum(-2), ring)
 
 
 def _line(z: Tensor, most: int) -> Tensor:

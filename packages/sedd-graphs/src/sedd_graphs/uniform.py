@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sedd_graphs._checks import check_integer, check_states, spread
-from sedd_graphs.graph import Graph, _level, _uniform_prior, _vectors
+from sedd_graphs._checks import check_integer, check_states, rate_dtype, spread
+from sedd_graphs.graph import Graph, _check_possible, _level, _uniform_prior, _vectors
 from sedd_graphs.row import Row
 
 __all__ = ["Uniform"]
@@ -35,7 +35,7 @@ class Uniform(Graph):
     def rates_into(self, x: Tensor) -> Row:
         """1/N from every state."""
         check_states("x", x, self.num_states)
-        base = torch.full_like(x, 1 / self.num_states, dtype=torch.get_default_dtype())
+        base = torch.full_like(x, 1 / self.num_states, dtype=rate_dtype())
         return Row(base, x[..., None], base[..., None] - 1, self.num_states)
 
     def rates_out_of(self, x: Tensor) -> Row:
@@ -61,7 +61,9 @@ class Uniform(Graph):
         moved = -(-level).expm1()
         q = moved / (moved + self.num_states * (-level).exp())
         same = x == x0
-        at_x0 = torch.where(same, 1, 1 + self.num_states / level.expm1())
+        _check_possible(same | (level > 0), x, x0, level)
+        safe = torch.where(same, 1, level)  # 1 / q is infinite at 0, and its slope would be NaN times 0
+        at_x0 = torch.where(same, 1, 1 - self.num_states * (-safe).exp() / (-safe).expm1())
         return Row(torch.where(same, q, 1), x0[..., None], at_x0[..., None], self.num_states)
 
     def propagate(self, v: Tensor, sigma: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from sedd_graphs.testing.chains import (
 )
 from sedd_graphs.testing.contracts import (
     bad_input_is_refused,
+    every_position_has_its_own_noise,
     no_positions_give_no_rows,
     noise_per_position_is_noise_per_sequence,
     rows_are_well_formed,
@@ -42,6 +43,7 @@ from sedd_graphs.testing.contracts import (
 )
 from sedd_graphs.testing.draws import (
     prior_samples_follow_the_limit,
+    samples_are_independent,
     samples_follow_the_transition,
 )
 from sedd_graphs.testing.schedules import (
@@ -65,6 +67,7 @@ __all__ = [
     "ratios_are_quotients_of_transitions",
     "propagate_is_the_exponential",
     "samples_follow_the_transition",
+    "samples_are_independent",
     "prior_is_the_image_of_uniform_tokens",
     "prior_is_the_limit",
     "prior_samples_follow_the_limit",
@@ -73,6 +76,7 @@ __all__ = [
     "tweedie_is_bayes_rule",
     "detailed_balance_carries_over",
     "noise_per_position_is_noise_per_sequence",
+    "every_position_has_its_own_noise",
     "no_positions_give_no_rows",
     "single_precision_agrees_with_double",
     "bad_input_is_refused",
@@ -94,6 +98,7 @@ GRAPH_LAWS: tuple[Callable[[Any], None], ...] = (
     ratios_are_quotients_of_transitions,
     propagate_is_the_exponential,
     samples_follow_the_transition,
+    samples_are_independent,
     prior_is_the_image_of_uniform_tokens,
     prior_is_the_limit,
     prior_samples_follow_the_limit,
@@ -102,6 +107,7 @@ GRAPH_LAWS: tuple[Callable[[Any], None], ...] = (
     tweedie_is_bayes_rule,
     detailed_balance_carries_over,
     noise_per_position_is_noise_per_sequence,
+    every_position_has_its_own_noise,
     no_positions_give_no_rows,
     single_precision_agrees_with_double,
     bad_input_is_refused,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sedd_graphs.testing._support import (
     assert_close,
@@ -20,6 +22,7 @@ from sedd_graphs.testing._support import (
 __all__ = [
     "rows_are_well_formed",
     "noise_per_position_is_noise_per_sequence",
+    "every_position_has_its_own_noise",
     "no_positions_give_no_rows",
     "single_precision_agrees_with_double",
     "bad_input_is_refused",
@@ -79,6 +82,31 @@ def noise_per_position_is_noise_per_sequence(graph: Any) -> None:
             )
         assert_close(graph.propagate(v, sigma), graph.propagate(v, each), 1e-12, "propagate with either")
         assert_close(graph.prior_kl(x0, sigma), graph.prior_kl(x0, each), 1e-12, "prior_kl with either")
+
+
+@law
+def every_position_has_its_own_noise(graph: Any) -> None:
+    """Sigma of shape (B, L) with another level at each position gives what each position has alone."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = tokens_of(graph)[torch.randint(len(tokens_of(graph)), (2, 3), generator=generator)]
+    late = torch.tensor([[0.3, 2.0, 0.1], [1.1, 0.6, 4.0]])
+    early = late * torch.tensor([[0.5, 0.9, 0.0], [0.2, 1.0, 0.7]])
+    x = graph.sample(x0, late, generator=generator)
+    v = torch.rand(2, 3, graph.num_states, generator=generator)
+    calls: dict[str, Callable[..., Tensor]] = {
+        "transition_from": lambda i: dense(graph.transition_from(x0[i], late[i]), graph),
+        "transition_into": lambda i: dense(graph.transition_into(x[i], late[i]), graph),
+        "ratio": lambda i: dense(graph.ratio(x[i], x0[i], late[i]), graph),
+        "posterior": lambda i: dense(graph.posterior(x[i], x0[i], early[i], late[i]), graph),
+        "prior": lambda i: dense(graph.prior(late[i]), graph),
+        "prior_kl": lambda i: graph.prior_kl(x0[i], late[i]),
+        "propagate": lambda i: graph.propagate(v[i], late[i]),
+        "propagate backwards": lambda i: graph.propagate(v[i], -0.1 * late[i]),
+    }
+    for name, call in calls.items():
+        alone = torch.stack([torch.stack([call((b, j)) for j in range(3)]) for b in range(2)])
+        scale = float(alone.abs().max().clamp(min=1))
+        assert_close(call(...), alone, 1e-10 * scale, f"{name} with a level a position, against each position alone")
 
 
 @law
@@ -173,3 +201,4 @@ def bad_input_is_refused(graph: Any) -> None:
     assert_refused(lambda v: graph.propagate(v, sigma), torch.ones(2, 3, n + 1), "v")
     assert_refused(lambda s: graph.posterior(x, x, 2 * s, s), sigma, "sigma_s")
     assert_refused(lambda x: graph.ratio(x, x[:1], sigma), x, "x0")
+    assert_refused(lambda x: graph.ratio(x + 1, x, 0 * sigma), x, "x0")  # without noise nothing becomes another state
