@@ -1,0 +1,210 @@
+"""The GPU's draw against a plain one in float64: in Triton's interpreter, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scipy import stats
+
+pytest.importorskip("triton")
+from sedd_samplers.fast import draw_kernel
+from sedd_samplers.fast.draw_kernel import BLOCK, draw_moves
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STAY = {
+    "Euler": lambda leaving: (1 - leaving).clamp_min(0),
+    "tau-leaping": lambda leaving: leaving / torch.expm1(leaving),
+    "never": torch.zeros_like,
+}
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def row(base, index, value):
+    return SimpleNamespace(base=base.to(DEVICE), index=index.to(DEVICE), value=value.to(DEVICE))
+
+
+def draw(log_score, x, weight, stay, uniform, **how):
+    how = {name: value.to(DEVICE) for name, value in how.items()}
+    drawn = draw_moves(log_score.to(DEVICE), x.to(DEVICE), row(*weight), stay, uniform.to(DEVICE), **how)
+    return drawn.state.cpu(), drawn.total.cpu()
+
+
+def plain_law(log_score, x, weight, stay):
+    """The law in float64, one state after the other: (M, N)."""
+    base, index, value = (part.double() if part.is_floating_point() else part for part in weight)
+    law = base[:, None].expand(log_score.shape).scatter(1, index, value) * log_score.double().exp()
+    law.scatter_(1, x[:, None], 0.0)
+    return law.scatter(1, x[:, None], stay(law.sum(-1))[:, None])
+
+
+def plain_draw(law, x, index, uniform):
+    """x first, the listed states next, then the others in their order."""
+    states = []
+    for p, own, listed, u in zip(law, x.tolist(), index.tolist(), uniform, strict=True):
+        first = list(dict.fromkeys([own, *listed]))
+        order = torch.tensor(first + [y for y in range(len(p)) if y not in first])
+        cumulative = p[order].cumsum(0)
+        states.append(int(order[(cumulative <= u * cumulative[-1]).sum()]))
+    return torch.tensor(states)
+
+
+def case(num_states, generator, dtype=torch.float32, rows=16, listed=2):
+    log_score = (2 * torch.randn(rows, num_states, generator=generator)).to(dtype)
+    x = torch.randint(num_states, (rows,), generator=generator)
+    index = torch.rand(rows, num_states, generator=generator).argsort(1)[:, : min(listed, num_states)]
+    value = torch.rand(index.shape, generator=generator) / 8
+    weight = torch.rand(rows, generator=generator) / num_states / 8, index, value
+    return log_score, x, weight, torch.rand(rows, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("method", STAY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_uniform_number_leads_to_the_state_of_the_plain_draw(method, dtype, generator):
+    log_score, x, weight, uniform = case(BLOCK + 70, generator, dtype)
+    law = plain_law(log_score, x, weight, STAY[method])
+    state, total = draw(log_score, x, weight, STAY[method], uniform)
+    torch.testing.assert_close(total, law.sum(-1), rtol=1e-6, atol=0)
+    assert torch.equal(state, plain_draw(law, x, weight[1], uniform))
+
+
+@pytest.mark.parametrize("num_states", [2, 3, 17, BLOCK, BLOCK + 1])
+@pytest.mark.parametrize("listed", [0, 1, 5])
+def test_any_number_of_states_and_of_listed_ones(num_states, listed, generator):
+    log_score, x, weight, uniform = case(num_states, generator, rows=10, listed=listed)
+    law = plain_law(log_score, x, weight, STAY["Euler"])
+    state, _ = draw(log_score, x, weight, STAY["Euler"], uniform)
+    assert torch.equal(state, plain_draw(law, x, weight[1], uniform))
+
+
+def test_the_vocabulary_of_gpt2_from_rows_picked_out_of_others_and_shifted(generator):
+    """As a masked position is drawn under absorption: the mask's own mass is what the tokens leave."""
+    log_score, _, _, uniform = case(50_258, generator, torch.bfloat16, rows=5)
+    pick, x = torch.tensor([4, 0, 2]), torch.full((3,), 50_257)
+    shift = torch.tensor([-12.0, -14.0, -18.0])
+    weight = torch.full((3,), 0.5), torch.empty(3, 0, dtype=torch.int64), torch.empty(3, 0)
+    uniform = torch.tensor([0.999, 0.7, 0.3], dtype=torch.float64)
+    state, total = draw(log_score, x, weight, STAY["Euler"], uniform, shift=shift, pick=pick)
+    law = plain_law(log_score[pick].double() + shift.double()[:, None], x, weight, STAY["Euler"])
+    torch.testing.assert_close(total, law.sum(-1), rtol=1e-6, atol=0)
+    assert torch.equal(state, plain_draw(law, x, weight[1], uniform))
+    assert (state < 50_257).any()
+    assert (state == 50_257).any()
+
+
+def test_chi_square(generator):
+    """A false alarm once in 10,000 seeds."""
+    log_score, x, weight, _ = case(9, generator, rows=1)
+    law = plain_law(log_score, x, weight, STAY["Euler"])[0]
+    count = 600
+    uniform = torch.rand(count, dtype=torch.float64, generator=generator)
+    many = tuple(part.expand(count, *part.shape[1:]) for part in weight)
+    state, _ = draw(
+        log_score, x.expand(count), many, STAY["Euler"], uniform, pick=torch.zeros(count, dtype=torch.int64)
+    )
+    observed = torch.bincount(state, minlength=9).double().numpy()
+    assert stats.chisquare(observed, (law / law.sum()).numpy() * count).pvalue > 1e-4
+
+
+def test_a_state_of_probability_1e_12_has_that_share_of_the_uniform_numbers(generator):
+    """By bisection for the smallest number that leads to it and the smallest that leads beyond, within 1 %."""
+    rare, place = 1e-12, BLOCK + 5
+    log_score = torch.rand(1, 2 * BLOCK, generator=generator)
+    log_score[0, place] = math.log(rare * float(log_score.double().exp().sum()))
+    x, weight = torch.tensor([0]), (torch.ones(1), torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0))
+    law = plain_law(log_score, x, weight, STAY["never"])[0]
+
+    def smallest(beyond):
+        low, high = 0.0, 1.0
+        for _ in range(13):  # each round of 16 numbers at once is four of a bisection
+            tried = low + (high - low) * torch.arange(1, 17, dtype=torch.float64) / 16
+            many = tuple(part.expand(16, *part.shape[1:]) for part in weight)
+            state, _ = draw(
+                *(log_score, x.expand(16), many, STAY["never"], tried.clamp_max(1 - 2**-53)),
+                pick=torch.zeros(16, dtype=torch.int64),
+            )
+            first = int((state < beyond).sum())
+            low, high = (low if first == 0 else float(tried[first - 1])), float(tried[first])
+        return high
+
+    share = smallest(place + 1) - smallest(place)
+    assert math.isclose(share, float(law[place] / law.sum()), rel_tol=0.01)
+
+
+def test_states_of_no_probability_are_never_drawn(generator):
+    """Nor where the number is the largest below 1, nor next to states that have all of it."""
+    log_score = torch.full((4, BLOCK + 9), -torch.inf)
+    log_score[:, [3, BLOCK + 2]] = torch.rand(4, 2, generator=generator)
+    x = torch.full((4,), BLOCK + 8)
+    weight = torch.ones(4), torch.tensor([[7], [3], [7], [7]]), torch.zeros(4, 1)
+    uniform = torch.tensor([0.0, 0.0, 1 - 2**-53, 0.5], dtype=torch.float64)
+    state, _ = draw(log_score, x, weight, STAY["never"], uniform)
+    assert state.tolist() == [3, BLOCK + 2, BLOCK + 2, state[3]]
+    assert int(state[3]) in (3, BLOCK + 2)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of arithmetic with infinity, as asked for
+def test_a_row_with_nothing_to_draw_says_so_and_stays(generator):
+    log_score, x, weight, uniform = case(20, generator, rows=4)
+    log_score[0] = float("nan")
+    log_score[1] = -torch.inf
+    log_score[2] = torch.inf
+    state, total = draw(log_score, x, weight, STAY["never"], uniform)
+    assert torch.equal(state[:3], x[:3])
+    assert (total.isfinite() & (total > 0)).tolist() == [False, False, False, True]
+
+
+def test_no_rows():
+    none = torch.empty(0, dtype=torch.int64)
+    weight = torch.empty(0), torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1)
+    state, total = draw(torch.empty(0, 6), none, weight, STAY["Euler"], torch.empty(0, dtype=torch.float64))
+    assert len(state) == len(total) == 0
+
+
+@pytest.mark.parametrize(
+    ("log_score", "message"),
+    [
+        (torch.zeros(2, 6, dtype=torch.float64), "bfloat16, float16 and float32 log-scores, got torch.float64"),
+        (torch.zeros(6, 2).T, r"log_score must be \(R, N\) with contiguous rows"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_named(log_score, message):
+    weight = torch.ones(2), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    with pytest.raises(ValueError, match=message):
+        draw(log_score, torch.zeros(2, dtype=torch.int64), weight, STAY["Euler"], torch.zeros(2, dtype=torch.float64))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sedd_samplers.fast import draw_kernel as kernels
+
+types = {"log_score": "*bf16", "shift": "*fp32", "out": "*fp32", "place": "*fp64"}
+types |= {"stride": "i32", "num_states": "i32", "count": "i32", "BLOCK": "constexpr"}
+for kernel in (kernels._sum_of_block, kernels._state_in_block):
+    signature = {name: types.get(name, "*i64") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature=signature, constexprs={"BLOCK": kernels.BLOCK})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert "cubin" in compiled.asm
+"""
+
+
+def test_the_kernels_compile_for_gpus(tmp_path):
+    """What the interpreter takes a compiler may refuse; it needs no GPU."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    paths = [str(Path(draw_kernel.__file__).parents[2]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
