@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
-from sedd_train import corpora, loading, prompts, randomness, token_cache, tokenizers
+from sedd_train import corpora, loading, prompts, token_cache, tokenizers
 from sedd_train.text8 import CHARACTERS, to_text8
 from sedd_train.tokens import Tokens, inside, tokenise, unigram_entropy
 
@@ -450,29 +450,6 @@ def test_the_order_sees_every_block_once_an_epoch():
 
 def test_unigram_entropy():
     assert unigram_entropy(np.array([0, 0, 1, 5])) == pytest.approx(1.5 * math.log(2))
-
-
-# Random numbers
-
-
-def test_times_are_stratified_over_all_ranks():
-    one = randomness.times(0, 7, range(12), 12)
-    parts = [randomness.times(0, 7, randomness.sample_numbers(12, 3, j), 12) for j in range(3)]
-    assert torch.equal(torch.stack(parts, 1).flatten(), one)
-    strata = ((one - 1e-3) / (1 - 1e-3) * 12).floor()
-    assert strata.tolist() == list(range(12))
-    assert not torch.equal(one, randomness.times(0, 8, range(12), 12))
-
-
-def test_noise_depends_on_the_sample_and_not_on_its_batch():
-    graph = Absorbing(9)
-    x0 = torch.randint(9, (6, 40), generator=torch.Generator().manual_seed(0))
-    sigma, _ = LogLinear()(torch.full((6,), 0.5))
-    whole = randomness.noised(graph, x0, sigma, seed=0, step=3, samples=range(6))
-    odd = randomness.noised(graph, x0[1::2], sigma[1::2], seed=0, step=3, samples=[1, 3, 5])
-    assert torch.equal(whole[1::2], odd)
-    assert not torch.equal(whole[0] == 9, whole[1] == 9)  # and each has its own
-    assert not torch.equal(whole, randomness.noised(graph, x0, sigma, seed=0, step=4, samples=range(6)))
 
 
 # Prompts

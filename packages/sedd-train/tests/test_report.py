@@ -10,7 +10,7 @@ import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import checkpoint, flops, loggers, plotting, report
+from sedd_train import flops, loggers, plotting, report
 from sedd_train.evaluation import by_noise_level
 from sedd_train.loggers import Loggers
 from sedd_train.objectives import ScoreEntropy
@@ -200,20 +200,3 @@ def test_it_is_known_whether_the_cpu_has_bfloat16():
         assert not flops.emulates_bf16()
     elif "avx2" in instructions and "avx512" not in instructions and "avx_ne_convert" not in instructions:
         assert flops.emulates_bf16()
-
-
-# Checkpoints kept
-
-
-def test_the_best_is_kept_besides_the_last(tmp_path):
-    bounds = [5.0, 3.0, None, 4.0, 3.5, float("nan")]
-    for step, bound in enumerate(bounds):
-        folder = tmp_path / f"step-{step:08d}"
-        folder.mkdir()
-        (folder / "manifest.json").write_text(loggers.to_json({"bound": bound}))
-    (tmp_path / "step-00000009").mkdir()  # torn: no manifest
-    (tmp_path / ".step-00000010.123").mkdir()  # killed while it was written
-    assert checkpoint.best(tmp_path).name == "step-00000001"
-    checkpoint._prune(tmp_path, 2)
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-00000001", "step-00000005", "step-00000009"]
-    assert checkpoint.best(tmp_path / "none") is None

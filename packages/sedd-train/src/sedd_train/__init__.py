@@ -1,16 +1,29 @@
 """Training discrete diffusion language models by score entropy, with DeepSpeed ZeRO.
 
-Modules, in the order of a run: `recipes` (its numbers), `distributed` (its processes), `corpora` (documents; by `text8`
-and `detokenizers` as benchmarks have them), `tokenizers`, `tokens` (blocks, rows), `token_cache`, `loading` (the
-order), `randomness` (times and noise), `objectives` (the losses), `engine` (the step), `zero_shards` and `ema`,
-`nonfinite`, `evaluation`, `checkpoint`, `loggers`, `plotting`, `report`; `plan` and `flops` say what a run costs,
-`pretrained` reads what came out, `prompts` says which tokens of a sample are given.
+Modules: `training` is the loop, from top to bottom. In the order of a run: `recipes` (its numbers), `distributed` (its
+processes), `corpora` (documents; by `text8` and `detokenizers` as benchmarks have them), `tokenizers`, `tokens`,
+`token_cache`, `loading` (the order), `randomness` (times and noise), `objectives` (the losses), `engine` (the step),
+`zero_shards` and `ema`, `nonfinite`, `evaluation`, `checkpoint`, `progress`, `loggers`, `plotting`, `report`; `plan`
+and `flops` say what a run costs, `pretrained` reads what came out, `prompts` says which tokens of a sample are given.
 """
 
 from importlib.metadata import version
 
 from sedd_train.evaluation import Evaluation, evaluate
 from sedd_train.pretrained import Model, Trained, load, load_trained
+from sedd_train.training import Result, SetupError, TrainingError, train
 
-__all__ = ["Evaluation", "Model", "Trained", "evaluate", "load", "load_trained", "__version__"]
+__all__ = [
+    "train",
+    "Result",
+    "SetupError",
+    "TrainingError",
+    "load",
+    "Model",
+    "load_trained",
+    "Trained",
+    "evaluate",
+    "Evaluation",
+    "__version__",
+]
 __version__ = version("sedd-train")

@@ -28,12 +28,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sedd_train import zero_shards
+from sedd_train import storage, zero_shards
 from sedd_train.ema import EMA
 from sedd_train.loggers import to_json
 
 __all__ = [
-    *("CheckpointError", "Checkpoint", "save", "with_buffers", "export"),
+    *("CheckpointError", "Checkpoint", "save", "export", "set_weights"),
     *("find", "best", "last", "read", "restore", "check_space"),
 ]
 
@@ -130,17 +130,47 @@ def save(
     return folder
 
 
-def with_buffers(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A whole state of the network, for a strict load: weights by name, and its own buffers, which are constants."""
+def _with_buffers(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A whole state of the network: weights by name, and its own buffers, which are constants."""
     kept = net.state_dict()
     return {name: buffer for name, buffer in net.named_buffers() if name in kept} | weights
 
 
 def export(folder: Path, net: nn.Module, average: dict[str, Tensor], tokenizer: Any, sections: dict[str, Any]) -> None:
-    """Write averaged weights in the published format with their tokenizer, for `sedd_train.load`."""
-    state = {name: value.cpu() for name, value in with_buffers(net, average).items()}
-    net.save_pretrained(folder, sections=sections, state_dict=state)  # type: ignore[operator]
+    """Write averaged weights in the published format with their tokenizer, for `sedd_train.load`.
+
+    A network without a `save_pretrained` has its weights written by name, and its class in config.json: it is for its
+    owner to make again, and to fill by `set_weights`.
+    """
+    if hasattr(net, "save_pretrained"):
+        state = {name: value.cpu() for name, value in _with_buffers(net, average).items()}
+        net.save_pretrained(folder, sections=sections, state_dict=state)  # type: ignore[operator]
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(average, folder / "model.safetensors")
+        config = {**sections, "model": {"type": type(net).__qualname__}}
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
     tokenizer.save_pretrained(folder)
+
+
+def set_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a network these weights, by name.
+
+    Raises:
+        CheckpointError: they are another network's: a name or a shape differs.
+    """
+    own = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    given = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if own != given:
+        differing = sorted(dict(own.items() ^ given.items()))
+        raise CheckpointError(
+            f"the weights are another network's: {', '.join(differing[:4])}"
+            + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
+            + " differ in name or shape"
+        )
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(weights[name])
 
 
 def _write(
@@ -159,31 +189,10 @@ def _write(
         safetensors.torch.save_file(tensors, scratch / "training.safetensors")
         files = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
         (scratch / "manifest.json").write_text(to_json(manifest | {"files": files}, indent=1))
-        for path in [*scratch.iterdir(), scratch]:
-            _synchronise(path)
-        if folder.exists():  # of a run that was resumed before it
-            shutil.rmtree(folder)
-        scratch.rename(folder)
-        _synchronise(folder.parent)
+        storage.publish(scratch, folder)  # in place of one of a run that was resumed before it
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    latest = folder.with_name(f".latest.{os.getpid()}")
-    try:
-        latest.write_text(folder.name)
-        _synchronise(latest)
-        latest.rename(folder.with_name("latest"))
-        _synchronise(folder.parent)
-    finally:
-        latest.unlink(missing_ok=True)
-
-
-def _synchronise(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    storage.write_text(folder.with_name("latest"), folder.name)
 
 
 def _sha256(path: Path) -> str:
@@ -202,6 +211,8 @@ def _prune(run: Path, keep: int) -> None:
     for folder in [*_folders(run), *run.glob(".step-*")]:
         if folder not in kept:
             shutil.rmtree(folder)
+    for file in run.glob(".latest.*"):
+        file.unlink()
 
 
 def best(run: Path) -> Path | None:

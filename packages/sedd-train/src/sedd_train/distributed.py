@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 import warnings
 from datetime import timedelta
@@ -20,13 +21,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-__all__ = ["place", "start", "finish", "free_port", "keep_memory", "Preemption"]
+__all__ = ["place", "say", "start", "finish", "free_port", "keep_memory", "Preemption"]
 
 
 def place() -> tuple[int, int]:
     """(rank, world size) as the launcher set them, (0, 1) without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(text: str) -> None:
+    """Print above the progress bar, on rank 0 alone."""
+    if place()[0] == 0:
+        tqdm.write(text)
 
 
 def start() -> torch.device:
@@ -133,12 +141,23 @@ def keep_memory() -> None:
 
 
 class Preemption:
-    """`requested` becomes true at SIGTERM or SIGINT, so that the loop may save and leave; a second signal kills."""
+    """Inside `with`, `requested` becomes true at SIGTERM or SIGINT, so that the loop may save and leave.
+
+    A second signal kills. In another thread than the main one, which Python gives no signals, nothing is heard.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Preemption:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sedd_nets.transformer import Transformer
 from torch import Tensor, nn
 
-from sedd_train.objectives import Objective
+from sedd_train.objectives import Objective, has_head
 
 __all__ = ["Batch", "Loss", "start_engine", "learning_rate", "Step", "train_step"]
 
@@ -30,11 +29,11 @@ class Loss(nn.Module):
     """A network and what it is trained for, as the one module that DeepSpeed sees.
 
     Args:
-        net: one of sedd_nets.
+        net: a score model, or what else the objective takes.
         objective: see `sedd_train.objectives`.
     """
 
-    def __init__(self, net: Transformer, objective: Objective) -> None:
+    def __init__(self, net: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.net, self.objective = net, objective
 
@@ -111,7 +110,9 @@ def start_engine(
             "stage3_param_persistence_threshold": 1 << 14,
             "stage3_max_live_parameters": 1 << 30,
         }
-        for parameter in loss.net.output_layer.linear.parameters():
+        net: Any = loss.net
+        head = net.output_layer.linear if has_head(net) else nn.Identity()
+        for parameter in head.parameters():
             deepspeed.zero.register_external_parameter(loss, parameter)
     if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}

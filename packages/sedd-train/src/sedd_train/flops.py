@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sedd_train.objectives import Autoregressive, Objective
+from sedd_train.objectives import D3PM, Objective, ScoreEntropy
 
 __all__ = ["training_flops", "peak_flops", "emulates_bf16", "memory"]
 
@@ -30,16 +30,18 @@ PEAKS = {  # dense, of one device, as their makers state: (bfloat16, float32) in
 
 
 def training_flops(net: Any, objective: Objective, length: int, t_min: float = 1e-3) -> float:
-    """Floating-point operations that one token costs in training, on average over times.
+    """Floating-point operations that one token costs in training, on average over times; 0 where it is not known.
 
     Args:
-        net: the network; its `flops` counts a forward pass.
+        net: the network; its `flops` counts a forward pass, if it has one.
         objective: what it is trained for.
         length: tokens a block.
         t_min: least time.
     """
+    if not hasattr(net, "flops"):
+        return 0.0
     share = 1.0
-    if not isinstance(objective, Autoregressive) and objective.graph.mask_id is not None:
+    if isinstance(objective, ScoreEntropy | D3PM) and objective.graph.mask_id is not None:
         t = t_min + (1 - t_min) * (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
         share = float(-torch.expm1(-objective.noise(t)[0]).mean())
     return 3 * float(net.flops(length, rows=round(share * length))) / length

@@ -7,14 +7,21 @@ K blocks, or rows. Ranks never overlap because their n never do.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["order", "crops", "ahead"]
+from sedd_train import randomness
+from sedd_train.engine import Batch
+from sedd_train.objectives import Objective
+from sedd_train.recipes import Recipe
+from sedd_train.tokens import Tokens
+
+__all__ = ["order", "crops", "Batches", "ahead"]
 
 Made = TypeVar("Made")
 
@@ -32,6 +39,71 @@ def order(seed: int, numbers: Iterable[int], blocks: int) -> list[int]:
 def crops(seed: int, numbers: Iterable[int], tokens: int, length: int) -> list[int]:
     """Where the crop that each sample of the run sees begins: anywhere in so many tokens, independently."""
     return [int(np.random.default_rng([seed, n]).integers(tokens - length + 1)) for n in numbers]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The data of a run's steps, as one rank sees them: functions of the step and nothing else.
+
+    Attributes:
+        tokens: what is trained on.
+        recipe: its numbers.
+        objective: how a batch is noised.
+        rank: whose part of a step it is.
+        world_size: of so many ranks.
+        end: the token that rows are filled up with; None where blocks are packed.
+    """
+
+    tokens: Tokens
+    recipe: Recipe
+    objective: Objective
+    rank: int
+    world_size: int
+    end: int | None
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches all ranks together run in a step."""
+        return self.recipe.micro_batches(self.world_size)
+
+    @property
+    def available(self) -> int:
+        """How many blocks there are to train on, or rows of one document."""
+        return self.tokens.blocks(self.recipe.length) if self.end is None else self.tokens.documents
+
+    def where(self, numbers: Sequence[int]) -> list[int]:
+        """Where in the text these samples of the run begin, in tokens; of rows, which documents they are."""
+        if self.recipe.crops:
+            return crops(self.recipe.seed, numbers, len(self.tokens), self.recipe.length)
+        blocks = order(self.recipe.seed, numbers, self.available)
+        return blocks if self.end is not None else [block * self.recipe.length for block in blocks]
+
+    def samples(self, step: int) -> list[int]:
+        """The numbers of this rank's samples of the run in a step, in the order of its micro-batches."""
+        mine = range(self.rank, self.micro_batches, self.world_size)
+        numbers = [g for j in mine for g in randomness.sample_numbers(self.recipe.batch_size, self.micro_batches, j)]
+        return [step * self.recipe.batch_size + g for g in numbers]
+
+    def text_tokens(self, step: int) -> int:
+        """How many tokens of all ranks in a step are text, not padding."""
+        if self.end is None:
+            return self.recipe.batch_size * self.recipe.length
+        every = self.where(range(step * self.recipe.batch_size, (step + 1) * self.recipe.batch_size))
+        return int(self.tokens.lengths(every, self.recipe.length).sum())
+
+    def make(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step: arguments of `Loss.forward`."""
+        return [self._micro_batch(step, j) for j in range(self.rank, self.micro_batches, self.world_size)]
+
+    def _micro_batch(self, step: int, number: int) -> Batch:
+        recipe, tokens = self.recipe, self.tokens
+        numbers = randomness.sample_numbers(recipe.batch_size, self.micro_batches, number)
+        at = self.where([step * recipe.batch_size + g for g in numbers])
+        x0 = tokens.at(at, recipe.length) if self.end is None else tokens.rows(at, recipe.length, self.end)
+        t = randomness.times(recipe.seed, step, numbers, recipe.batch_size, recipe.t_min)
+        xt, t = self.objective.noised(x0, t, recipe.seed, step, numbers)
+        lengths = [] if self.end is None else [tokens.lengths(at, recipe.length)]
+        return (x0, xt, t, randomness.dropout_seeds(recipe.seed, step, numbers), *lengths)
 
 
 def ahead(make: Callable[[int], Made], steps: Iterable[int]) -> Iterator[Made]:

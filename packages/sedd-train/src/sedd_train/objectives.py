@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sedd_nets import Documents
@@ -40,11 +40,40 @@ from torch import Generator, Tensor
 from sedd_train import randomness
 from sedd_train.tokens import inside
 
-__all__ = ["Objective", "ScoreEntropy", "D3PM", "Autoregressive"]
+__all__ = ["Objective", "ScoreEntropy", "D3PM", "Autoregressive", "has_head"]
 
 Losses = tuple[Tensor, Tensor]
 """Of a batch: the sum over its sequences, (), to be differentiated, and without a gradient each sequence's, (B,) nats.
 A sequence whose loss is NaN does not raise: on one of several ranks the others would wait for it."""
+
+
+class Objective(Protocol):
+    """What a run trains for. Any object with these methods will do; the three below are those of the paper."""
+
+    def noised(self, x0: Tensor, t: Tensor, seed: int, step: int, samples: Sequence[int], /) -> tuple[Tensor, Tensor]:
+        """x_t (B, L) int64 of x0 at times t (B,), and the times that it is noised to, a function of the last three."""
+
+    def losses(
+        self,
+        net: Any,
+        x0: Tensor,
+        xt: Tensor,
+        t: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
+    ) -> Losses:
+        """The loss to train by."""
+
+    def bound(
+        self, net: Any, x0: Tensor, *, num_times: int, generator: Generator, lengths: Tensor | None = None
+    ) -> Tensor:
+        """What is reported of held-out text, (B,) nats a sequence, with so many random times for each."""
+
+    def sample(
+        self, net: Any, shape: tuple[int, int], *, steps: int, generator: Generator, device: torch.device | str
+    ) -> Tensor:
+        """Sequences of the model, (B, L) int64."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +102,14 @@ class ScoreEntropy:
         lengths: Tensor | None = None,
         dropout_seeds: Tensor | None = None,
     ) -> Losses:
-        """The integrand of eq. 10 at times t; the network is one of sedd_nets, or has its `hidden` and heads."""
+        """The integrand of eq. 10 at times t; of a network with `hidden` and `head`, as one operation with its head."""
         sigma, dsigma = self.noise(t)
+        if not has_head(net):
+            loss = denoising_loss(net, self.graph, self.noise, x0, t, xt=xt, refuse_nan=False)
+            return loss.sum(), loss.detach()
         hidden = net.hidden(xt, sigma, documents=_documents(lengths, x0), dropout_seeds=dropout_seeds)
         weight = _inside(lengths, x0)
-        head = net.linear_head(xt, sigma)
+        head = net.linear_head(xt, sigma) if hasattr(net, "linear_head") else None
         if head is None:
             head = net.head
         return fused_denoising_loss(hidden, head, self.graph, xt, x0, sigma, dsigma, weight=weight, refuse_nan=False)
@@ -212,10 +244,7 @@ class Autoregressive:
         dropout_seeds: Tensor | None = None,
     ) -> Losses:
         """-log p(x0)."""
-
-        def model(x: Tensor) -> Any:
-            return net(x, dropout_seeds=dropout_seeds)
-
+        model = partial(net, dropout_seeds=dropout_seeds) if has_head(net) else net
         loss = autoregressive_loss(model, x0, start=self.start, weight=_inside(lengths, x0), refuse_nan=False)
         return loss.sum(), loss.detach()
 
@@ -248,11 +277,18 @@ def _inside(lengths: Tensor | None, x: Tensor) -> Tensor | None:
     return None if lengths is None else inside(lengths, x.shape[1])
 
 
+def has_head(net: Any) -> bool:
+    """Whether a network's `hidden` and `head` can be called apart, and take documents and dropout's seeds.
+
+    Those of sedd_nets do. Any other is a score model: `net(x, sigma)`, and nothing else.
+    """
+    return hasattr(net, "hidden") and hasattr(net, "head")
+
+
 def _within(net: Any, lengths: Tensor | None, x: Tensor, **given: Any) -> Any:
     """The network, attending within documents; as it is where there is nothing to tell it."""
+    if not has_head(net):
+        return net
     given |= {"documents": _documents(lengths, x)}
     given = {name: value for name, value in given.items() if value is not None}
     return partial(net, **given) if given else net
-
-
-Objective = ScoreEntropy | D3PM | Autoregressive

@@ -13,7 +13,7 @@ from sedd_graphs import Absorbing, Geometric, LogLinear, Uniform
 from sedd_nets import MDLM, RADD, SEDD, Causal, from_pretrained
 
 from sedd_train import tokenizers
-from sedd_train.objectives import D3PM, Autoregressive, Objective, ScoreEntropy
+from sedd_train.objectives import D3PM, Autoregressive, ScoreEntropy
 from sedd_train.recipes import Recipe
 
 __all__ = [
@@ -37,7 +37,7 @@ class Trained(NamedTuple):
     """What `load_trained` gives: a network in evaluation mode, what it was trained for, and its tokenizer."""
 
     net: SEDD | RADD | MDLM | Causal
-    objective: Objective
+    objective: ScoreEntropy | D3PM | Autoregressive
     tokenizer: Any
 
 
@@ -136,7 +136,7 @@ def make_net(recipe: Recipe, num_states: int) -> SEDD | RADD | MDLM | Causal:
     return SEDD(num_states, cond_dim=recipe.cond_dim, scale_by_sigma=recipe.scale_by_sigma, **sizes)
 
 
-def make_objective(section: dict[str, Any], graph: Any, noise: Any) -> Objective:
+def make_objective(section: dict[str, Any], graph: Any, noise: Any) -> ScoreEntropy | D3PM | Autoregressive:
     """The objective that a config's `objective` section describes.
 
     Raises:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["generator", "sample_numbers", "times", "noised", "dropout_seeds"]
+__all__ = ["derived_seed", "generator", "sample_numbers", "times", "noised", "dropout_seeds"]
 
 TIMES, NOISE, DROPOUT, EVALUATION, SAMPLING, LEVELS = range(6)  # what a stream of random numbers is for
 
@@ -29,14 +29,14 @@ class _Graph(Protocol):
         """x_t ~ exp(sigma Q)[., x0]."""
 
 
-def _seed(*key: int) -> int:
+def derived_seed(*key: int) -> int:
     """A 64-bit seed from a tuple of non-negative integers; different tuples give unrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> Generator:
     """A generator for the stream named by `key`, for instance (seed, NOISE, step, g)."""
-    return Generator(device).manual_seed(_seed(*key))
+    return Generator(device).manual_seed(derived_seed(*key))
 
 
 def sample_numbers(batch_size: int, micro_batches: int, micro_batch: int) -> range:
@@ -62,4 +62,4 @@ def noised(graph: _Graph, x0: Tensor, sigma: Tensor, seed: int, step: int, sampl
 
 def dropout_seeds(seed: int, step: int, samples: Sequence[int]) -> Tensor:
     """What the dropout of samples g of a step depends on, (len(samples),) int64, whichever rank runs them."""
-    return torch.tensor([_seed(seed, DROPOUT, step, g) for g in samples], dtype=torch.uint64).view(torch.int64)
+    return torch.tensor([derived_seed(seed, DROPOUT, step, g) for g in samples], dtype=torch.uint64).view(torch.int64)

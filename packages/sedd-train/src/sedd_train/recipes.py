@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
-__all__ = ["Recipe", "recipe_names", "read_recipe", "for_run", "add_arguments", "override", "to_toml"]
+__all__ = ["Recipe", "recipe_names", "read_recipe", "for_run", "check_run", "add_arguments", "override", "to_toml"]
 
 
 OBJECTIVES = ("score-entropy", "d3pm", "autoregressive")
@@ -225,25 +225,39 @@ def for_run(output: Path, name: str | Path, values: dict[str, Any], *, resume: b
         resume: whether to continue the run in `output`.
 
     Raises:
-        ValueError: there is no run to continue, or one that would be overwritten; or a value is wrong, or one that a
-            run cannot change on its way.
+        ValueError: as `check_run`; or a value is wrong.
     """
-    stored = output / "recipe.toml"
+    recipe = override(_started(output) if resume else read_recipe(name), values)
+    check_run(recipe, output, resume=resume)
+    return recipe
+
+
+def check_run(recipe: Recipe, output: Path, *, resume: bool) -> None:
+    """A run of this recipe may begin in this folder, or go on there.
+
+    Raises:
+        ValueError: there is no run to continue, or one that would be overwritten; or a value is another than the run
+            was started with, and one that a run cannot change on its way.
+    """
     if not resume:
         if any((output / "checkpoints").glob("step-*")):
             raise ValueError(
                 f"{output} holds a run with checkpoints: continue it with --resume, or give another --output"
             )
-        return override(read_recipe(name), values)
-    if not stored.is_file():
-        raise ValueError(f"there is no run to continue in {output} (no recipe.toml); start it without --resume")
-    started = read_recipe(stored)
-    recipe = override(started, values)
+        return
+    started = _started(output)
     for value in FIXED:
         before, after = getattr(started, value), getattr(recipe, value)
         if before != after:
             raise ValueError(f"{value} = {after!r}, but the run in {output} was started with {before!r}: leave it out")
-    return recipe
+
+
+def _started(output: Path) -> Recipe:
+    """The recipe that the run in this folder was started with."""
+    stored = output / "recipe.toml"
+    if not stored.is_file():
+        raise ValueError(f"there is no run to continue in {output} (no recipe.toml); start it without --resume")
+    return read_recipe(stored)
 
 
 def override(recipe: Recipe, values: dict[str, Any], source: str = "command line") -> Recipe:

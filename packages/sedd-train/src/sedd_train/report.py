@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 import platform
 import shlex
@@ -14,16 +15,57 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sedd_train import plotting
-from sedd_train.loggers import read
+from sedd_train import plotting, storage
+from sedd_train.loggers import read, to_json
 
-__all__ = ["page", "environment"]
+__all__ = ["write", "page", "environment"]
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222}
 img{width:100%}table{border-collapse:collapse;font-size:13px}td,th{padding:.15em 1em .15em 0;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}pre{white-space:pre-wrap;background:#f6f6f4;padding:1em}
 h2{margin-top:2em;font-size:1.15em;border-bottom:1px solid #ddd}.bad{color:#a11}"""
+
+
+def write(run: Path, *, title: str, unigram_entropy: float, characters_per_token: float, steps: int) -> str:
+    """Write what a finished run shows: `loss.png`, `levels.png`, `summary.json` and `report.html`.
+
+    Args:
+        run: the run's folder, with its log.
+        title: above the loss curve.
+        unigram_entropy: of the held-out tokens, nats a token.
+        characters_per_token: of the held-out text.
+        steps: how many were taken.
+
+    Returns:
+        The numbers, and where the pictures are, in some lines of text.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    log = run / "log.jsonl"
+    last = [line for line in read(log) if line["kind"] == "valid"][-1]
+    unigram_bits = unigram_entropy / math.log(2) / characters_per_token
+    plotting.loss_curve(
+        log,
+        run / "loss.png",
+        title=title,
+        unigram_entropy=unigram_entropy,
+        characters_per_token=characters_per_token,
+    )
+    if levels := plotting.levels_of(log):
+        plotting.noise_levels(levels, run / "levels.png")
+    measured = {name: last[name] for name in ("nats_per_token", "perplexity", "bits_per_character")}
+    summary = {"steps": steps, **measured, "unigram_bits_per_character": unigram_bits}
+    storage.write_text(run / "summary.json", to_json(summary, indent=1))
+    (run / "report.html").write_text(page(run), encoding="utf-8")
+    return (
+        f"\nheld-out bound          {last['bits_per_character']:.3f} bits a character  "
+        f"({last['nats_per_token']:.3f} nats a token, perplexity {last['perplexity']:.1f})\n"
+        f"unigram entropy         {unigram_bits:.3f} bits a character  ({unigram_entropy:.3f} nats a token)\n"
+        f"loss curve              {run / 'loss.png'}\n"
+        f"report                  {run / 'report.html'}"
+    )
 
 
 def page(run: Path) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import zlib
@@ -23,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sedd_train import corpora
+from sedd_train import corpora, storage
 from sedd_train.corpora import Texts, load_texts
-from sedd_train.tokenizers import load_tokenizer
+from sedd_train.tokenizers import identity, load_tokenizer
 from sedd_train.tokens import Tokens, coded
 
 __all__ = ["Corpus", "prepare", "cached"]
@@ -67,14 +66,17 @@ class Corpus:
 
 
 def prepare(
-    corpus: str,
-    tokenizer_name: str,
+    corpus: str | Texts,
+    tokenizer: Any,
     cache: Path,
     progress: Callable[[str], None] = lambda _: None,
     *,
     streaming: bool = False,
 ) -> Corpus:
     """The tokenised corpus, from the cache if it is there and whole, else made and cached.
+
+    Corpus and tokenizer are names (see `load_texts`, `load_tokenizer`), or a corpus of your own and one of
+    transformers' fast tokenizers.
 
     With `streaming` a data set is read as it comes (see `load_texts`); what is made, and where it is kept, is the same.
 
@@ -85,14 +87,15 @@ def prepare(
         ValueError: the corpus is empty, unreadable, or unknown; so the tokenizer.
         ConnectionError: the hub cannot be reached.
     """
-    source = load_texts(corpus, streaming=streaming)
-    folder = _folder(source, tokenizer_name, cache)
+    source = load_texts(corpus, streaming=streaming) if isinstance(corpus, str) else corpus
+    folder = _folder(source, tokenizer, cache)
     cache.mkdir(parents=True, exist_ok=True)
     with _lock(cache / f"{folder.name}.lock"):
         found = _open(folder)
         if found is None:
-            progress(f"tokenising {corpus} with {tokenizer_name} (once; kept in {folder})")
-            _build(source, tokenizer_name, folder)
+            names = [given if isinstance(given, str) else type(given).__name__ for given in (corpus, tokenizer)]
+            progress(f"tokenising {names[0]} with {names[1]} (once; kept in {folder})")
+            _build(source, tokenizer, folder)
             found = _open(folder)
         if found is None:
             raise OSError(f"the token cache {folder} could not be read back after it was written")
@@ -108,11 +111,10 @@ def cached(corpus: str, tokenizer_name: str, cache: Path) -> Corpus | None:
     return _open(_folder(load_texts(corpus), tokenizer_name, cache))
 
 
-def _folder(source: Texts, tokenizer_name: str, cache: Path) -> Path:
-    key = hashlib.sha256(
-        json.dumps([FORMAT, source.identity, tokenizer_name, corpora.HELD_OUT, corpora.HELD_OUT_HUB]).encode()
-    )
-    return cache / key.hexdigest()[:16]
+def _folder(source: Texts, tokenizer: Any, cache: Path) -> Path:
+    name = tokenizer if isinstance(tokenizer, str) else identity(tokenizer)
+    sources = [FORMAT, source.identity, name, corpora.HELD_OUT, corpora.HELD_OUT_HUB]
+    return cache / hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -143,8 +145,8 @@ def _open(folder: Path) -> Corpus | None:
         return None
 
 
-def _build(source: Texts, tokenizer_name: str, folder: Path) -> None:
-    coder = load_tokenizer(tokenizer_name, source.train)
+def _build(source: Texts, tokenizer: Any, folder: Path) -> None:
+    coder = load_tokenizer(tokenizer, source.train) if isinstance(tokenizer, str) else tokenizer
     dtype = np.dtype(np.uint16 if len(coder) <= 1 << 16 else np.uint32)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
@@ -160,8 +162,7 @@ def _build(source: Texts, tokenizer_name: str, folder: Path) -> None:
         meta["fingerprint"] = f"{meta['train']['crc32']:08x}{meta['valid']['crc32']:08x}-{len(coder)}"
         coder.save_pretrained(scratch)
         (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        storage.publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -178,9 +179,6 @@ def _write(texts: Iterable[str], coder: Any, dtype: np.dtype[Any], path: Path) -
             tokens += len(flat)
             documents += len(sizes)
             characters += seen
-        for written in (file, ends_file):
-            written.flush()
-            os.fsync(written.fileno())
     return {
         "file": path.name,
         "tokens": tokens,

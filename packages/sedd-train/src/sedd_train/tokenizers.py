@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sedd_train.text8 import CHARACTERS, character_tokenizer
 
-__all__ = ["load_tokenizer", "vocab_size", "pieces"]
+__all__ = ["load_tokenizer", "vocab_size", "identity", "pieces"]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -72,6 +74,12 @@ def vocab_size(name: str) -> int:
     """
     size = name.removeprefix("bpe:")
     return int(size) if name.startswith("bpe:") and size.isdigit() else len(load_tokenizer(name))
+
+
+def identity(tokenizer: Any) -> str:
+    """A name for what a fast tokenizer holds: two of the same name write the same text in the same tokens."""
+    content = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token])
+    return f"tokenizer:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 def _gpt2_files() -> tuple[str, str] | None:

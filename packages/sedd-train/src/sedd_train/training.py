@@ -1,0 +1,358 @@
+"""The training loop: from a recipe to a trained model, on this process or on as many as a launcher started.
+
+    for each step:  x0, t, x_t -> loss -> gradient -> AdamW -> moving average
+    now and then:   the bound of the averaged weights on held-out text, a sample, a checkpoint
+
+Corpus, tokenizer, network and objective are those that the recipe names, or one's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from sedd_nets import init_local_attention, init_unigram_bias
+from torch import Tensor, nn
+
+from sedd_train import (
+    checkpoint,
+    distributed,
+    flops,
+    nonfinite,
+    pretrained,
+    randomness,
+    recipes,
+    report,
+    storage,
+    token_cache,
+)
+from sedd_train.checkpoint import CheckpointError
+from sedd_train.corpora import Texts
+from sedd_train.distributed import say
+from sedd_train.ema import EMA
+from sedd_train.engine import Loss, learning_rate, start_engine, train_step
+from sedd_train.evaluation import Evaluation
+from sedd_train.loading import Batches, ahead
+from sedd_train.objectives import Objective, has_head
+from sedd_train.progress import Progress, introduce, measure_and_sample, tell_skipped
+from sedd_train.recipes import Recipe
+from sedd_train.token_cache import Corpus
+from sedd_train.tokenizers import identity
+from sedd_train.tokens import unigram_entropy
+
+__all__ = ["train", "Result", "SetupError", "TrainingError"]
+
+
+class SetupError(ValueError):
+    """Something about the run is wrong, and the message says what to do; nothing has been trained or overwritten."""
+
+
+class TrainingError(RuntimeError):
+    """A run ended before its last step; the message says why, and what is left."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        output: its folder.
+        step: how many steps have been taken.
+        stopped: whether a signal asked it to save and leave before the last one.
+        measured: the averaged weights on held-out text as they were measured last; None if they were not.
+    """
+
+    output: Path
+    step: int
+    stopped: bool
+    measured: Evaluation | None
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    output: str | Path,
+    corpus: Texts | str | None = None,
+    tokenizer: Any = None,
+    net: nn.Module | None = None,
+    objective: Objective | None = None,
+    resume: bool = False,
+    cache: str | Path = "runs/cache",
+    tensorboard: bool = True,
+    wandb: str = "",
+    peak_tflops: float = 0.0,
+) -> Result:
+    """Train a model and leave it, its checkpoints, log and report in a folder.
+
+    Where a launcher started several processes each of them calls this, with the same arguments.
+
+    Args:
+        recipe: the numbers of the run, by a name of the package, the path of a TOML file, or as they are.
+        output: the folder of the run.
+        corpus: what to train on, in place of the recipe's: a name, or documents of your own.
+        tokenizer: one of transformers' fast tokenizers, or a name, in place of the recipe's.
+        net: the network to train, in place of a fresh one of the recipe's sizes: any module that, called with states
+            (B, L) int64 and total noise (B,), gives log-scores (B, L, N); or whatever the objective asks for.
+        objective: what to train for, in place of the recipe's; see `sedd_train.objectives.Objective`.
+        resume: whether to continue the run in the folder from its last checkpoint.
+        cache: the folder of tokenised text, which runs share.
+        tensorboard: whether to write the log's numbers for TensorBoard, too, if it is installed.
+        wandb: a project of Weights & Biases to send them to, or nothing.
+        peak_tflops: what one device can do at best, 10^12 operations a second; 0 for what is known of GPUs.
+
+    Raises:
+        SetupError: before anything is trained or written: a value makes no sense, the text cannot be had, the network
+            does not fit, the disk is too small, there is no run to continue or one that would be overwritten.
+        TrainingError: the run cannot go on: step after step is not finite, or a checkpoint could not be written.
+    """
+    rank, world_size = distributed.place()
+    output = Path(output)
+    with _setup_errors():
+        recipe = _recipe(recipe, output, corpus, tokenizer, resume=resume)
+        recipe.micro_batches(world_size)
+        _check_packing(net, recipe)
+        _check_loggers(wandb, peak_tflops)
+        text = token_cache.prepare(
+            corpus or recipe.corpus, tokenizer or recipe.tokenizer, Path(cache), say, streaming=recipe.streaming
+        )
+        text.check_length(recipe.length, packing=recipe.packing)
+        own_net, sections = net is not None, pretrained.sections(recipe, tokens=len(text.tokenizer))
+        graph = pretrained.make_graph(recipe.graph, len(text.tokenizer))
+        if objective is None:
+            noise = pretrained.make_noise(sections["noise"])
+            objective = pretrained.make_objective(sections["objective"], graph, noise)
+        else:
+            sections = {"tokens": len(text.tokenizer), "objective": {"type": type(objective).__qualname__}}
+        if net is None:
+            net = _new_net(recipe, graph.num_states, text, fresh=not resume)
+        end = None if recipe.packing else text.tokenizer.eos_token_id  # what rows are filled up with
+        batches = Batches(text.train, recipe, objective, rank, world_size, end)
+        if own_net:
+            _check_net(net, objective, batches)
+        parameters = sum(p.numel() for p in net.parameters())
+        checkpoint.check_space(output / "checkpoints", parameters, recipe.keep)
+        saved = checkpoint.last(output / "checkpoints", text.fingerprint) if resume else None
+        averaged = copy.deepcopy(net).eval().requires_grad_(False)  # holds the average, to measure and to sample
+        if saved:
+            checkpoint.set_weights(net, saved.weights)
+        first = saved.step if saved else 0
+
+    with distributed.Preemption() as preemption:
+        device = distributed.start()
+        averaged.to(device)
+        engine = start_engine(
+            Loss(net, objective),
+            batch_size=recipe.batch_size,
+            micro_batches=batches.micro_batches,
+            stage=recipe.zero_stage,
+            precision=recipe.precision,
+            offload=recipe.offload,
+            clip=recipe.clip,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+        )
+        if recipe.compile:
+            engine.compile()
+        ema = EMA(engine, recipe.ema)
+        if saved:
+            checkpoint.restore(saved, engine, ema)
+        if rank == 0:
+            storage.write_text(output / "recipe.toml", recipes.to_toml(recipe))
+        progress = Progress(
+            output,
+            recipe,
+            first=first,
+            flops_a_token=flops.training_flops(net, objective, recipe.length, recipe.t_min),
+            peak=flops.peak_flops(recipe.precision, peak_tflops),
+            tensorboard=tensorboard,
+            wandb=wandb,
+        )
+        introduce(progress, recipe, batches, text, parameters, saved, device)
+
+        measured, skipped, steps = None, 0, range(first, recipe.steps)
+        for step, micro_batches in zip(steps, ahead(batches.make, steps), strict=True):
+            progress.data_arrived()
+            lr = learning_rate(
+                step, peak=recipe.learning_rate, warmup=recipe.warmup, steps=recipe.steps, decay_to=recipe.decay_to
+            )
+            if not has_head(net):  # what it drops is torch's to draw: of the step and the rank alone
+                torch.manual_seed(randomness.derived_seed(recipe.seed, randomness.DROPOUT, step, rank))
+            done = train_step(engine, micro_batches, lr, stop=preemption.requested)
+            if done.applied:
+                ema.update()
+            progress.step_taken(step, done, lr, done.loss * recipe.batch_size / batches.text_tokens(step))
+
+            skipped = 0 if done.applied else skipped + 1
+            if not done.applied:
+                tell_skipped(progress, step, done, batches, skipped)
+            if skipped >= recipe.max_skipped:
+                diagnosis = nonfinite.diagnose(engine, micro_batches, batches.samples(step))
+                progress.write("diagnosis", copy=False, step=step + 1, text=diagnosis)
+                raise TrainingError(
+                    f"{skipped} steps in a row had a loss or gradient that is not finite: training stops, and the "
+                    "weights are as they were before them. Try a lower --learning-rate than "
+                    f"{recipe.learning_rate}, or --precision fp32.\n{diagnosis}"
+                )
+
+            last = step + 1 == recipe.steps
+            bound = None
+            if (step + 1) % recipe.evaluate_every == 0 or last:
+                checkpoint.set_weights(averaged, ema.gather())
+                try:
+                    measured = measure_and_sample(averaged, objective, text, recipe, step + 1, progress, device)
+                except ValueError as error:
+                    raise TrainingError(f"the averaged weights cannot be measured: {error}") from error
+                bound = measured.nats_per_token
+            if (step + 1) % recipe.checkpoint_every == 0 or last or done.stop:
+                _save(output, engine, ema, text, recipe, sections, step + 1, bound)
+            if done.stop and not last:
+                say(f"stopped by a signal after step {step + 1}, and saved; --resume continues from there")
+                progress.close()
+                return Result(output, step + 1, True, measured)
+            progress.restart_clock()
+        progress.close()
+        _finish(output, net, ema, text, recipe, sections, parameters)
+    return Result(output, recipe.steps, False, measured)
+
+
+# Before
+
+
+@contextmanager
+def _setup_errors() -> Iterator[None]:
+    """Errors of the one kind that stands for all that can be wrong before a run."""
+    try:
+        yield
+    except (ValueError, OSError, CheckpointError) as error:
+        raise SetupError(str(error)) from error
+
+
+def _recipe(given: Recipe | str | Path, output: Path, corpus: Any, tokenizer: Any, *, resume: bool) -> Recipe:
+    """The recipe of the run; what it does not name itself is put into it by its content."""
+    recipe = given.check() if isinstance(given, Recipe) else recipes.read_recipe(given)
+    if corpus is not None:
+        recipe = dataclasses.replace(recipe, corpus=corpus if isinstance(corpus, str) else corpus.identity)
+    if tokenizer is not None:
+        name = tokenizer if isinstance(tokenizer, str) else identity(tokenizer)
+        recipe = dataclasses.replace(recipe, tokenizer=name)
+    recipes.check_run(recipe, output, resume=resume)
+    return recipe
+
+
+def _check_loggers(wandb: str, peak_tflops: float) -> None:
+    if wandb and find_spec("wandb") is None:
+        raise ValueError(f"--wandb {wandb} needs the package of that name: pip install 'sedd-train[wandb]'")
+    if peak_tflops < 0:
+        raise ValueError(f"--peak-tflops {peak_tflops}: expected a positive number")
+
+
+def _new_net(recipe: Recipe, num_states: int, text: Corpus, *, fresh: bool) -> nn.Module:
+    """A network of the recipe's kind and sizes, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        net = pretrained.make_net(recipe, num_states)
+    if recipe.informed_start and fresh:
+        init_unigram_bias(net, text.train.counts(num_states))
+        init_local_attention(net)
+    net.checkpoint_activations = recipe.activation_checkpointing
+    return net
+
+
+def _check_packing(net: nn.Module | None, recipe: Recipe) -> None:
+    if net is not None and not has_head(net) and not recipe.packing:
+        raise ValueError(
+            "packing = False: rows that are filled up need a network that attends within documents, with `hidden` and "
+            f"`head` as those of sedd_nets; {type(net).__name__} has none: train it with packing"
+        )
+
+
+def _check_net(net: nn.Module, objective: Objective, batches: Batches) -> None:
+    """A network of one's own takes the first sample of a run and gives what the objective asks for.
+
+    Raises:
+        ValueError: it does not.
+    """
+    (x0, xt, t, seeds, *lengths), *_ = batches.make(0)
+    device = next(net.parameters()).device
+    given: list[Tensor] = [tensor[:1].to(device) for tensor in (x0, xt, t)]
+    more = {"dropout_seeds": seeds[:1].to(device)} | ({"lengths": lengths[0][:1].to(device)} if lengths else {})
+    with torch.no_grad(), torch.random.fork_rng():
+        objective.losses(net, *given, **more)
+
+
+# On the way
+
+
+def _save(
+    output: Path,
+    engine: Any,
+    ema: EMA,
+    text: Corpus,
+    recipe: Recipe,
+    sections: dict[str, Any],
+    step: int,
+    bound: float | None,
+) -> None:
+    """Write a checkpoint of all that the run needs to continue. Collective.
+
+    Raises:
+        TrainingError: on every rank, if it could not be written.
+    """
+    try:
+        checkpoint.save(
+            output / "checkpoints",
+            engine,
+            ema,
+            text.tokenizer,
+            step=step,
+            sections=sections,
+            keep=recipe.keep,
+            bound=bound,
+            fingerprint=text.fingerprint,
+            recipe=dataclasses.asdict(recipe),
+        )
+    except CheckpointError as error:
+        raise TrainingError(str(error)) from error
+
+
+# After
+
+
+def _finish(
+    output: Path,
+    net: nn.Module,
+    ema: EMA,
+    text: Corpus,
+    recipe: Recipe,
+    sections: dict[str, Any],
+    parameters: int,
+) -> None:
+    """Write the trained model, its pictures, page and summary, and say where they are. Collective."""
+    average = ema.gather()
+    if distributed.place()[0] != 0:
+        return
+    try:
+        checkpoint.export(output / "export", net, average, text.tokenizer, sections)
+        lines = report.write(
+            output,
+            title=f"{output.name}: {parameters / 1e6:.1f} M parameters, {recipe.graph}",
+            unigram_entropy=unigram_entropy(text.valid.flat),
+            characters_per_token=text.valid.characters_per_token,
+            steps=recipe.steps,
+        )
+    except OSError as error:
+        raise TrainingError(f"{error}; the model is safe in the last checkpoint in {output / 'checkpoints'}") from error
+    best = checkpoint.best(output / "checkpoints")
+    say(
+        f"{lines}\n"
+        f"checkpoints             {output / 'checkpoints'}, the best of them {best.name if best else 'unknown'}\n"
+        f"trained model           {output / 'export'}"
+    )
