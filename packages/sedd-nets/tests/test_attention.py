@@ -71,6 +71,14 @@ def test_block_mask_is_the_documents():
     assert torch.equal(mask.mask_mod(b, torch.tensor(0), query, key), expected)
 
 
+def test_an_id_that_comes_again_is_another_document():
+    ids = torch.tensor([[3, 3, 5, 3, -1, 3]])
+    assert Documents(ids).spans == ((0, 2), (2, 3), (3, 4), (5, 6))
+    query, key = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
+    within = Documents(ids).block_mask.mask_mod(torch.tensor(0), torch.tensor(0), query, key)
+    assert within.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [3, 3], [5, 5]]
+
+
 @pytest.fixture
 def flash_attn(monkeypatch):
     """A stand-in for the flash-attn package with its signatures, computed by definition."""

@@ -133,6 +133,8 @@ def test_score_is_the_conditional_over_the_rate(make, batch, mask_id):
     )
     assert (log_score.gather(-1, x[..., None]) == 0).all()
     assert log_score.isfinite().all()
+    at_mask = torch.log(rate[..., 0]).expand(x.shape)[~masked]  # no jump leads there: finite, to be weighted by 0
+    torch.testing.assert_close(log_score[~masked][:, net.mask_id], at_mask, atol=0, rtol=1e-10)
 
 
 def test_gradients_are_finite_and_reach_every_parameter(make, batch):

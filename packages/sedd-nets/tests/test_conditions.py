@@ -33,6 +33,7 @@ def test_each_sequence_has_its_own_label(make_sedd, wide, randomise_):
     torch.testing.assert_close(together[1], net(x, sigma)[1], atol=1e-12, rtol=1e-12)
     alone = net(x[2:], sigma[2:], condition=torch.tensor([0]))
     torch.testing.assert_close(together[2:], alone, atol=1e-12, rtol=1e-12)
+    assert not torch.allclose(together[2:], net(x[2:], sigma[2:]), atol=1e-3)  # 0 is a label like the others
     per_position = net(x, sigma[:, None].expand(3, 7), condition=torch.tensor([4, -1, 0]))
     torch.testing.assert_close(per_position, together, atol=1e-12, rtol=1e-12)
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub.errors
 import pytest
@@ -146,6 +147,25 @@ def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr(sedd_nets.pretrained, "hf_hub_download", download)
     with pytest.raises(ConnectionError, match=r"'someone/sedd-small' is no folder.*hf download someone/sedd-small"):
         SEDD.from_pretrained("someone/sedd-small")
+
+
+def test_the_config_is_moved_into_place_last(make_sedd, tmp_path, monkeypatch):
+    """Both are on the disk by then, and who waits for a checkpoint's config finds its weights."""
+    done: list[str] = []
+    synchronise, replace = sedd_nets.pretrained.synchronise, Path.replace
+
+    def noted_synchronise(path):
+        done.append("synchronised")
+        synchronise(path)
+
+    def noted_replace(path, target):
+        done.append(target.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(sedd_nets.pretrained, "synchronise", noted_synchronise)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    make_sedd().save_pretrained(tmp_path)
+    assert done == ["synchronised"] * 2 + ["model.safetensors", "config.json"]
 
 
 def test_failed_save_leaves_the_last_checkpoint(make_sedd, tmp_path, monkeypatch):

@@ -53,22 +53,21 @@ class TokenEmbedding(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm in float32, with a shift and a scale from outside where the network is conditioned."""
+    """Layer norm in float32, with a bias of its own, or a shift and a scale from outside where it is modulated."""
 
-    def __init__(self, width: int, *, bias: bool = False) -> None:
+    def __init__(self, width: int, *, modulated: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.bias = None if modulated else nn.Parameter(torch.zeros(width))
 
     def forward(self, h: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """norm(h) (1 + scale) + shift; h (B, L, D), shift and scale (B, 1 or L, D) or none; returns h's dtype."""
         with torch.autocast(h.device.type, enabled=False):
             a = at_least_float32(h)
-            weight, bias = self.weight.to(a.dtype), None if self.bias is None else self.bias.to(a.dtype)
+            weight = self.weight.to(a.dtype)
             if shift is None or scale is None:
+                bias = None if self.bias is None else self.bias.to(a.dtype)
                 return F.layer_norm(a, a.shape[-1:], weight, bias).to(h.dtype)
-            if bias is not None:
-                shift = shift + bias * (1 + scale)
             return modulated_norm(a, weight * (1 + scale), shift).to(h.dtype)
 
 
@@ -89,10 +88,10 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.norm1 = LayerNorm(width, bias=cond_dim is None)
+        self.norm1 = LayerNorm(width, modulated=cond_dim is not None)
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
-        self.norm2 = LayerNorm(width, bias=cond_dim is None)
+        self.norm2 = LayerNorm(width, modulated=cond_dim is not None)
         # The published names: 0 and 2, GELU between them.
         self.mlp = nn.Sequential(OrderedDict([("0", nn.Linear(width, 4 * width)), ("2", GeluLinear(4 * width, width))]))
         self.adaLN_modulation = None if cond_dim is None else zero(Float32Linear(cond_dim, 6 * width))
@@ -148,7 +147,7 @@ class OutputLayer(nn.Module):
 
     def __init__(self, num_states: int, width: int, cond_dim: int | None) -> None:
         super().__init__()
-        self.norm_final = LayerNorm(width, bias=cond_dim is None)
+        self.norm_final = LayerNorm(width, modulated=cond_dim is not None)
         self.linear = zero(Unembedding(width, num_states))
         self.adaLN_modulation = None if cond_dim is None else zero(Float32Linear(cond_dim, 2 * width))
 
