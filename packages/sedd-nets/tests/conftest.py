@@ -27,6 +27,7 @@ def make_sedd():
     def make(num_states=11, *, seed=0, **options):
         sizes = {"width": 16, "depth": 2, "heads": 2, "cond_dim": 8, "length": 12, "dropout": 0.0} | options
         net = SEDD(num_states, **sizes)
+        net.sections = {"graph": {"type": "absorb"}, "noise": {"type": "loglinear"}}
         randomise(net, seed)
         return net
 

@@ -51,11 +51,11 @@ def test_it_comes_back_from_disk_as_what_it_is(net, x, tmp_path):
     again = from_pretrained(tmp_path)
     assert isinstance(again, Causal)
     assert torch.equal(again(x), net(x))
-    with pytest.raises(ValueError, match="not RADD's: it describes a left-to-right network"):
+    with pytest.raises(ValueError, match=r"not RADD's: .* are Causal's"):
         RADD.from_pretrained(tmp_path)
 
 
 def test_another_family_s_config_is_refused(tmp_path):
     RADD(11, **SIZES).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not Causal's: its model type is 'ddit'"):
+    with pytest.raises(ValueError, match=r"not Causal's: .* are RADD's"):
         Causal.from_pretrained(tmp_path)

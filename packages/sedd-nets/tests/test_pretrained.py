@@ -1,13 +1,18 @@
 import json
+import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub.errors
 import pytest
+import sedd_nets.files
 import sedd_nets.pretrained
 import torch
 from safetensors.torch import load_file, save_file
-from sedd_nets import SEDD, from_pretrained, read_config
+from sedd_nets import RADD, SEDD, from_pretrained, read_config
+from sedd_nets.files import HubOptions
 
 SECTIONS = {"tokens": 10, "graph": {"type": "absorb"}, "noise": {"type": "loglinear", "eps": 1e-3}}
 
@@ -92,11 +97,11 @@ def test_strict_loading_names_what_differs(golden, tmp_path):
 
 def test_config_of_another_architecture(golden, tmp_path):
     folder, _ = golden("radd-tiny")
-    with pytest.raises(ValueError, match=r"not SEDD's.*cond_dim"):
+    with pytest.raises(ValueError, match=r"not SEDD's.*are RADD's"):
         SEDD.from_pretrained(folder)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 12}))
-    with pytest.raises(ValueError, match=r"not SEDD's.*gpt2"):
+    with pytest.raises(ValueError, match=r"describes 'gpt2'"):
         SEDD.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="list"):
@@ -126,25 +131,53 @@ def test_older_weight_file(golden, tmp_path):
     torch.testing.assert_close(net(expected["xt"], expected["sigma"]), expected["log_score"], atol=1e-5, rtol=0)
 
 
-def test_names_go_to_the_hub(golden, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """hub(folder) makes the hub hold the folder's files, and returns the list of what it is asked for."""
+
+    def hold(folder):
+        asked = []
+
+        def download(name, file, *, revision, token, cache_dir, local_files_only):
+            asked.append((name, file, revision, token, cache_dir, local_files_only))
+            if not (folder / file).is_file():
+                raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+            return str(folder / file)
+
+        monkeypatch.setattr(sedd_nets.files, "hf_hub_download", download)
+        return asked
+
+    return hold
+
+
+def test_names_go_to_the_hub(golden, hub):
     folder, expected = golden("sedd-tiny-absorb")
-    asked = []
-
-    def download(name, file, *, revision):
-        asked.append((name, file, revision))
-        return str(folder / file)
-
-    monkeypatch.setattr(sedd_nets.pretrained, "hf_hub_download", download)
-    net = SEDD.from_pretrained("someone/sedd-small", revision="v1")
+    asked = hub(folder)
+    options: HubOptions = {"revision": "v1", "token": "secret", "cache_dir": "there", "local_files_only": True}
+    net = SEDD.from_pretrained("someone/sedd-small", **options)
     torch.testing.assert_close(net(expected["xt"], expected["sigma"]), expected["log_score"], atol=1e-5, rtol=0)
-    assert asked == [("someone/sedd-small", file, "v1") for file in ("config.json", "model.safetensors")]
+    assert asked == [
+        ("someone/sedd-small", file, "v1", "secret", "there", True) for file in ("config.json", "model.safetensors")
+    ]
+    assert read_config("someone/sedd-small")["tokens"] == 40
+    with pytest.raises(TypeError, match="revison"):
+        SEDD.from_pretrained("someone/sedd-small", revison="v1")  # type: ignore[call-arg]
 
 
-def test_hub_out_of_reach(monkeypatch):
-    def download(*_given, **_options):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+def test_all_files_are_of_one_commit(golden, hub, tmp_path):
+    """The config is of the branch as it is then; the weights are asked for at the commit that it came from."""
+    snapshot = tmp_path / "models--someone--sedd-small" / "snapshots" / "0f1e2d"
+    shutil.copytree(golden("sedd-tiny-absorb")[0], snapshot)
+    asked = hub(snapshot)
+    from_pretrained("someone/sedd-small")
+    assert [(file, revision) for _, file, revision, *_ in asked] == [
+        ("config.json", None),
+        ("model.safetensors", "0f1e2d"),
+    ]
 
-    monkeypatch.setattr(sedd_nets.pretrained, "hf_hub_download", download)
+
+def test_hub_out_of_reach(hub, tmp_path):
+    hub(tmp_path)
     with pytest.raises(ConnectionError, match=r"'someone/sedd-small' is no folder.*hf download someone/sedd-small"):
         SEDD.from_pretrained("someone/sedd-small")
 
@@ -180,3 +213,227 @@ def test_failed_save_leaves_the_last_checkpoint(make_sedd, tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         make_sedd(seed=2).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# Other forms of the weights
+
+
+def cut(folder, into, shards):
+    """The folder's checkpoint with its weights in several files and their index, as transformers writes them."""
+    shutil.copy(folder / "config.json", into)
+    weights = load_file(folder / "model.safetensors")
+    names = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
+    where = {key: names[n % shards] for n, key in enumerate(sorted(weights))}
+    for name in names:
+        save_file({key: weights[key] for key in weights if where[key] == name}, into / name, metadata={"format": "pt"})
+    total = sum(weight.nbytes for weight in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (into / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def test_shards_are_read_together(golden, tmp_path):
+    folder, expected = golden("sedd-tiny-absorb")
+    index = cut(folder, tmp_path, 3)
+    net = from_pretrained(tmp_path)
+    torch.testing.assert_close(net(expected["xt"], expected["sigma"]), expected["log_score"], atol=1e-5, rtol=0)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model-00002-of-00003\.safetensors"):
+        from_pretrained(tmp_path)
+    index["weight_map"].pop("vocab_embed.embedding")
+    cut(folder, tmp_path, 3)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"hold different tensors: vocab_embed\.embedding"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", "a/b.safetensors", "x.bin", 3, None, ""])
+def test_no_shard_is_outside_the_folder(golden, tmp_path, name):
+    folder, _ = golden("sedd-tiny-absorb")
+    index = cut(folder, tmp_path, 2)
+    index["weight_map"]["vocab_embed.embedding"] = name
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names the shard"):
+        from_pretrained(tmp_path)
+
+
+class Runs:
+    def __reduce__(self):
+        return (Path.touch, (Path("it-ran"),))
+
+
+def test_a_pickle_is_data_only(golden, tmp_path, monkeypatch):
+    folder, _ = golden("sedd-tiny-absorb")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(load_file(folder / "model.safetensors") | {"code": Runs()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="damaged or holds other things than tensors"):
+        from_pretrained(tmp_path)
+    assert not (tmp_path / "it-ran").exists()
+    claimed = load_file(folder / "model.safetensors")
+    claimed["vocab_embed.embedding"] = torch.zeros(1).expand(41, 64)
+    torch.save(claimed, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"vocab_embed\.embedding claims shape \(41, 64\), and the file holds less"):
+        from_pretrained(tmp_path)
+    for content in (b"", b"not a pickle", b"\x80\x04K\x01.", pickle.dumps([1])):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
+            from_pretrained(tmp_path)
+
+
+def test_values_that_are_no_weights(golden, tmp_path):
+    folder, _ = golden("sedd-tiny-absorb")
+    shutil.copy(folder / "config.json", tmp_path)
+    weights, key = load_file(folder / "model.safetensors"), "blocks.1.mlp.0.weight"
+    for wrong, told in [
+        (weights[key].clone().fill_(float("nan")), r"not all numbers are finite in blocks\.1\.mlp\.0\.weight"),
+        (weights[key].clone().index_fill_(0, torch.tensor([7]), float("inf")), "not all numbers are finite"),
+        (weights[key].to(torch.int8), r"no floating point: blocks\.1\.mlp\.0\.weight \(torch\.int8\)"),
+        (weights[key].to(torch.float8_e4m3fn), r"no floating point: .*float8"),
+    ]:
+        save_file(weights | {key: wrong}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=told):
+            from_pretrained(tmp_path)
+    halves = {key: weight.bfloat16() for key, weight in weights.items()}
+    save_file(halves, tmp_path / "model.safetensors")
+    net = from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert torch.equal(net.state_dict()[key], halves[key].float())
+
+
+# Values of config.json
+
+
+def change(config, path, value):
+    *sections, last = path.split(".")
+    for name in sections:
+        config = config[name]
+    config[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("model.hidden_size", 4_000_000, r"vocab_embed\.embedding \(41, 64\) instead of \(41, 4000000\)"),
+        ("model.hidden_size", 10**15, "hidden_size must be a whole number of 1 to 16777216; got 1000000000000000"),
+        ("model.hidden_size", "64", "hidden_size must be a whole number .*; got '64'"),
+        ("model.hidden_size", 64.0, "hidden_size must be a whole number .*; got 64.0"),
+        ("model.n_blocks", 10**7, "config.json says n_blocks 10000000, and the weights hold 2 blocks"),
+        ("model.n_blocks", 1, "extra keys: blocks.1"),
+        ("model.n_blocks", -3, "n_blocks must be a whole number .*; got -3"),
+        ("model.n_heads", True, "n_heads must be a whole number .*; got True"),
+        ("model.n_heads", 7, "width 64 over 7 heads"),
+        ("model.n_heads", 2, r"inv_freq \(8,\) instead of \(16,\)"),
+        ("model.length", 10**15, "length must be a whole number .*; got 1000000000000000"),
+        ("model.length", None, "length must be a whole number .*; got None"),
+        ("model.cond_dim", [32], r"cond_dim must be a whole number .*; got \[32\]"),
+        ("model.dropout", 1.0, "dropout must be a finite number of at least 0 and below 1; got 1.0"),
+        ("model.dropout", float("nan"), "dropout must be a finite number .*; got nan"),
+        ("model.dropout", "0.1", "dropout must be a finite number .*; got '0.1'"),
+        ("model.scale_by_sigma", "false", "scale_by_sigma must be true or false; got 'false'"),
+        ("model.scale_by_sigma", 1, "scale_by_sigma must be true or false; got 1"),
+        ("model.type", ["ddit"], r"model.type \['ddit'\] is none of"),
+        ("model.condition", "label", "condition must be an object; got 'label'"),
+        ("model.condition", {"type": "label", "classes": -1}, "classes must be a whole number .*; got -1"),
+        ("model.condition", {"type": "prompt"}, "prompt_dim must be a whole number .*; there is none"),
+        ("model", 3, "model must be an object; got 3"),
+        ("graph", "absorb", "graph must be an object; got 'absorb'"),
+        ("graph.mask_id", 41, "mask_id must be a whole number of 0 to 40; got 41"),
+        ("noise", ["loglinear"], r"noise must be an object; got \['loglinear'\]"),
+        ("tokens", 50257, "says 50257 tokens and the absorb graph, which make 50258 states, and the weights have 41"),
+        ("tokens", "40", "tokens must be a whole number .*; got '40'"),
+    ],
+)
+def test_values_are_named_before_anything_is_made(golden, tmp_path, path, value, told):
+    folder, _ = golden("sedd-tiny-absorb")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = read_config(folder)
+    change(config, path, value)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=told):
+        from_pretrained(tmp_path)
+
+
+def test_json_that_python_cannot_take(golden, tmp_path):
+    folder, _ = golden("sedd-tiny-absorb")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for content in (b"[" * 100_000, b'{"model": ' + b"9" * 5000 + b"}", b"\xff\xfe{}", b"", b'{"a": 1}{'):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match="is not JSON"):
+            from_pretrained(tmp_path)
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(1 << 40)  # a hole: no disk is used
+    with pytest.raises(ValueError, match="has 1099511627776 bytes"):
+        from_pretrained(tmp_path)
+
+
+# What goes along with the network
+
+
+def test_it_is_said_that_graph_and_schedule_are_forgotten(tmp_path):
+    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8, length=12)
+    with pytest.warns(UserWarning, match=r"will not say which graph and noise .*give sections=\{'graph': \{...\}"):
+        net.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="will not say which noise the network"):
+        net.save_pretrained(tmp_path, sections={"graph": {"type": "uniform"}})
+    with pytest.raises(ValueError, match=r"nobody could use me/net: .* would not say which graph and noise"):
+        net.push_to_hub("me/net")
+
+
+def test_the_mask_stands_in_one_place(tmp_path):
+    net = RADD(11, width=16, depth=1, heads=2, length=12, mask_id=4)
+    net.save_pretrained(tmp_path, sections={"graph": {"type": "absorb", "file": "data"}})
+    assert read_config(tmp_path)["graph"] == {"type": "absorb", "file": "data", "mask_id": 4}
+    assert "mask_id" not in read_config(tmp_path)["model"]
+    for graph in ({"type": "absorb", "mask_id": 5}, {"type": "uniform"}):
+        with pytest.raises(ValueError, match=r"sections say that the graph is .* and this RADD has .*'mask_id': 4"):
+            net.save_pretrained(tmp_path, sections={"graph": graph})
+    RADD(11, width=16, depth=1, heads=2).save_pretrained(
+        tmp_path, sections={"graph": {"type": "absorb", "mask_id": 10}}
+    )
+    assert from_pretrained(tmp_path).mask_id == 10
+
+
+def test_what_is_pushed_is_what_load_needs(make_sedd, batch, monkeypatch):
+    x, sigma = batch
+    net = make_sedd().eval()
+    done: list[Any] = []
+
+    class Words:
+        def save_pretrained(self, folder):
+            Path(folder, "tokenizer.json").write_text("{}")
+
+    def upload(*, repo_id, folder_path, commit_message):
+        again = SEDD.from_pretrained(folder_path)
+        assert torch.equal(again(x, sigma), net(x, sigma))
+        done.append(
+            (repo_id, commit_message, again.sections, sorted(path.name for path in Path(folder_path).iterdir()))
+        )
+        done.append(Path(folder_path, "README.md").read_text())
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    def create(name, *, private, exist_ok):
+        done.append((name, private, exist_ok))
+
+    def api(*, token):
+        assert token == "secret"
+        return SimpleNamespace(create_repo=create, upload_folder=upload)
+
+    monkeypatch.setattr(sedd_nets.pretrained, "HfApi", api)
+    how: dict[str, Any] = {"private": True, "token": "secret", "message": "First"}
+    address = net.push_to_hub("me/net", tokenizer=Words(), sections={"tokens": 10}, **how)
+    assert address == "https://hub/commit/1"
+    created, uploaded, card = done
+    assert created == ("me/net", True, True)
+    sections = {"graph": {"type": "absorb"}, "noise": {"type": "loglinear"}, "tokens": 10}
+    files = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert uploaded == ("me/net", "First", sections, files)
+    for part in (
+        "library_name: sedd-nets",
+        "# me/net",
+        'load("me/net")',
+        '{"type": "absorb"}',
+        '{"type": "loglinear"}',
+    ):
+        assert part in card

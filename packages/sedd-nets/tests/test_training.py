@@ -1,10 +1,8 @@
 """What training asks of a network: recomputed activations, bfloat16, counts of its work."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import sedd_nets.pretrained
 import torch
 from sedd_nets import MDLM, RADD, SEDD, Documents
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -86,26 +84,3 @@ def test_parameter_counts_add_up(family):
     assert counts["embedding"] == 50 * 16
     assert counts["head"] == 50 * 16 + 50 + 16 * (2 if family is RADD else 1)
     assert (counts["conditioning"] == 0) is (family is RADD)
-
-
-def test_push_to_hub_uploads_a_checkpoint(make_sedd, batch, monkeypatch):
-    x, sigma = batch
-    net, done = make_sedd().eval(), []
-
-    def upload(*, repo_id, folder_path, commit_message):
-        again = SEDD.from_pretrained(folder_path)
-        assert torch.equal(again(x, sigma), net(x, sigma))
-        done.append((repo_id, commit_message, again.sections))
-        return SimpleNamespace(commit_url="https://hub/commit/1")
-
-    def create(name, *, private, exist_ok):
-        done.append((name, private, exist_ok))
-
-    def api(*, token):
-        assert token == "secret"
-        return SimpleNamespace(create_repo=create, upload_folder=upload)
-
-    monkeypatch.setattr(sedd_nets.pretrained, "HfApi", api)
-    address = net.push_to_hub("me/net", sections={"tokens": 10}, private=True, token="secret", message="First")
-    assert address == "https://hub/commit/1"
-    assert done == [("me/net", True, True), ("me/net", "First", {"tokens": 10})]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -144,8 +143,7 @@ def test_the_variance_left_on_text(hybrid_graph, geometric):
         t, _ = importance.draw(16, generator=generator)
         importance.update(t, loss(t, generator))
     variance = {}
-    samplers: list[Any] = [*SAMPLERS, importance.draw]
-    for sampler in samplers:
+    for sampler in (*SAMPLERS, importance.draw):
         means = []
         for _ in range(300):
             drawn = sampler(16, generator=generator)

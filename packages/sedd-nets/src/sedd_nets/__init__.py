@@ -7,18 +7,22 @@ log p_t(y) / p_t(x) for every state y at every position, (B, L, N).
 from importlib.metadata import version
 
 from sedd_nets.attention import Attention, sdpa
+from sedd_nets.block_diffusion import BD3LM
 from sedd_nets.causal import Causal
 from sedd_nets.conditioning import LabelCondition, PromptCondition
 from sedd_nets.documents import Documents
-from sedd_nets.families import MDLM, RADD, SEDD, from_pretrained
+from sedd_nets.families import MDLM, RADD, SEDD, UDLM
 from sedd_nets.fast.attention import FlashAttention, FlexAttention
 from sedd_nets.initialisation import init_local_attention, init_unigram_bias
+from sedd_nets.loading import from_pretrained
 from sedd_nets.pretrained import read_config
 
 __all__ = [
     "SEDD",
     "RADD",
     "MDLM",
+    "UDLM",
+    "BD3LM",
     "Causal",
     "from_pretrained",
     "read_config",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sedd_nets.attention import sdpa
 from sedd_nets.documents import Documents
-from sedd_nets.pretrained import model_section_of, sizes_of
+from sedd_nets.pretrained import sizes_of
 from sedd_nets.transformer import Transformer
 
 __all__ = ["Causal"]
@@ -77,22 +77,10 @@ class Causal(Transformer):
         logits: Tensor = self.output_layer.linear(hidden)
         return logits
 
-    @staticmethod
-    def describes(config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is such a network's."""
-        model = config.get("model")
-        return isinstance(model, dict) and model.get("type") == "causal"
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any], num_states: int) -> Causal:
-        """A fresh network of the sizes in a config that `save_pretrained` wrote. Raises ValueError for another's."""
-        model = model_section_of(config, "Causal")
-        if not cls.describes(config):
-            raise ValueError(f"this config.json is not Causal's: its model type is {model.get('type')!r}, not 'causal'")
-        return cls(
-            num_states,
-            **sizes_of(model),
-        )
+        """A fresh network of the sizes in a nested config. Raises ValueError for a wrong value."""
+        return cls(num_states, **sizes_of(config))
 
     def model_section(self) -> dict[str, Any]:
         """The sizes, named as in the published config.json's `model` section."""

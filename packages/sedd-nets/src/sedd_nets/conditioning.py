@@ -15,9 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sedd_nets.checks import at_least_float32
+from sedd_nets.checks import at_least_float32, check_sizes
+from sedd_nets.config import integer
 
-__all__ = ["Float32Linear", "LabelCondition", "PromptCondition", "SigmaEmbedding", "condition_from_section"]
+__all__ = [
+    "ClassTable",
+    "Float32Linear",
+    "LabelCondition",
+    "PromptCondition",
+    "SigmaEmbedding",
+    "condition_from_section",
+]
 
 
 class Float32Linear(nn.Linear):
@@ -67,19 +75,34 @@ class LabelCondition(nn.Module):
             ValueError: labels has another shape or type.
             IndexError: a label is out of range (checked on the CPU).
         """
-        classes = self.weight.shape[0]
-        if labels.ndim != 1 or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be (B,) int64; got {labels.dtype} {tuple(labels.shape)}")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = labels[(labels < -1) | (labels >= classes)]
-            if wrong.numel():
-                raise IndexError(f"label {int(wrong[0])} is outside 0..{classes - 1} (-1 means no label)")
+        check_labels(labels, self.weight.shape[0])
         known = labels >= 0
         return (F.embedding(labels.clamp(min=0), self.weight) * known[:, None])[:, None]
 
     def section(self) -> dict[str, Any]:
         """What config.json says of it."""
         return {"type": "label", "classes": self.weight.shape[0]}
+
+
+class ClassTable(nn.Module):
+    """One vector a class and one for none, behind the activation; the classes of the published UDLM checkpoints.
+
+    Args:
+        classes: the number of classes; the table's last row, one more, stands for none.
+        cond_dim: the network's `cond_dim`.
+    """
+
+    def __init__(self, classes: int, cond_dim: int) -> None:
+        super().__init__()
+        check_sizes(classes=classes)
+        self.classes = classes
+        self.embedding_table = nn.Embedding(classes + 1, cond_dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Labels (B,) int64, -1 for none, to silu of their vectors, (B, 1, cond_dim). Raises as `LabelCondition`."""
+        check_labels(labels, self.classes)
+        vectors: Tensor = self.embedding_table(torch.where(labels < 0, self.classes, labels))
+        return F.silu(at_least_float32(vectors))[:, None]
 
 
 class PromptCondition(nn.Module):
@@ -111,10 +134,25 @@ class PromptCondition(nn.Module):
         return {"type": "prompt", "prompt_dim": self.linear.in_features}
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise unless labels are (B,) int64 from -1 to `classes` - 1 (values are looked at on the CPU alone).
+
+    Raises:
+        ValueError: labels has another shape or type.
+        IndexError: a label is out of range.
+    """
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be (B,) int64; got {labels.dtype} {tuple(labels.shape)}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[(labels < -1) | (labels >= classes)]
+        if wrong.numel():
+            raise IndexError(f"label {int(wrong[0])} is outside 0..{classes - 1} (-1 means no label)")
+
+
 def condition_from_section(section: Mapping[str, Any], cond_dim: int) -> LabelCondition | PromptCondition:
-    """The embedding that a config.json describes. Raises ValueError for an unknown type."""
+    """The embedding that a config.json describes. Raises ValueError for an unknown type or a wrong size."""
     if section.get("type") == "label":
-        return LabelCondition(section["classes"], cond_dim)
+        return LabelCondition(integer(section, "classes"), cond_dim)
     if section.get("type") == "prompt":
-        return PromptCondition(section["prompt_dim"], cond_dim)
-    raise ValueError(f"condition of type {section.get('type')!r} in config.json: expected 'label' or 'prompt'")
+        return PromptCondition(integer(section, "prompt_dim"), cond_dim)
+    raise ValueError(f"condition of type {section.get('type')!r:.100} in config.json: expected 'label' or 'prompt'")

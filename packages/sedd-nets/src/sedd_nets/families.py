@@ -1,4 +1,4 @@
-"""What the published networks make of the trunk's logits: a log-score, log p_t(y) / p_t(x), by three parameterisations.
+"""What the published networks make of the trunk's logits: a log-score, log p_t(y) / p_t(x), by four parameterisations.
 
 SEDD (Lou, Meng & Ermon, ICML 2024) predicts the log-score itself,
 
@@ -10,25 +10,32 @@ arXiv 2406.07524) predict the clean token. For an absorbing graph the score of a
     s(x)_y = c_y / (e^sigma - 1),        c_y = p(x0 = y | the unmasked tokens of x) = softmax(logits)_y,
 
 with c the same whatever sigma (Ou et al.), so that a network which outputs a normalised c is a score model too.
+
+UDLM (Schiff et al. 2024, arXiv 2412.10193) and Duo (Sahoo et al. 2025, arXiv 2506.10892) predict the clean token under
+the uniform graph, w_y = p(x0 = y | the other positions of x) = softmax(logits)_y. A token keeps its state with
+probability a = e^-sigma, else draws any of the N, so that p_t(y) is a w_y + (1 - a) / N and
+
+    s(x)_y = (1 + r w_y) / (1 + r w_x),        r = N / (e^sigma - 1).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from abc import ABC
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sedd_nets.causal import Causal
 from sedd_nets.checks import log_expm1, over_last_axis
-from sedd_nets.pretrained import model_section_of, read_config, read_weights, sizes_of
+from sedd_nets.conditioning import ClassTable
+from sedd_nets.config import boolean, integer, section
+from sedd_nets.pretrained import sizes_of
 from sedd_nets.transformer import LinearHead, Transformer
 
-__all__ = ["MDLM", "RADD", "SEDD", "ConditionalTransformer", "from_pretrained"]
+__all__ = ["MDLM", "RADD", "SEDD", "UDLM", "ConditionalTransformer"]
 
 
 class SEDD(Transformer):
@@ -71,15 +78,10 @@ class SEDD(Transformer):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], num_states: int) -> SEDD:
-        """A fresh network of the sizes in a published config (nested, with a `model` section)."""
-        model = model_section_of(config, "SEDD", ("cond_dim",))
-        graph = config.get("graph", {}).get("type")
-        return cls(
-            num_states,
-            **sizes_of(model),
-            cond_dim=model["cond_dim"],
-            scale_by_sigma=model.get("scale_by_sigma", graph == "absorb"),
-        )
+        """A fresh network of the sizes in a nested config. Raises ValueError for a wrong value."""
+        absorbing = section(config, "graph", default={}).get("type") == "absorb"
+        scaled = boolean(section(config, "model"), "scale_by_sigma", default=absorbing)
+        return cls(num_states, **sizes_of(config, "cond_dim"), scale_by_sigma=scaled)
 
     def model_section(self) -> dict[str, Any]:
         """The sizes as the published config.json's `model` section names them."""
@@ -149,6 +151,12 @@ class ConditionalTransformer(Transformer, ABC):
         self.mask_id = num_states - 1 if mask_id is None else mask_id
         if not 0 <= self.mask_id < num_states:
             raise ValueError(f"mask_id {mask_id} is outside 0..{num_states - 1}")
+        # What such a network predicts is the same under every schedule, so that its checkpoint may name any.
+        self.sections = {"tokens": num_states - 1, "noise": {"type": "loglinear"}}
+
+    def graph_section(self) -> dict[str, Any]:
+        """The absorbing graph, with its mask where that is not the last state."""
+        return {"type": "absorb"} | ({} if self.mask_id == self.num_states - 1 else {"mask_id": self.mask_id})
 
     def log_conditional(self, x: Tensor, sigma: Tensor, where: Tensor | None = None) -> Tensor:
         """Log p(x0 = y | the unmasked tokens of x), the posterior of the clean token at masked positions.
@@ -233,19 +241,8 @@ class RADD(ConditionalTransformer):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], num_states: int) -> RADD:
-        """A fresh network of the sizes in a published config. Raises ValueError for another family's."""
-        model = model_section_of(config, "RADD")
-        if model.get("type") == "causal":
-            raise ValueError("this config.json is not RADD's: it describes a left-to-right network, Causal")
-        if "cond_dim" in model:
-            raise ValueError(
-                "this config.json is not RADD's: its `model` section has a cond_dim, as SEDD and MDLM have"
-            )
-        return cls(
-            num_states,
-            **sizes_of(model),
-            mask_id=model.get("mask_id"),
-        )
+        """A fresh network of the sizes in a nested config. Raises ValueError for a wrong value."""
+        return cls(num_states, **sizes_of(config), mask_id=mask_of(config, num_states))
 
     def model_section(self) -> dict[str, Any]:
         """The sizes as the published config.json's `model` section names them."""
@@ -256,7 +253,7 @@ class RADD(ConditionalTransformer):
             "n_blocks": self.depth,
             "n_heads": self.heads,
             "dropout": self.dropout,
-        } | ({} if self.mask_id == self.num_states - 1 else {"mask_id": self.mask_id})
+        }
 
 
 class MDLM(ConditionalTransformer):
@@ -306,30 +303,23 @@ class MDLM(ConditionalTransformer):
             mask_id=mask_id,
         )
         self.time_conditioning = time_conditioning
-        self.sections = {"tokens": num_states - 1, "graph": {"type": "absorb"}, "noise": {"type": "loglinear"}}
+        if time_conditioning:
+            del self.sections["noise"]  # the trunk has seen the levels of one schedule: which, is to be said
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], num_states: int) -> MDLM:
-        """A fresh network of the sizes in a config: nested under `model`, or flat as transformers writes it.
-
-        Raises:
-            ValueError: another family's config.
-        """
-        if config.get("model_type") == "mdlm":
-            renamed = {"hidden_dim": "hidden_size", "model_length": "length"}
-            config = {"model": {renamed.get(name, name): value for name, value in config.items()}}
-        model = model_section_of(config, "MDLM", ("cond_dim",))
+        """A fresh network of the sizes in a nested config. Raises ValueError for a wrong value."""
         return cls(
             num_states,
-            **sizes_of(model),
-            cond_dim=model["cond_dim"],
-            mask_id=model.get("mask_id"),
-            time_conditioning=model.get("time_conditioning", False),
+            **sizes_of(config, "cond_dim"),
+            mask_id=mask_of(config, num_states),
+            time_conditioning=boolean(section(config, "model"), "time_conditioning", default=False),
         )
 
     def model_section(self) -> dict[str, Any]:
         """The sizes as the published config.json's `model` section names them."""
         return {
+            "type": "mdlm",
             "hidden_size": self.width,
             "cond_dim": self.cond_dim,
             "length": self.length,
@@ -337,31 +327,121 @@ class MDLM(ConditionalTransformer):
             "n_heads": self.heads,
             "dropout": self.dropout,
             "time_conditioning": self.time_conditioning,
-        } | ({} if self.mask_id == self.num_states - 1 else {"mask_id": self.mask_id})
+        }
 
     def conditioning(self, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor | None:
         """As the trunk's, of sigma = 0 unless the network is conditioned on time."""
         return super().conditioning(x, sigma if self.time_conditioning else torch.zeros_like(sigma), condition)
 
 
-def from_pretrained(
-    folder_or_name: str | os.PathLike[str], *, revision: str | None = None
-) -> SEDD | RADD | MDLM | Causal:
-    """The network of a checkpoint folder or hub repository, of whichever family it is.
-
-    MDLM's keys begin with `backbone.`; SEDD embeds sigma, RADD does not; a `Causal` network has RADD's keys, and its
-    config says what it is. The schedule and the graph that belong to the network are in its `sections`.
+def mask_of(config: Mapping[str, Any], num_states: int) -> int | None:
+    """Where a config has the mask of a network for the absorbing graph; None for the last state.
 
     Raises:
-        FileNotFoundError, ConnectionError, ValueError: as `SEDD.from_pretrained`.
+        ValueError: another graph, or no state.
     """
-    config = read_config(folder_or_name, revision=revision)
-    stored = read_weights(folder_or_name, revision=revision)
-    family: type[SEDD | RADD | MDLM | Causal]
-    if any(key.startswith(MDLM.key_prefix) for key in stored):
-        family = MDLM
-    elif any(key.startswith("sigma_map.") for key in stored):
-        family = SEDD
-    else:
-        family = Causal if Causal.describes(config) else RADD
-    return family.from_checkpoint(config, stored, source=os.fspath(folder_or_name))
+    graph = section(config, "graph", default={"type": "absorb"})
+    if graph.get("type") != "absorb":
+        raise ValueError(
+            f"config.json: graph.type is {graph.get('type')!r:.100}, and must be 'absorb' for a network that predicts "
+            "the tokens behind masks"
+        )
+    return integer(graph, "mask_id", default=num_states - 1, least=0, most=num_states - 1)
+
+
+class UDLM(Transformer):
+    """A transformer with adaLN-zero that predicts clean tokens under the uniform graph; UDLM's and Duo's.
+
+    Args:
+        num_states: N, all of them tokens.
+        width, depth, heads: D, the number of blocks, the attention heads of a block.
+        cond_dim: width of the embedding of sigma.
+        dropout: on the output of attention and MLP, in training mode.
+        length: the longest sequence accepted.
+        time_conditioning: whether the trunk sees sigma; the published checkpoints do.
+        classes: the labels that `condition` takes, 0 for none. Their table has one more row, for no label (-1), and is
+            added behind the activation: c = silu(embed(sigma)) + silu(table[label]).
+
+    Raises:
+        ValueError: a size is not positive, heads do not divide the width, or dropout is no probability.
+    """
+
+    key_prefix: ClassVar[str] = "backbone."
+
+    def __init__(
+        self,
+        num_states: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        cond_dim: int = 128,
+        dropout: float = 0.1,
+        length: int = 1024,
+        time_conditioning: bool = True,
+        classes: int = 0,
+    ) -> None:
+        super().__init__(
+            num_states, width=width, depth=depth, heads=heads, cond_dim=cond_dim, dropout=dropout, length=length
+        )
+        self.time_conditioning = time_conditioning
+        self.cond_map = ClassTable(classes, cond_dim) if classes else None
+        self.sections = {"tokens": num_states}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], num_states: int) -> UDLM:
+        """A fresh network of the sizes in a nested config. Raises ValueError for a wrong value."""
+        model = section(config, "model")
+        graph = section(config, "graph", default={"type": "uniform"}).get("type")
+        if graph != "uniform":
+            raise ValueError(f"config.json: graph.type is {graph!r:.100}, and this network is the uniform graph's")
+        guided = boolean(model, "cfg", default=False)
+        return cls(
+            num_states,
+            **sizes_of(config, "cond_dim"),
+            time_conditioning=boolean(model, "time_conditioning", default=True),
+            classes=integer(model, "cfg_num_classes") if guided else 0,
+        )
+
+    def model_section(self) -> dict[str, Any]:
+        """The sizes, named as in the published config.json."""
+        classes = 0 if self.cond_map is None else self.cond_map.classes
+        return {
+            "type": "udlm",
+            "hidden_size": self.width,
+            "cond_dim": self.cond_dim,
+            "length": self.length,
+            "n_blocks": self.depth,
+            "n_heads": self.heads,
+            "dropout": self.dropout,
+            "time_conditioning": self.time_conditioning,
+        } | ({"cfg": True, "cfg_num_classes": classes} if classes else {})
+
+    def graph_section(self) -> dict[str, Any]:
+        """The uniform graph."""
+        return {"type": "uniform"}
+
+    def conditioning(self, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor | None:
+        """As the trunk's, of sigma = 0 unless conditioned on time; with a table of classes, its silu added."""
+        sigma = sigma if self.time_conditioning else torch.zeros_like(sigma)
+        if self.cond_map is None or condition is None:
+            return super().conditioning(x, sigma, condition)
+        c = super().conditioning(x, sigma, None)
+        labels: Tensor = self.cond_map(condition)
+        return labels if c is None else c + labels
+
+    def head(self, hidden: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The log-score of the given rows, log(1 + r w_y) - log(1 + r w_x) with r = N / (e^sigma - 1).
+
+        Args:
+            hidden: (..., D), rows of `hidden`.
+            x: (...) int64, the states there.
+            sigma: the total noise there, its shape a leading part of x's; positive.
+
+        Returns:
+            (..., N) float32 (float64 for a float64 network), 0 at y = x.
+        """
+        logits: Tensor = self.output_layer.linear(hidden)
+        log_r = math.log(self.num_states) - log_expm1(over_last_axis(sigma, x).to(logits.dtype))
+        lifted = F.softplus(logits + (log_r - torch.logsumexp(logits, dim=-1, keepdim=True)))
+        return lifted - lifted.gather(-1, x.unsqueeze(-1))

@@ -1,9 +1,12 @@
 """Checkpoints on disk and on the Hugging Face hub: a folder with config.json and model.safetensors.
 
 config.json is nested as in the published SEDD checkpoints: `model` (hidden_size, cond_dim, length, n_blocks, n_heads,
-scale_by_sigma, dropout) beside `tokens`, `graph`, `noise` and whatever else its writer wanted kept. The network reads
-and writes `model`; the other sections pass through as plain dicts for whoever builds the graph and the schedule.
-Loading is strict: every missing key, extra key and different shape is named.
+scale_by_sigma, dropout) beside `tokens`, `graph`, `noise` and whatever else its writer wanted kept; other published
+layouts are read as well (`sedd_nets.config`). The network reads and writes `model`, and the mask in `graph`; the other
+sections pass through as plain dicts for whoever builds the graph and the schedule.
+
+Weights are model.safetensors, its shards, or an older pytorch_model.bin. Loading is strict: every missing key, extra
+key and different shape is named before anything is allocated. No code of a checkpoint ever runs.
 """
 
 from __future__ import annotations
@@ -11,32 +14,38 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, Unpack
 
 import safetensors.torch
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from sedd_nets.conditioning import LabelCondition, PromptCondition, condition_from_section
+from sedd_nets.config import family_of, integer, number, one_layout, section
+from sedd_nets.files import HubOptions, Source
 
-__all__ = ["Pretrained", "model_section_of", "read_config", "read_weights", "write_checkpoint"]
+__all__ = ["Pretrained", "read_checkpoint", "read_config", "sizes_of", "write_checkpoint"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 OLDER_WEIGHTS = "pytorch_model.bin"
-SIZES = {"width": "hidden_size", "depth": "n_blocks", "heads": "n_heads", "length": "length"}
+LARGEST_JSON = 1 << 24  # bytes; a config takes some thousand, the index of a hundred thousand tensors some million
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Tokenizer(Protocol):
+    """What `push_to_hub` asks of a tokenizer."""
+
+    def save_pretrained(self, folder: str, /) -> Any:
+        """Write its files into the folder."""
 
 
 class Pretrained(nn.Module, ABC):
@@ -50,6 +59,7 @@ class Pretrained(nn.Module, ABC):
     """
 
     key_prefix: ClassVar[str] = ""
+    num_states: int
     sections: dict[str, Any]
     condition_embed: LabelCondition | PromptCondition | None
     cond_dim: int | None
@@ -57,46 +67,65 @@ class Pretrained(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any], num_states: int) -> Self:
-        """A fresh network of the sizes that a checkpoint's config gives. Raises ValueError for another family's."""
+        """A fresh network of the sizes in a nested config (`sedd_nets.config`). Raises ValueError for a wrong value."""
 
     @abstractmethod
     def model_section(self) -> dict[str, Any]:
         """The sizes as the published config.json's `model` section names them."""
 
+    def graph_section(self) -> dict[str, Any] | None:
+        """What config.json says of the graph, where the parameterisation allows one kind only; else None."""
+        return None
+
     @classmethod
-    def from_pretrained(cls, folder_or_name: str | os.PathLike[str], *, revision: str | None = None) -> Self:
+    def from_pretrained(cls, folder_or_name: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Self:
         """The network of a checkpoint folder or of a repository on the Hugging Face hub, in evaluation mode.
 
         Args:
-            folder_or_name: a folder with config.json and model.safetensors, or a hub name.
-            revision: branch, tag or commit on the hub.
+            folder_or_name: a folder with config.json and weights, or a hub name.
+            hub: revision, token, cache_dir, local_files_only; see `sedd_nets.files.HubOptions`.
 
         Raises:
             FileNotFoundError: no such folder or repository, or a file is missing in it.
             ConnectionError: no such folder, and the hub cannot be reached.
-            ValueError: the config is another family's, or the weights do not match it key by key and shape by shape.
+            ValueError: the config is another family's or holds a wrong value, or the weights do not match it key by
+                key and shape by shape, or are no finite numbers.
         """
-        config = read_config(folder_or_name, revision=revision)
-        return cls.from_checkpoint(
-            config, read_weights(folder_or_name, revision=revision), source=os.fspath(folder_or_name)
-        )
+        config, stored = read_checkpoint(Source(folder_or_name, **hub))
+        return cls.from_checkpoint(config, stored, source=os.fspath(folder_or_name))
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], stored: Mapping[str, Tensor], *, source: str) -> Self:
         """The network of a checkpoint already read; `source` names it in errors (ValueError, as `from_pretrained`)."""
-        table = cls.key_prefix + "vocab_embed.embedding"
-        fresh = cls.from_config(config, len(stored[table]) if table in stored else 1)
-        if table not in stored:
+        family = family_of(config, stored)
+        if family not in (base.__name__ for base in cls.__mro__):
             raise ValueError(
-                f"{source} holds no {table}: these are not the weights of {cls.__name__}. It begins with "
-                + ", ".join(sorted(stored)[:3])
+                f"{source} is not {cls.__name__}'s: its config.json and the names of its weights are {family}'s"
             )
-        condition = config.get("model", {}).get("condition")
-        if condition is not None and fresh.cond_dim is not None:
-            fresh.condition_embed = condition_from_section(condition, fresh.cond_dim)
-        load_strictly(fresh, {key.removeprefix(cls.key_prefix): value for key, value in stored.items()}, source=source)
+        state = cls.own_keys(stored)
+        table = "vocab_embed.embedding"
+        if table not in state or state[table].ndim != 2:
+            raise ValueError(
+                f"{source} holds no {table} of shape (states, width): these are not the weights of {cls.__name__}. "
+                "It begins with " + ", ".join(sorted(stored)[:3])
+            )
+        _check_depth(config, state, source)
+        with torch.device("meta"):  # shapes alone, whatever the config asks for
+            fresh = cls.from_config(config, len(state[table]))
+            condition = section(section(config, "model"), "condition", default={})
+            if condition and fresh.cond_dim is not None:
+                fresh.condition_embed = condition_from_section(condition, fresh.cond_dim)
+        _check_states(config, fresh.num_states, source)
+        fill_strictly(fresh, state, source=source)
         fresh.sections |= {name: copy.deepcopy(value) for name, value in config.items() if name != "model"}
+        if (graph := fresh.graph_section()) is not None:
+            fresh.sections.setdefault("graph", graph)
         return fresh.eval()
+
+    @classmethod
+    def own_keys(cls, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors by the names that the network has for them; `backbone.` before them is the publisher's."""
+        return {key.removeprefix("backbone."): value for key, value in stored.items()}
 
     def save_pretrained(
         self,
@@ -115,34 +144,57 @@ class Pretrained(nn.Module, ABC):
             state_dict: weights to write instead of the network's own: an average, or shards gathered elsewhere.
 
         Raises:
-            ValueError: `sections` brings a `model`, or `state_dict` is not this network's.
+            ValueError: `sections` brings a `model` or another mask than the network's, or `state_dict` is not this
+                network's.
             OSError: the folder cannot be written; what it held before is intact.
+
+        Warns:
+            UserWarning: neither `sections` nor `self.sections` says which graph or schedule the network belongs to.
         """
-        if sections is not None and "model" in sections:
-            raise ValueError("`sections` may not hold `model`: the network writes that one")
+        config = self.config_json(sections)
         own = self.state_dict()
         state = own if state_dict is None else state_dict
         if state.keys() != own.keys():
             raise ValueError(f"state_dict is not this network's; keys that differ: {sorted(state.keys() ^ own.keys())}")
+        if unsaid := _unsaid(config):
+            warnings.warn(
+                f"config.json in {os.fspath(folder)} will not say which {' and '.join(unsaid)} the network was trained "
+                f"with: give sections={{{', '.join(f'{name!r}: {{...}}' for name in unsaid)}}}",
+                stacklevel=2,
+            )
+        write_checkpoint(folder, config, {self.key_prefix + key: value for key, value in state.items()})
+
+    def config_json(self, sections: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What `save_pretrained` writes into config.json. Raises ValueError as it does."""
+        if sections is not None and "model" in sections:
+            raise ValueError("`sections` may not hold `model`: the network writes that one")
+        config = {**copy.deepcopy(self.sections), **(sections or {})}
+        if (own := self.graph_section()) is not None:
+            told, last = config.get("graph", own), self.num_states - 1
+            mask = told.get("mask_id", own.get("mask_id", last))
+            if told.get("type") != own["type"] or mask != own.get("mask_id", last):
+                raise ValueError(f"sections say that the graph is {told}, and this {type(self).__name__} has {own}")
+            config["graph"] = told | own
         model = self.model_section()
         if self.condition_embed is not None:
             model["condition"] = self.condition_embed.section()
-        config = {**self.sections, **(sections or {}), "model": model}
-        write_checkpoint(folder, config, {self.key_prefix + key: value for key, value in state.items()})
+        return config | {"model": model}
 
     def push_to_hub(
         self,
         name: str,
         *,
+        tokenizer: Tokenizer | None = None,
         sections: Mapping[str, Any] | None = None,
         private: bool | None = None,
         token: str | None = None,
         message: str = "Upload the network",
     ) -> str:
-        """Upload what `save_pretrained` writes to the hub repository `name`, created if need be.
+        """Upload a checkpoint to the hub repository `name`, created if need be: config, weights, tokenizer, model card.
 
         Args:
             name: "owner/repository".
+            tokenizer: written beside the network; anything with transformers' `save_pretrained`.
             sections: as for `save_pretrained`.
             private: whether a new repository is private; None leaves it to the owner's default.
             token: a token with write access; the one of `hf auth login` unless given.
@@ -152,130 +204,207 @@ class Pretrained(nn.Module, ABC):
             The commit's address.
 
         Raises:
+            ValueError: as `save_pretrained`; or graph or schedule are not said, without which nobody can use it.
             huggingface_hub.errors.HfHubHTTPError: the hub refuses.
         """
-        api = HfApi(token=token)
-        api.create_repo(name, private=private, exist_ok=True)
+        if unsaid := _unsaid(self.config_json(sections)):
+            raise ValueError(
+                f"nobody could use {name}: its config.json would not say which {' and '.join(unsaid)} the network was "
+                "trained with; give sections="
+            )
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, sections=sections)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            Path(folder, "README.md").write_text(self.model_card(name, sections), encoding="utf-8")
+            api = HfApi(token=token)
+            api.create_repo(name, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)
 
+    def model_card(self, name: str, sections: Mapping[str, Any] | None = None) -> str:
+        """What the hub shows of the repository: what the network is, and how to read it."""
+        config = self.config_json(sections)
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return f"""---
+library_name: sedd-nets
+tags: [discrete-diffusion, score-entropy, {type(self).__name__.lower()}]
+---
 
-def read_config(folder_or_name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
+# {name}
+
+A discrete diffusion model: {type(self).__name__} of {parameters:,} parameters over {self.num_states} states.
+
+| | |
+|---|---|
+| graph | `{json.dumps(config.get("graph"))[:500]}` |
+| noise | `{json.dumps(config.get("noise"))[:500]}` |
+| network | `{json.dumps(config["model"])}` |
+
+```python
+from sedd_train import load
+
+net, graph, noise, tokenizer = load("{name}")  # or sedd_nets.from_pretrained("{name}"), the network alone
+```
+"""
+
+
+def _unsaid(config: Mapping[str, Any]) -> list[str]:
+    """Which of the sections that make a score model usable the config lacks."""
+    if config["model"].get("type") == "causal":
+        return []
+    return [name for name in ("graph", "noise") if name not in config]
+
+
+def sizes_of(config: Mapping[str, Any], *also: str) -> dict[str, Any]:
+    """The arguments that every family takes, and `also`, from the `model` section; dropout is 0 where it is not told.
+
+    Raises:
+        ValueError: one is missing, no whole number or out of range, named as in config.json.
+    """
+    model = section(config, "model")
+    sizes = {"width": "hidden_size", "depth": "n_blocks", "heads": "n_heads", "length": "length"}
+    wanted = sizes | {name: name for name in also}
+    found: dict[str, Any] = {argument: integer(model, name) for argument, name in wanted.items()}
+    return found | {"dropout": number(model, "dropout", default=0.0, below=1.0)}
+
+
+def read_checkpoint(source: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config in its one layout and the weights, of one commit. Raises as `Pretrained.from_pretrained`."""
+    path = source.file(CONFIG)
+    return one_layout(read_json(path)), read_weights(source.pinned(path))
+
+
+def read_config(folder_or_name: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> dict[str, Any]:
     """The config.json of a folder, or of a repository on the hub, as it is written there.
+
+    Args:
+        folder_or_name: a folder with config.json, or a hub name.
+        hub: revision, token, cache_dir, local_files_only; see `sedd_nets.files.HubOptions`.
 
     Raises:
         FileNotFoundError: neither a folder with that file nor a repository on the hub.
         ConnectionError: no such folder, and the hub cannot be reached.
         ValueError: the file holds no JSON object.
     """
-    path = fetch(folder_or_name, CONFIG, revision)
+    return read_json(Source(folder_or_name, **hub).file(CONFIG))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of a checkpoint holds. Raises ValueError where it holds none or is too large."""
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"{path} has {size} bytes, and a checkpoint's JSON files have {LARGEST_JSON} at most")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}; a checkpoint's config is a JSON object")
-    return config
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error!s:.300}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}; it must be a JSON object")
+    return found
 
 
-def read_weights(folder_or_name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Tensor]:
-    """The tensors of model.safetensors (or, where there is none, of an older pytorch_model.bin), on the CPU.
+def read_weights(source: Source) -> dict[str, Tensor]:
+    """The tensors of model.safetensors, of its shards or of an older pytorch_model.bin, on the CPU.
 
     Raises:
         FileNotFoundError, ConnectionError: as `read_config`.
-        ValueError: the file is damaged.
+        ValueError: a file is damaged, or the index of the shards names a file outside the folder.
     """
-    try:
-        path = fetch(folder_or_name, WEIGHTS, revision)
-    except FileNotFoundError:
-        try:
-            older = fetch(folder_or_name, OLDER_WEIGHTS, revision)
-        except FileNotFoundError:
-            older = None
-        if older is None:
-            raise
-        weights: dict[str, Tensor] = torch.load(older, map_location="cpu", weights_only=True)
-        return weights
+    path = source.file(WEIGHTS, INDEX, OLDER_WEIGHTS)
+    if path.name == OLDER_WEIGHTS:
+        return _read_bin(path)
+    if path.name == WEIGHTS:
+        return _read_safetensors(path)
+    weights: dict[str, Tensor] = {}
+    for shard in _shards(path):
+        weights |= _read_safetensors(source.file(shard))
+    named = section(read_json(path), "weight_map").keys()
+    if weights.keys() != named:
+        differing = ", ".join(sorted(weights.keys() ^ named)[:5])
+        raise ValueError(f"{path} and its shards hold different tensors: {differing}")
+    return weights
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, each a plain name in the index's own folder."""
+    names = section(read_json(index), "weight_map").values()
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise ValueError(f"{index} names the shard {name!r:.100}: it must be a .safetensors file beside the index")
+    return sorted(set(names))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
 
 
-def fetch(folder_or_name: str | os.PathLike[str], file: str, revision: str | None) -> Path:
-    """The path of one file of a folder, or of a hub repository (downloaded into the hub's cache)."""
-    folder = Path(folder_or_name)
-    if folder.is_dir():
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} has no {file}: a checkpoint folder holds {CONFIG} and {WEIGHTS}")
-        return folder / file
-    name = os.fspath(folder_or_name)
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    """Tensors of a pickle, which is read as data only; each must be all there in the file."""
     try:
-        return Path(hf_hub_download(name, file, revision=revision))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{name!r} is neither a folder nor a name on the Hugging Face hub") from error
-    except LocalEntryNotFoundError as error:  # no answer, and the file is not in the cache
-        raise unreachable(name, error) from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(f"{name} on the Hugging Face hub has no {file}") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder nor a public repository on the Hugging Face hub "
-            "(private ones need `hf auth login`)"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise unreachable(name, error) from error
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle that is no such file raises whatever the bytes lead to
+        raise ValueError(f"{path} is damaged or holds other things than tensors ({error!s:.300})") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"{path} does not hold tensors by their names")
+    for key, tensor in found.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"{path}: {key} is no dense tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {key} claims shape {tuple(tensor.shape)}, and the file holds less")
+    return found
 
 
-def unreachable(name: str, error: Exception) -> ConnectionError:
-    """The error of a hub that does not answer, saying what to do."""
-    return ConnectionError(
-        f"{name!r} is no folder here, and the Hugging Face hub cannot be reached ({type(error).__name__}). "
-        f"Check the network and HF_HUB_OFFLINE, or run `hf download {name} --local-dir FOLDER` on a machine that "
-        "reaches the hub and give that FOLDER"
-    )
+def _check_depth(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
+    """The config's number of blocks is the weights', before that many are built."""
+    depth = integer(section(config, "model"), "n_blocks")
+    numbers = {found[1] for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
+    if depth > len(numbers):
+        raise ValueError(f"{source}: config.json says n_blocks {depth}, and the weights hold {len(numbers)} blocks")
 
 
-def model_section_of(config: Mapping[str, Any], family: str, also: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The `model` section of a published config, with the sizes that every family has and what this one has `also`.
-
-    Raises:
-        ValueError: the config has none, or it lacks what this family needs: another architecture's config.
-    """
-    model = config.get("model")
-    if not isinstance(model, dict):
-        kind = config.get("model_type") or config.get("architectures") or sorted(config)
-        raise ValueError(f"this config.json is not {family}'s: it has no `model` section, but describes {kind}")
-    if lacking := [name for name in (*SIZES.values(), *also) if name not in model]:
-        raise ValueError(f"this config.json is not {family}'s: its `model` section lacks {', '.join(lacking)}")
-    return model
-
-
-def sizes_of(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that every family takes, from a `model` section; dropout is 0 where it is not told."""
-    return {argument: model[name] for argument, name in SIZES.items()} | {"dropout": model.get("dropout", 0.0)}
+def _check_states(config: Mapping[str, Any], num_states: int, source: str) -> None:
+    """`graph`, `noise` and `tokens` are what such sections are, and agree with the number of states."""
+    graph = section(config, "graph", default={})
+    section(config, "noise", default={})
+    if "mask_id" in graph:
+        integer(graph, "mask_id", least=0, most=num_states - 1)
+    if "tokens" in config and graph.get("type") in ("absorb", "uniform"):
+        states = integer(config, "tokens") + (graph["type"] == "absorb")
+        if states != num_states:
+            raise ValueError(
+                f"{source}: config.json says {config['tokens']} tokens and the {graph['type']} graph, which make "
+                f"{states} states, and the weights have {num_states}"
+            )
 
 
-def load_strictly(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy `state` into the network; every key and shape must match.
+def fill_strictly(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Give a network built on the meta device copies of `state`; every key and shape must match.
 
     Raises:
-        ValueError: keys are missing or left over, or shapes differ; all are named, with `source`.
+        ValueError: keys are missing or left over, shapes differ, or values are no finite floating-point numbers; all
+            are named, with `source`.
     """
     own = net.state_dict()
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
+    shared = [key for key in own if key in state]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        for key in shared
+        if state[key].shape != own[key].shape
     ]
-    complaints = [("missing keys: ", missing), ("extra keys: ", extra), ("other shapes: ", shapes)]
-    if any(found for _, found in complaints):
-        told = "; ".join(what + ", ".join(found) for what, found in complaints if found)
+    kinds = [f"{key} ({state[key].dtype})" for key in shared if state[key].dtype not in DTYPES]
+    complaints = {"missing keys": missing, "extra keys": extra, "other shapes": shapes, "no floating point": kinds}
+    if any(complaints.values()):
+        told = "; ".join(f"{what}: {', '.join(found)}" for what, found in complaints.items() if found)
         raise ValueError(f"{source} does not hold the weights of this {type(net).__name__}. {told}")
-    net.load_state_dict(dict(state))
+    if wild := [key for key in own if not state[key].isfinite().all()]:
+        raise ValueError(f"{source}: not all numbers are finite in {', '.join(wild)}")
+    copies = {key: state[key].to(own[key].dtype, copy=True, memory_format=torch.contiguous_format) for key in own}
+    net.load_state_dict(copies, assign=True)
 
 
 def write_checkpoint(folder: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

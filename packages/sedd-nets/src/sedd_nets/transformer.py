@@ -278,16 +278,29 @@ class Transformer(Pretrained):
             check_seeds(dropout_seeds, x)
         c = self.conditioning(x, sigma, condition)
         cos, sin = self.rotary_emb(x.shape[1])
-        h = self.vocab_embed(x)
+        h = self.through_blocks(self.vocab_embed(x), c, cos, sin, self.attention, documents, dropout_seeds)
+        out: Tensor = self.output_layer(h, c)
+        return out
+
+    def through_blocks(
+        self,
+        h: Tensor,
+        c: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        documents: Documents | None,
+        dropout_seeds: Tensor | None,
+    ) -> Tensor:
+        """The residual stream (B, L, D) from the first block to the last; the other arguments as for `Block`."""
         keys = None if dropout_seeds is None else place_keys(dropout_seeds, 2 * len(self.blocks))
         for number, block in enumerate(self.blocks):
             of_block = None if keys is None else keys[:, 2 * number : 2 * number + 2]
             if self.checkpoint_activations and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, cos, sin, self.attention, documents, of_block, use_reentrant=False)
+                h = checkpoint(block, h, c, cos, sin, attention, documents, of_block, use_reentrant=False)
             else:
-                h = block(h, c, cos, sin, self.attention, documents, of_block)
-        out: Tensor = self.output_layer(h, c)
-        return out
+                h = block(h, c, cos, sin, attention, documents, of_block)
+        return h
 
     def rows(self, x: Tensor, sigma: Tensor, where: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of `head`: `hidden`, x and sigma, at the true positions of `where` or at all.
@@ -338,7 +351,7 @@ class Transformer(Pretrained):
         """Parameters by part: `embedding`, `conditioning` (of sigma and y), `blocks` (the rest of them), `head`."""
         counts = dict.fromkeys(("embedding", "conditioning", "blocks", "head"), 0)
         for name, parameter in self.named_parameters():
-            if "adaLN" in name or name.startswith(("sigma_map", "condition_embed")):
+            if "adaLN" in name or name.startswith(("sigma_map", "cond_map", "condition_embed")):
                 part = "conditioning"
             elif name.startswith("blocks"):
                 part = "blocks"

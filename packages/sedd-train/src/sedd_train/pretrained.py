@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from sedd_graphs import Absorbing, Geometric, LogLinear, Uniform
 from sedd_nets import MDLM, RADD, SEDD, Causal, from_pretrained
+from sedd_nets.loading import Network
 
 from sedd_train import tokenizers
 from sedd_train.objectives import D3PM, Autoregressive, ScoreEntropy
@@ -27,7 +28,7 @@ GPT2_SIZE = 50257
 class Model(NamedTuple):
     """What `load` gives: the network in evaluation mode, and what it was trained with."""
 
-    net: SEDD | RADD | MDLM
+    net: Network
     graph: Any
     noise: Any
     tokenizer: Any
@@ -36,7 +37,7 @@ class Model(NamedTuple):
 class Trained(NamedTuple):
     """What `load_trained` gives: a network in evaluation mode, what it was trained for, and its tokenizer."""
 
-    net: SEDD | RADD | MDLM | Causal
+    net: Network
     objective: ScoreEntropy | D3PM | Autoregressive
     tokenizer: Any
 
