@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 class Vector(NamedTuple):
     base: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the name is the rows', and a tuple has a method of it
     value: Tensor
 
     def dense(self, num_states):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_the_weight_multiplies_each_term(make_graphs, log_linear, monkeypatch):
     for name in ("denoising_loss", "reconstruction_loss"):
         monkeypatch.setattr(bound_module, name, term)
     weight = torch.tensor([[0, 1, 2, 0.5]]).expand(3, 4)
-    how = {"num_times": 2, "num_reconstructions": 2, "weight": weight}
+    how: dict[str, Any] = {"num_times": 2, "num_reconstructions": 2, "weight": weight}
     found = likelihood_bound(constant_score, make_graphs(5)["absorbing"], log_linear, X0, **how)
     assert found.prior.tolist() == pytest.approx([3.5 * 1e-3 * math.log(5)] * 3, rel=1e-4)
     assert len(seen) == 4
@@ -107,7 +108,7 @@ def test_d3pm_s_sum_has_a_term_for_each_step(make_graphs, log_linear, monkeypatc
         return step.double()
 
     monkeypatch.setattr(d3pm_module, "_divergence", divergence)
-    how = {"num_steps": 5, "num_times": 8, "num_reconstructions": 2}
+    how: dict[str, Any] = {"num_steps": 5, "num_times": 8, "num_reconstructions": 2}
     found = d3pm_bound(constant_score, make_graphs(5)["absorbing"], log_linear, X0, **how)
     assert torch.equal(torch.stack(seen[:8]), torch.arange(2, 6).repeat_interleave(2)[:, None].expand(8, 3))
     assert (torch.stack(seen[8:]) == 1).all()
@@ -120,7 +121,7 @@ def test_d3pm_s_sum_has_a_term_for_each_step(make_graphs, log_linear, monkeypatc
 def test_d3pm_s_error_has_both_spreads(make_graphs, log_linear, monkeypatch):
     values = iter([0.0, 2.0, 4.0, 10.0, 0.0, 1.0, 5.0])
     monkeypatch.setattr(d3pm_module, "_divergence", lambda *_, **__: torch.full((3,), next(values)).double())
-    how = {"num_steps": 3, "num_times": 4, "num_reconstructions": 3}
+    how: dict[str, Any] = {"num_steps": 3, "num_times": 4, "num_reconstructions": 3}
     found = d3pm_bound(constant_score, make_graphs(5)["absorbing"], log_linear, X0, **how)
     variance = (2 * 2 / 4) ** 2 + (2 * 6 / 4) ** 2 + 7 / 3
     assert found.standard_error.tolist() == pytest.approx([variance**0.5] * 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -44,10 +46,10 @@ def test_bound_is_entropy_plus_kl_by_quadrature(graph, schedule, enumerated, req
     t_min = torch.tensor(T_MIN, dtype=torch.float64)
     joint = (data.kernel(noise(t_min)[0]) * data.probability).flatten()
     possible = joint > 0
-    reconstruction = reconstruction_loss(
+    losses = reconstruction_loss(
         data.score(), graph, noise, x0[possible], t_min.expand(int(possible.sum())), xt=x[possible]
     )
-    reconstruction = float((joint[possible] * reconstruction).sum())
+    reconstruction = float((joint[possible] * losses).sum())
     sigma_1 = noise(torch.ones(1, dtype=torch.float64))[0]
     prior = (graph.prior_kl(data.sequences, sigma_1.expand(len(data.sequences))).sum(-1) * data.probability).sum()
     bound = diffusion + reconstruction + float(prior)
@@ -98,7 +100,7 @@ def test_times_at_small_noise_take_the_skew_out_of_the_bound(kind, make_graphs, 
     for share in (0.0, 0.5):
         generator = torch.Generator().manual_seed(0)
         x0 = data.sample(20_000, generator)
-        how = {"num_times": 8, "num_reconstructions": 2, "generator": generator, "t_min": 1e-5}
+        how: dict[str, Any] = {"num_times": 8, "num_reconstructions": 2, "generator": generator, "t_min": 1e-5}
         found[share] = likelihood_bound(data.score(), graph, log_linear, x0, small_noise_share=share, **how).value
     plain, ours = found[0.0], found[0.5]
     error = ((plain.var() + ours.var()) / 20_000) ** 0.5
@@ -129,7 +131,7 @@ def test_padding_leaves_all_three_terms_unchanged(graph, log_linear, enumerated)
 
     x0 = torch.tensor([[2, 0, 0]]).expand(500, 3)
     weight = torch.tensor([[1, 0, 0]]).expand(500, 3)
-    kwargs = {"num_times": 16, "generator": torch.Generator().manual_seed(0)}
+    kwargs: dict[str, Any] = {"num_times": 16, "generator": torch.Generator().manual_seed(0)}
     one = likelihood_bound(data.score(), graph, log_linear, x0[:, :1], **kwargs)
     other = likelihood_bound(padded, graph, log_linear, x0, weight=weight, **kwargs)
     assert torch.equal(one.prior, other.prior)
@@ -173,7 +175,7 @@ def test_bad_input_is_named(arguments, message, make_graphs, log_linear):
     ],
 )
 def test_bad_input_of_the_reconstruction_is_named(change, message, make_graphs, log_linear):
-    arguments = {"score": lambda x, s: torch.zeros(2, 3, 5), "x0": torch.zeros(2, 3, dtype=torch.int64)}
+    arguments: dict[str, Any] = {"score": lambda x, s: torch.zeros(2, 3, 5), "x0": torch.zeros(2, 3, dtype=torch.int64)}
     arguments |= {"t": torch.full((2,), 0.1), "xt": None, "weight": None} | change
     score, x0, t = (arguments.pop(name) for name in ("score", "x0", "t"))
     with pytest.raises(ValueError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,8 +120,8 @@ def test_both_integrals_are_one_number_and_bound_the_entropy(wrong, make_graphs)
     orders = masks = 0.0
     nodes, weights = np.polynomial.legendre.leggauss(3)
     nodes, weights = (nodes + 1) / 2, weights / 2
-    for hidden in itertools.product([False, True], repeat=LENGTH):
-        hidden = torch.tensor(hidden)
+    for pattern in itertools.product([False, True], repeat=LENGTH):
+        hidden = torch.tensor(pattern)
         k = int(hidden.sum())
         if not k:
             continue
@@ -184,7 +185,7 @@ def test_any_order_masks_k_of_the_positions_that_count(make_graphs, generator):
     weight = torch.rand(4, 50, generator=generator)
     weight[:, 30:] = 0
     weight[3] = 0
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def model(x, sigma):
         seen.update(x=x, sigma=sigma)
@@ -205,7 +206,12 @@ def test_any_order_masks_k_of_the_positions_that_count(make_graphs, generator):
 
 def any_order_shown(graph, x0, generator):
     shown = []
-    any_order_loss(lambda x, s: shown.append(x) or torch.zeros(*x.shape, TOKENS + 1), graph, x0, generator=generator)
+
+    def model(x, sigma):
+        shown.append(x)
+        return torch.zeros(*x.shape, TOKENS + 1)
+
+    any_order_loss(model, graph, x0, generator=generator)
     return shown[0]
 
 
@@ -242,8 +248,8 @@ def test_float32_agrees_with_float64_at_any_mask_probability(make_graphs, case):
     graph = make_graphs(TOKENS)["absorbing"]
     logits, _, x0, _ = case
     xt = torch.full_like(x0, TOKENS)
-    for level in (1e-6, 0.3, 1 - 1e-6):
-        level = torch.full((4,), level)
+    for share in (1e-6, 0.3, 1 - 1e-6):
+        level = torch.full((4,), share)
         losses = [
             lambda_cross_entropy_loss(lambda x, s, d=dtype: logits.to(d), graph, x0, level.to(dtype), xt=xt)
             for dtype in (torch.float32, torch.float64)

@@ -6,7 +6,7 @@ gets them as hidden states and multiplies by the identity. A new path joins by a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ class Head(NamedTuple):
 
 
 class Case(NamedTuple):
-    graph: object
+    graph: Any
     x: Tensor
     x0: Tensor
     sigma: Tensor
@@ -54,7 +54,7 @@ class WithWhere:
     def __init__(self, log_score):
         self.log_score = log_score
 
-    def __call__(self, x, sigma, where):
+    def __call__(self, x, sigma, /, where=None):
         return self.log_score[where]
 
 
@@ -64,7 +64,8 @@ def dense(case, log_score):
 
 
 def rows(case, log_score):
-    return (case.factor * score_entropy(log_score, *case.rows(), case.x)).sum(-1)
+    ratio, rates = case.rows()
+    return (case.factor * score_entropy(log_score, ratio, rates, case.x)).sum(-1)
 
 
 def denoising(case, log_score):
@@ -157,7 +158,8 @@ def test_concrete_score_matching(dtype, chunk, case, generator, monkeypatch):
     log_score = torch.randn(4, 6, case.graph.num_states, generator=generator).to(dtype).requires_grad_()
     exact = log_score.detach().double().requires_grad_()
     want = case.plain(plain_concrete_score_matching, exact)
-    found = concrete_score_matching(log_score, *case.rows(), case.x)
+    ratio, rates = case.rows()
+    found = concrete_score_matching(log_score, ratio, rates, case.x)
     torch.testing.assert_close(found.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     (slope,), (expected,) = torch.autograd.grad(found.sum(), log_score), torch.autograd.grad(want.sum(), exact)
     largest = float(expected.abs().amax())

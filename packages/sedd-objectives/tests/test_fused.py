@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 fused_module = importlib.import_module("sedd_objectives.fast.fused")
-EXACTLY = {"rtol": 1e-12, "atol": 1e-12}
+EXACTLY: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
 
 class Net(nn.Module):
@@ -152,7 +152,8 @@ def test_gradients_arrive_in_the_same_order_in_every_process(kind, make_graphs, 
     graph, x0 = make_graphs(5)["uniform"], torch.randint(5, (3, 7), generator=generator)
     orders = set()
     for _ in range(20):
-        net, order = kind(5), []
+        net = kind(5)
+        order: list[str] = []
         for name, parameter in net.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
         fused(net, graph, log_linear, x0, torch.full((3,), 0.5), x0).total.backward()
@@ -379,6 +380,7 @@ def test_a_nan_can_be_left_to_the_caller_who_finds_its_sequence(make_graphs, gen
     assert loss.per_sequence.isnan().tolist() == [False, True, False]
     assert torch.equal(loss.per_sequence[::2], whole.per_sequence[::2])
     loss.total.backward()
+    assert net.linear.weight.grad is not None
     assert net.linear.weight.grad.isnan().all()
 
 

@@ -90,6 +90,7 @@ def test_calls_the_net_twice_and_asks_for_what_it_needs(make_graphs, x):
     x[:, :2] = 5
     implicit_score_entropy_loss(net, graph, x, torch.ones(4)).sum().backward()
     assert (net.calls, net.rows) == (2, 4 * 2 + 4)
+    assert net.head.weight.grad is not None
     assert net.head.weight.grad.abs().sum() > 0
 
 
@@ -113,6 +114,7 @@ def test_no_jump_leads_out_of_masks(make_graphs):
     loss = implicit_score_entropy_loss(lambda x, sigma: log_score, graph, x, torch.ones(2))
     assert loss.tolist() == [15, 15]
     loss.sum().backward()
+    assert log_score.grad is not None
     assert log_score.grad[..., :5].eq(1).all()
     assert log_score.grad[..., 5].eq(0).all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def test_the_variance_left_on_text(hybrid_graph, geometric):
         t, _ = importance.draw(16, generator=generator)
         importance.update(t, loss(t, generator))
     variance = {}
-    for sampler in (*SAMPLERS, importance.draw):
+    samplers: list[Any] = [*SAMPLERS, importance.draw]
+    for sampler in samplers:
         means = []
         for _ in range(300):
             drawn = sampler(16, generator=generator)

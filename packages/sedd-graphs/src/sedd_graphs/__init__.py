@@ -9,6 +9,7 @@ from sedd_graphs.clustered import Clustered
 from sedd_graphs.dense import Dense
 from sedd_graphs.graph import Graph
 from sedd_graphs.masked import Hybrid, Masked
+from sedd_graphs.neighbours import Neighbours
 from sedd_graphs.noise import (
     Cosine,
     Geometric,
@@ -33,6 +34,7 @@ __all__ = [
     "Dense",
     "Ordinal",
     "Clustered",
+    "Neighbours",
     "Noise",
     "LogLinear",
     "Cosine",
