@@ -1,6 +1,12 @@
-"""Validation of what callers hand in: every error names the argument, its value and what was expected."""
+"""Validation of what callers hand in: every error names the argument, its value and what was expected.
+
+Values are read where that makes nobody wait. On CUDA the device checks them itself (`torch._assert_async`): nothing is
+read back, and a wrong one ends in a device-side assertion with the same sentence, but for the value found.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +16,7 @@ __all__ = [
     "check_sigma",
     "check_weight",
     "check_not_nan",
+    "reading_waits",
     "expand_leading",
     "arithmetic_dtype",
     "sum_dtype",
@@ -23,29 +30,40 @@ def check_states(name: str, states: Tensor, num_states: int, shape: torch.Size |
     if shape is not None and states.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(states.shape)}")
     if states.numel():
-        low, high = (int(extreme) for extreme in states.aminmax())
-        if low < 0 or high >= num_states:
-            raise ValueError(
-                f"{name} must lie in [0, {num_states}) (the graph's num_states), got values in [{low}, {high}]"
-            )
+        low, high = states.aminmax()
+        expected = f"{name} must lie in [0, {num_states}) (the graph's num_states)"
+        _require((low >= 0) & (high < num_states), expected, lambda: f"got values in [{int(low)}, {int(high)}]")
 
 
 def check_sigma(name: str, sigma: Tensor) -> None:
     """Raise unless the total noise is a floating tensor without negative or NaN entries."""
     if not sigma.is_floating_point():
         raise ValueError(f"{name} must be a floating tensor, got dtype {sigma.dtype}")
-    if not bool((sigma >= 0).all()):
-        raise ValueError(f"{name} is a total noise and must be >= 0 everywhere, got a minimum of {float(sigma.min())}")
+    expected = f"{name} is a total noise and must be >= 0 everywhere"
+    _require((sigma >= 0).all(), expected, lambda: f"got a minimum of {float(sigma.min())}")
 
 
 def check_weight(weight: Tensor, x: Tensor) -> Tensor:
     """The weights spread over x's shape, (...) float; raises where they are negative or leave no position at all."""
     weight = expand_leading("weight", weight if weight.is_floating_point() else weight.to(torch.float32), x)
-    if not bool((weight >= 0).all()):
-        raise ValueError(f"weight must be >= 0 everywhere, got a minimum of {float(weight.min())}")
-    if not bool(weight.any()):
-        raise ValueError("weight is 0 at every position: nothing is left to average over; drop such batches")
+    expected = "weight must be >= 0 everywhere"
+    _require((weight >= 0).all(), expected, lambda: f"got a minimum of {float(weight.min())}")
+    expected = "weight is 0 at every position: nothing is left to average over"
+    _require(weight.any(), expected, lambda: "drop such batches")
     return weight
+
+
+def reading_waits(device: torch.device) -> bool:
+    """Whether to read a value of this device is to wait until it has done all it was asked to."""
+    return device.type == "cuda"
+
+
+def _require(right: Tensor, expected: str, found: Callable[[], str]) -> None:
+    """Raise a ValueError that says what was expected and found unless `right`, () bool."""
+    if reading_waits(right.device):
+        torch._assert_async(right, expected)
+    elif not bool(right):
+        raise ValueError(f"{expected}, {found()}")
 
 
 def expand_leading(name: str, value: Tensor, x: Tensor) -> Tensor:

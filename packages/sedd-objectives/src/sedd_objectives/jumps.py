@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import reading_waits
 from .interfaces import Graph, Row
 
 __all__ = ["Jumps", "DenseRow", "RatesInto", "value_at", "can_move", "merge"]
@@ -79,8 +80,11 @@ class RatesInto:
 
     @classmethod
     def of(cls, graph: Graph, x: Tensor) -> RatesInto:
-        """The rates into every state that occurs in x (...). Raises ValueError if they require a gradient."""
-        states = torch.unique(x)
+        """The rates into every state that occurs in x (...), on a GPU into every state there is.
+
+        Raises ValueError if they require a gradient.
+        """
+        states = torch.arange(graph.num_states, device=x.device) if reading_waits(x.device) else torch.unique(x)
         rows = graph.rates_into(states)
         if rows.base.requires_grad or rows.value.requires_grad:
             raise ValueError(

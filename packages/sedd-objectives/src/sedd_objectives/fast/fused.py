@@ -10,7 +10,8 @@ and the slope at once gives the chunk's part of the gradients by the hidden stat
 is all that is kept. The gradients are thus known at the end of the forward pass; the backward pass multiplies them by
 the gradient of its one number, the sum of the loss.
 
-A linear head is handed over as what it is and costs three products (`linear_head.py`); any other is called, and
+A linear head is handed over as what it is and costs three products (`linear_head.py`, on a GPU `kernel_head.py`); any
+other is called, and
 differentiated by autograd, chunk by chunk (`any_head.py`).
 """
 
@@ -22,13 +23,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch import spread
-from ..checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading
+from ..checks import (
+    arithmetic_dtype,
+    check_not_nan,
+    check_sigma,
+    check_states,
+    check_weight,
+    expand_leading,
+)
 from ..denoising import denoising_jumps
 from ..interfaces import Graph, Head, LinearHead
 from ..jumps import RatesInto
 from .any_head import any_head_and_loss
-from .linear_head import linear_head_and_loss
+from .kernel_head import kernel_head_and_loss, kernel_serves
+from .linear_head import check_head, linear_head_and_loss
 
 __all__ = ["FusedLoss", "fused_denoising_loss"]
 
@@ -102,18 +110,27 @@ def fused_denoising_loss(
         weight = check_weight(weight, x)
         factor, live = factor * weight, live & (weight > 0)
     dtype = arithmetic_dtype(hidden, sigma)
-    jumps_at = denoising_jumps(graph, rates, x[live], x0[live], dtype)
+    positions = live.flatten().nonzero()[:, 0]  # the one time that a GPU is waited for
+    rows, states, clean, levels, factors = (
+        value.flatten(0, 1).index_select(0, positions) for value in (hidden, x, x0, sigma, factor.to(dtype))
+    )
+    jumps_at = denoising_jumps(graph, rates, states, clean, dtype)
     size = max(1, CHUNK_ELEMENTS // graph.num_states)
-    rows, levels, factors = hidden[live], sigma[live], factor[live].to(dtype)
     if callable(head):
         how = head, jumps_at, graph.num_states, size, math.ceil(live.numel() / size), refuse_nan
-        total, loss = any_head_and_loss(*how, x[live], rows, levels, factors)
+        total, loss = any_head_and_loss(*how, states, rows, levels, factors)
     else:
-        shift = _shift(head, x)[live].to(dtype)
-        total, loss = linear_head_and_loss(
-            head, jumps_at, graph.num_states, size, refuse_nan, rows, shift, levels, factors
-        )
-    return FusedLoss(total, spread(loss, live).sum(-1))
+        check_head(head, graph.num_states, hidden.shape[-1])
+        shift = _shift(head, x).to(dtype).flatten().index_select(0, positions)
+        if kernel_serves(rows, dtype, levels, shift):
+            dense = rates.rows.index.shape[-1] == graph.num_states
+            total, loss = kernel_head_and_loss(*(head.weight, head.bias, jumps_at, dense, rows, shift, levels, factors))
+            if refuse_nan:
+                check_not_nan(loss, rows)
+        else:
+            total, loss = linear_head_and_loss(head, jumps_at, size, refuse_nan, rows, shift, levels, factors)
+    per_position = loss.new_zeros(live.numel()).index_copy(0, positions, loss)
+    return FusedLoss(total, per_position.view(live.shape).sum(-1))
 
 
 def _shift(head: LinearHead, x: Tensor) -> Tensor:

@@ -23,14 +23,13 @@ from ..jumps import Jumps
 from .divergence import row_divergence, with_gradients
 from .rows import JumpsAt, equal_parts
 
-__all__ = ["linear_head_and_loss", "loss_and_slopes"]
+__all__ = ["linear_head_and_loss", "check_head", "loss_and_slopes", "product_dtype", "linear", "add_product"]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def linear_head_and_loss(
     head: LinearHead,
     jumps_at: JumpsAt,
-    num_states: int,
     size: int,
     refuse_nan: bool,
     hidden: Tensor,
@@ -40,15 +39,19 @@ def linear_head_and_loss(
 ) -> tuple[Tensor, Tensor]:
     """The sum of factor * loss, (), and factor * loss, (M,), of the M rows of `hidden`, at most `size` at a time."""
     weight, bias = head.weight, head.bias
-    if weight.shape != (num_states, hidden.shape[-1]):
-        expected = (num_states, hidden.shape[-1])
-        raise ValueError(f"head.weight must have shape (N, D), {expected}, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != (num_states,):
-        raise ValueError(f"head.bias must have shape (N,), {(num_states,)}, or be None, got {tuple(bias.shape)}")
     both: tuple[Tensor, Tensor] = _LinearHeadAndLoss.apply(  # type: ignore[no-untyped-call]
         jumps_at, equal_parts(len(hidden), size), refuse_nan, hidden, weight, bias, shift, sigma, factor
     )
     return both
+
+
+def check_head(head: LinearHead, num_states: int, width: int) -> None:
+    """Raise ValueError unless the head's weight is (N, D) and its bias (N,) or None."""
+    weight, bias = head.weight, head.bias
+    if weight.shape != (num_states, width):
+        raise ValueError(f"head.weight must have shape (N, D), {(num_states, width)}, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (num_states,):
+        raise ValueError(f"head.bias must have shape (N,), {(num_states,)}, or be None, got {tuple(bias.shape)}")
 
 
 class _LinearHeadAndLoss(torch.autograd.Function):
@@ -72,7 +75,7 @@ class _LinearHeadAndLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[3:]
         by_hidden, by_weight, by_bias, by_shift, by_sigma, by_factor = wanted
-        dtype = _product_dtype(hidden)
+        dtype = product_dtype(hidden)
         rows, matrix = hidden.to(dtype), weight.to(dtype)
         vector = None if bias is None else bias.to(dtype)
         loss = torch.empty_like(factor)
@@ -87,7 +90,7 @@ class _LinearHeadAndLoss(torch.autograd.Function):
         slopes_room = factor.new_empty(longest, len(weight)) if needed else None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in parts:
-                logits = _linear(rows[part], matrix, vector, out=scores_room[: part.stop - part.start])
+                logits = linear(rows[part], matrix, vector, out=scores_room[: part.stop - part.start])
                 noise = sigma[part].detach().to(sum_dtype(sigma.device)).requires_grad_(by_sigma)
                 with torch.set_grad_enabled(by_sigma):
                     jumps = jumps_at(part, noise)
@@ -107,7 +110,7 @@ class _LinearHeadAndLoss(torch.autograd.Function):
                 if hidden_slope is not None:
                     hidden_slope[part] = slopes @ matrix
                 if weight_slope is not None:
-                    _add_product(weight_slope, slopes.T, rows[part])
+                    add_product(weight_slope, slopes.T, rows[part])
         weighted = loss * factor
         ctx.mark_non_differentiable(weighted)
         slopes_of = [
@@ -145,7 +148,7 @@ def loss_and_slopes(
     return log_score, row_divergence(log_score, jumps, scale=factor, slope=room)
 
 
-def _product_dtype(hidden: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor) -> torch.dtype:
     """That of the matrix products: autocast's where it is on, as it would be for a linear layer."""
     kind = hidden.device.type
     if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
@@ -153,16 +156,19 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+    """Rows W^T + bias, written to `out`."""
     if bias is None:
         return torch.mm(rows, weight.T, out=out)
     return torch.addmm(bias, rows, weight.T, out=out)
 
 
-def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """`total` += one @ other, in total's dtype."""
+def add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """`total` += one @ other, in total's dtype; on CUDA the product is summed in that dtype, too, if torch can."""
     if total.dtype == one.dtype:
         total.addmm_(one, other)
+    elif one.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        total += torch.mm(one, other, out_dtype=total.dtype)
     else:
         total += one @ other
 

@@ -7,8 +7,8 @@ Score entropy has no normaliser, so each entry's share of the loss and of the gr
     D(s, r) = r phi(d),  s - r = r (d + phi(d))    near s = r,  phi(d) = e^d - 1 - d by its series
             = s - r - r d                          elsewhere;  s where r = 0
 
-(eq. 5 as the Bregman divergence of `sedd_objectives.fast.divergence`). One program a row reads each logit once, adds to the
-row's float32 sum and writes the slope over the logit: two bytes read and two written an entry in bfloat16. Weights and
+(eq. 5 as a Bregman divergence, see `divergence.py`). One program a row reads each logit once, adds to the row's float32
+sum and writes the slope over the logit: two bytes read and two written an entry in bfloat16. Weights and
 ratios are `Jumps`: constants of the row but at listed states, which take the constants' place in the block of columns
 that holds them. Nothing is subtracted from a sum.
 

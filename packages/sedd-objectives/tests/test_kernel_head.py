@@ -1,0 +1,222 @@
+"""The way that a GPU takes from hidden states to loss and gradients, on the CPU: kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sedd_objectives import fused_denoising_loss
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU benchmarks/gpu.py compares this way with the CPU's")
+checks, fused, kernel_head = (
+    importlib.import_module(f"sedd_objectives.{name}") for name in ("checks", "fast.fused", "fast.kernel_head")
+)
+WIDTH = 6
+READS = {
+    "aten._local_scalar_dense",
+    "aten.nonzero",
+    "aten._unique2",
+    "aten.masked_select",
+    "aten.item",
+    "aten.is_nonzero",
+}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The kernel is used, several chunks are, and values are not read."""
+    monkeypatch.setattr(fused, "kernel_serves", lambda hidden, dtype, *_: dtype == torch.float32)
+    monkeypatch.setattr(kernel_head, "LEAST_ROWS", 5)
+    for module in (checks, importlib.import_module("sedd_objectives.jumps")):
+        monkeypatch.setattr(module, "reading_waits", lambda device: True)
+
+
+def batch(graph, generator, *, bias=True, learns=("hidden", "weight", "bias")):
+    """(3, 7) positions and what the loss of them takes."""
+    x0 = torch.randint(5, (3, 7), generator=generator)
+    sigma = torch.tensor([0.2, 0.7, 2.0])
+    x = graph.sample(x0, sigma, generator=generator)
+    draw = {"hidden": (3, 7, WIDTH), "weight": (graph.num_states, WIDTH), "bias": (graph.num_states,)}
+    made = {
+        name: torch.randn(shape, generator=generator).requires_grad_(name in learns) for name, shape in draw.items()
+    }
+    if not bias:
+        made["bias"] = None
+    head = SimpleNamespace(weight=made["weight"], bias=made["bias"], shift=-sigma.expm1().log())
+    return made, (made["hidden"], head, graph, x, x0, sigma, torch.tensor([1.0, 0.5, 2.0]))
+
+
+def loss_and_gradients(made, arguments, **how):
+    loss = fused_denoising_loss(*arguments, **how)
+    leaves = [value for value in made.values() if value is not None and value.requires_grad]
+    return loss, torch.autograd.grad(2.5 * loss.total, leaves) if loss.total.requires_grad else ()
+
+
+def in_float64(made, arguments):
+    """The same, for the way without a kernel."""
+    wide = {
+        name: value if value is None else value.detach().double().requires_grad_(value.requires_grad)
+        for name, value in made.items()
+    }
+    _, head, *rest = arguments
+    head = SimpleNamespace(weight=wide["weight"], bias=wide["bias"], shift=head.shift.double())
+    return wide, (wide["hidden"], head, *rest)
+
+
+def assert_near(found, expected, tolerance=1e-6):
+    """As vectors: an entry in which terms cancel is as precise as the terms."""
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_loss_and_gradients_are_those_of_the_other_way(weighted, bias, graph, generator, request):
+    made, arguments = batch(graph, generator, bias=bias)
+    weight = torch.rand(3, 7, generator=generator).masked_fill(arguments[4] == 2, 0) if weighted else None
+    expected, slopes = loss_and_gradients(*in_float64(made, arguments), weight=weight)
+    request.getfixturevalue("as_on_a_gpu")
+    found, ours = loss_and_gradients(made, arguments, weight=weight)
+    torch.testing.assert_close(found.per_sequence.double(), expected.per_sequence, rtol=2e-6, atol=0)
+    assert_near(ours, slopes)
+
+
+@pytest.mark.parametrize("learns", [(), ("hidden",), ("weight",), ("hidden", "bias")])
+def test_what_does_not_learn_gets_no_gradient(learns, make_graphs, generator, request):
+    made, arguments = batch(make_graphs(5)["hybrid"], generator, learns=learns)
+    expected, slopes = loss_and_gradients(*in_float64(made, arguments))
+    request.getfixturevalue("as_on_a_gpu")
+    found, ours = loss_and_gradients(made, arguments)
+    assert found.total.requires_grad == bool(learns)
+    torch.testing.assert_close(found.total.double(), expected.total, rtol=2e-6, atol=0)
+    assert_near(ours, slopes)
+
+
+def test_under_autocast_products_are_bfloat16_and_the_weights_gradient_is_summed_in_float32(
+    make_graphs, generator, request
+):
+    """Against the same products on the other way: what is left is a slope's rounding to bfloat16."""
+    made, arguments = batch(make_graphs(5)["uniform"], generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, slopes = loss_and_gradients(made, arguments)
+        request.getfixturevalue("as_on_a_gpu")
+        found, ours = loss_and_gradients(made, arguments)
+    assert found.total.dtype == torch.float32
+    torch.testing.assert_close(found.per_sequence, expected.per_sequence, rtol=1e-5, atol=0)
+    assert all(slope.dtype == torch.float32 for slope in ours)
+    assert_near(ours, slopes, tolerance=1e-2)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_where_nothing_can_move_the_loss_and_the_gradients_are_zero(make_graphs, generator):
+    made, arguments = batch(make_graphs(5)["absorbing"], generator)
+    loss, slopes = loss_and_gradients(made, (*arguments[:3], arguments[4], *arguments[4:]))
+    assert loss.total == 0
+    assert all((slope == 0).all() for slope in slopes)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_goes_backward_only_once_and_finds_a_nan(make_graphs, generator):
+    made, arguments = batch(make_graphs(5)["uniform"], generator)
+    total = fused_denoising_loss(*arguments).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes backward only once"):
+        total.backward()
+    with torch.no_grad():
+        made["hidden"][1, 2] = float("nan")
+    with pytest.raises(ValueError, match="the loss is NaN at 1 of 21 positions"):
+        fused_denoising_loss(*arguments)
+    assert fused_denoising_loss(*arguments, refuse_nan=False).per_sequence.isnan().tolist() == [False, True, False]
+
+
+class Reads(TorchDispatchMode):
+    """The operations that read a value back, or whose output's size is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket)
+        if name in READS or (name.startswith("aten.index") and any(_is_bool(part) for part in args[1:2])):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_bool(indices):
+    tensors = indices if isinstance(indices, (list, tuple)) else [indices]
+    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in tensors)
+
+
+class Plain:
+    """A graph's rows without its checks, whose like sedd_graphs leaves to the device."""
+
+    def __init__(self, num_states, mask_id):
+        self.num_states, self.mask_id = num_states, mask_id
+
+    def rates_into(self, x):
+        one = torch.ones(x.shape)
+        if self.mask_id is None:
+            return SimpleNamespace(base=one / self.num_states, index=x[..., None], value=one[..., None] * 0 - 1)
+        masked = (x == self.mask_id).float()
+        return SimpleNamespace(base=masked, index=x[..., None], value=(masked - 1)[..., None])
+
+    def ratio(self, x, x0, sigma):
+        if self.mask_id is None:
+            q = sigma.expm1() / (sigma.expm1() + self.num_states)
+            same = x == x0
+            at_x0 = torch.where(same, 1, 1 / q)
+            return SimpleNamespace(base=torch.where(same, q, 1), index=x0[..., None], value=at_x0[..., None])
+        return SimpleNamespace(base=torch.zeros_like(sigma), index=x0[..., None], value=1 / sigma.expm1()[..., None])
+
+
+@pytest.mark.parametrize("mask_id", [8, None])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_step_reads_back_one_number(mask_id, weighted, generator):
+    """How many positions can move, in several chunks, forward and backward."""
+    made, (hidden, head, _, x, x0, sigma, dsigma) = batch(SimpleNamespace(num_states=9, sample=_keep), generator)
+    x = torch.where(torch.rand(3, 7, generator=generator) < 0.7, 8 if mask_id else x, x0)
+    weight = (x0 != 2).float() if weighted else None
+    with Reads() as reads:
+        loss = fused_denoising_loss(
+            *(hidden, head, Plain(9, mask_id), x, x0, sigma, dsigma), weight=weight, refuse_nan=False
+        )
+        loss.total.backward()
+    assert reads.seen == ["aten.nonzero"]
+    assert made["weight"].grad is not None
+
+
+def test_reads_are_seen(make_graphs, generator):
+    """The way without a GPU reads many."""
+    _, arguments = batch(make_graphs(5)["uniform"], generator)
+    with Reads() as reads:
+        fused_denoising_loss(*arguments).total.backward()
+    assert len(reads.seen) > 10
+
+
+def _keep(x0, sigma, *, generator):
+    return x0
+
+
+def test_the_kernel_serves_only_where_it_can():
+    """Not on a CPU, not in float64, not where a schedule learns through the jumps."""
+    serves, on_gpu = kernel_head.kernel_serves, SimpleNamespace(is_cuda=True)
+    assert serves(on_gpu, torch.float32, torch.zeros(2))
+    assert not serves(torch.zeros(2, 3), torch.float32, torch.zeros(2))
+    assert not serves(on_gpu, torch.float64, torch.zeros(2))
+    assert not serves(on_gpu, torch.float32, torch.zeros(2, requires_grad=True))
+
+
+def test_chunks_follow_the_card(monkeypatch):
+    rows = kernel_head.rows_at_a_time
+    assert rows(torch.device("cpu"), 50_258, torch.bfloat16) == 4096
+    for memory, expected in ((80 << 30, 13_340), (24 << 30, 4096)):
+        card = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        assert rows(torch.device("cuda"), 50_258, torch.bfloat16) == expected
