@@ -7,87 +7,11 @@ torchrun --standalone --nproc_per_node 2 integration/train_owt.py --recipe tiny 
 python integration/train_owt.py --recipe tiny --corpus my-texts/ --output runs/mine
 python integration/train_owt.py --plan 8                            what each of 8 ranks would hold, for each stage
 python integration/train_owt.py --recipe tiny --resume              continue from the last checkpoint
+
+The run, from top to bottom, is `sedd_train.training.train`.
 """
 
-from __future__ import annotations
+from sedd_train.commands import train
 
-import argparse
-import shlex
-import sys
-from pathlib import Path
-
-from sedd_train import SetupError, TrainingError, distributed, plan, recipes, train
-from sedd_train.distributed import say
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument(
-    "--recipe",
-    default="sedd-small-absorb-owt",
-    metavar="NAME",
-    help=f"{', '.join(recipes.recipe_names())}, or the path of a .toml file (default: %(default)s)",
-)
-parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE)")
-parser.add_argument("--resume", action="store_true", help="continue the run in that folder from its last checkpoint")
-parser.add_argument(
-    "--cache",
-    type=Path,
-    default=Path("runs/cache"),
-    metavar="DIR",
-    help="folder of tokenised text, shared by runs (default: %(default)s)",
-)
-parser.add_argument(
-    "--plan",
-    type=int,
-    nargs="?",
-    const=0,
-    metavar="RANKS",
-    help="say what the run would do and hold, on so many ranks, and stop (default: as many as are started)",
-)
-parser.add_argument(
-    "--tensorboard",
-    action=argparse.BooleanOptionalAction,
-    default=True,
-    help="write the log's numbers for TensorBoard too, if it is installed (default: yes)",
-)
-parser.add_argument("--wandb", metavar="PROJECT", default="", help="send them to this project of Weights & Biases too")
-parser.add_argument(
-    "--peak-tflops",
-    type=float,
-    default=0.0,
-    metavar="X",
-    help="what one device can do at best, 10^12 operations a second, for the utilisation (MFU); known GPUs need none",
-)
-parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
-recipes.add_arguments(parser)
-args = parser.parse_args()
-output = args.output or Path("runs") / Path(args.recipe).stem
-given = {name: value for name, value in vars(args).items() if name in recipes.Recipe.__dataclass_fields__}
-
-try:
-    recipe = recipes.for_run(output, args.recipe, given, resume=args.resume)
-    if args.plan is not None:
-        say(plan.describe(recipe, args.plan or distributed.place()[1], args.cache))
-        sys.exit(0)
-except (ValueError, OSError) as error:
-    say(f"train_owt.py: error: {error}")
-    sys.exit(2)
-
-try:
-    result = train(
-        recipe,
-        output=output,
-        resume=args.resume,
-        cache=args.cache,
-        tensorboard=args.tensorboard,
-        wandb=args.wandb,
-        peak_tflops=args.peak_tflops,
-    )
-except SetupError as error:
-    say(f"train_owt.py: error: {error}")
-    sys.exit(2)
-except TrainingError as error:
-    say(f"train_owt.py: error: {error}")
-    distributed.finish(1)
-if recipe.objective == "score-entropy" and not result.stopped:
-    say(f"sample from it with     python integration/sample.py --checkpoint {shlex.quote(str(output / 'export'))}")
-distributed.finish()
+if __name__ == "__main__":
+    train.main(prog="train_owt.py")

@@ -1,8 +1,7 @@
-"""integration/sample.py, every option, with networks of a few hundred weights."""
+"""`sedd sample`, every option, with networks of a few hundred weights."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -13,21 +12,16 @@ import pytest
 import torch
 from sedd_nets import MDLM, RADD, SEDD
 from sedd_train import tokenizers
+from sedd_train.commands import sample
 from torch import Tensor
 
-SCRIPT = Path(__file__).parents[1] / "integration/sample.py"
 TEXTS = ["the state of the union is strong and the people of the states are free ", "we the people of the union "] * 9
 LENGTH = 16
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sample_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return sample
 
 
 @pytest.fixture(scope="module")
