@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from types import SimpleNamespace
 
@@ -152,6 +153,30 @@ def cycle_matrix(num_states):
         Q[(x + 1) % num_states, x] += 0.8
         Q[(x - 1) % num_states, x] += 0.3
     return MatrixGraph(Q - torch.diag(Q.sum(0)))
+
+
+def clustered_matrix(labels=(0, 0, 1, 1), within=3.0, between=1.0):
+    """Tokens of one cluster turn into each other faster than into others."""
+    labels = torch.tensor(labels)
+    Q = torch.where(labels[:, None] == labels, within, between).double() / len(labels)
+    Q.fill_diagonal_(0)
+    return MatrixGraph(Q - torch.diag(Q.sum(0)))
+
+
+def ordinal_matrix(num_states):
+    """States in a row, each jumping to its neighbours."""
+    Q = torch.diag(torch.ones(num_states - 1, dtype=torch.float64), 1)
+    Q = Q + Q.T
+    return MatrixGraph(Q - torch.diag(Q.sum(0)))
+
+
+class Geometric:
+    def __init__(self, low=1e-4, high=20.0):
+        self.low, self.high = low, high
+
+    def __call__(self, t):
+        sigma = self.low ** (1 - t) * self.high**t
+        return sigma, sigma * math.log(self.high / self.low)
 
 
 class LogLinear:

@@ -17,6 +17,8 @@ from sedd_samplers.adapters import (
     to_reverse,
     to_velocity,
 )
+from sedd_samplers.controls import controlled, temperature
+from sedd_samplers.guidance import classifier_free
 from sedd_samplers.steps import tweedie_probs, tweedie_score
 
 GRAPHS = {
@@ -229,6 +231,38 @@ def test_steps_of_a_reverse_model_on_its_own_grid_are_its_own(ref):
                generator=torch.Generator().manual_seed(0))  # fmt: skip
     law = torch.full((3,), 1 / 3, dtype=torch.float64) @ table @ table @ table
     assert ref.chi_square(x, law) > 1e-4
+
+
+@pytest.mark.parametrize("through", ["posterior", "logits", "controlled", "guided"])
+def test_gradients_reach_the_network(graph, through):
+    """A loss on the log-score, by finite differences in float64; banned tokens and states without a way are no NaN."""
+    x = states()[:1]
+    weight = torch.randn(1, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = torch.nn.functional.one_hot(x, 5).bool()
+    counted = torch.rand(1, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def loss(weight):
+        score = from_logits(lambda x, sigma: weight, graph, banned=[3])
+        if through == "posterior":
+            score = from_posterior(lambda x, sigma: weight.softmax(-1), graph)
+        if through == "controlled":
+            score = controlled(score, graph, temperature(0.8))
+        if through == "guided":
+            score = classifier_free(score, lambda x, sigma: torch.zeros(1, 5, 5).double(), 1.5, num_states=5)
+        # score entropy: s - r log s over states that are led to, with x = 3 left out where it is banned
+        s = score(x, SIGMA[:1])
+        term = torch.where(s > -torch.inf, s.exp() - counted * torch.where(s > -torch.inf, s, 0.0), 0.0)
+        return term.masked_fill(own, 0.0)[:, [0, 1, 2, 4]].sum()
+
+    weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(weight), weight)
+    assert gradient.isfinite().all()
+    for i, y in ((0, 1), (1, 4), (4, 0), (2, 2)):
+        step = torch.zeros_like(weight)
+        step[0, i, y] = 1e-6
+        with torch.no_grad():
+            slope = (loss(weight + step) - loss(weight - step)) / 2e-6
+        torch.testing.assert_close(gradient[0, i, y], slope, rtol=1e-4, atol=1e-6)
 
 
 class TinyMaskedLM(torch.nn.Module):

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sedd_samplers import Ancestral, Euler, TauLeaping, Tweedie, sample, uniform_grid
-from sedd_samplers.fast import cached, convert_rows, draw_by_blocks, spread, times_row
+from sedd_samplers import Ancestral, Euler, TauLeaping, Tweedie, cached, sample, uniform_grid
+from sedd_samplers.fast import Answer, draw_by_blocks, spread, times_row
 from sedd_samplers.randomness import uniforms
 
 GRAPHS = {
@@ -100,7 +100,7 @@ def plain_sample(score, graph, noise, shape, times, method, seeds):
 @pytest.mark.parametrize("method", PLAIN)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_run_draws_the_tokens_of_the_plain_loop(ref, name, method):
-    graph, noise, times = GRAPHS[name](ref), ref.Linear(2.0), uniform_grid(3, 0.1)
+    graph, noise, times = GRAPHS[name](ref), ref.LogLinear(0.1), uniform_grid(3, 0.1)
     tokens = 5 - (graph.mask_id is not None)
     score = ref.ExactScore(ref.random_data(tokens, 3, 5, graph.mask_id), graph.Q)
     fast = sample(score, graph, noise, shape=(6, 3), times=times, method=method(), seeds=range(6))
@@ -144,13 +144,17 @@ def test_a_draw_from_no_distribution_tells_by_its_sum(bad):
 
 
 @pytest.mark.parametrize("picked", [False, True])
-def test_rows_are_converted_in_pieces_as_at_once(picked, monkeypatch):
-    monkeypatch.setattr("sedd_samplers.fast.rows.rows_at_a_time", lambda num_states, device: 3)
-    answer = torch.rand(11, 4, generator=seeded()).bfloat16()
+def test_an_answer_is_converted_in_pieces_as_at_once(picked, monkeypatch):
+    monkeypatch.setattr("sedd_samplers.fast.answer.rows_at_a_time", lambda num_states, device: 3)
+    rows = torch.rand(11, 4, generator=seeded()).bfloat16()
     pick = torch.tensor([9, 0, 3, 3, 10, 7, 1]) if picked else None
     scale = torch.arange(11.0)[: 7 if picked else 11, None]
-    got = convert_rows(answer, pick, lambda rows, part: rows * scale[part])
-    assert torch.equal(got, (answer.float()[pick] if picked else answer.float()) * scale)
+    answer = Answer(rows, pick).then(lambda r, part: r * scale[part]).then(lambda r, part: r + 1, torch.float64)
+    plain = (rows.double()[pick] if picked else rows.double()) * scale + 1
+    assert torch.equal(answer.tensor(), plain.float())
+    assert torch.equal(answer[torch.tensor([5, 0])], plain[[5, 0]])
+    assert answer[2:4].dtype == torch.float64
+    assert len(answer) == len(plain)
 
 
 def test_a_cached_model_answers_as_the_model(ref):

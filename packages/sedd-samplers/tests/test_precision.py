@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from sedd_samplers import Ancestral, Tweedie, sample
+from sedd_samplers import Ancestral, Reverse, Tweedie, sample
 from sedd_samplers.adapters import from_posterior
-from sedd_samplers.steps import ancestral_probs, denoise_probs, tweedie_probs, tweedie_score
+from sedd_samplers.precision import fastest_rate
+from sedd_samplers.steps import ancestral_probs, denoise_probs, tweedie_probs
 
 STEPS = [
     (sigma, delta) for sigma in (1.0, 5.0, 9.5, 12.0, 20.0) for delta in (0.01, 1.0, 6.0, 12.0, 19.9) if delta <= sigma
@@ -44,8 +45,8 @@ def test_steps_back_through_uniform_noise_keep_float32_s_precision(ref, N, sigma
     graph = ref.StructuredUniform(N)
     x, log_score, true = uniform(N, sigma, delta)
     level = torch.full((N,), sigma, dtype=torch.float64)
-    close(tweedie_probs(log_score.float(), x, graph, torch.full_like(level, delta)), true)
-    close(ancestral_probs(log_score.float(), x, graph, level - delta, level), true)
+    close(tweedie_probs(log_score.float().double(), x, graph, torch.full_like(level, delta)), true)
+    close(ancestral_probs(log_score.float().double(), x, graph, level - delta, level), true)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 9.5, 20.0])
@@ -54,8 +55,9 @@ def test_the_posterior_comes_back_from_a_float32_score(ref, sigma):
     x, log_score, _ = uniform(7, sigma, sigma)
     level = torch.full((7,), sigma)
     posterior = denoise_probs(log_score, x, graph, level.double())
-    close(denoise_probs(log_score.float(), x, graph, level), posterior / posterior.sum(-1, keepdim=True))
-    score = tweedie_score(posterior.clamp(min=0).float(), x, graph, level)
+    close(denoise_probs(log_score.float().double(), x, graph, level), posterior / posterior.sum(-1, keepdim=True))
+    clean = posterior.clamp(min=0).float()
+    score = from_posterior(lambda x, sigma: clean[None], graph)(x[None], level[:1])[0]
     assert score.dtype == torch.float32
     torch.testing.assert_close(score.double(), log_score, rtol=2e-5, atol=1e-7 * math.exp(-sigma))
 
@@ -94,3 +96,75 @@ def test_one_token_from_high_noise_in_a_few_long_steps(ref, method):
     x = sample(from_posterior(posterior, graph), graph, Geometric(), shape=(50_000, 1), steps=3, method=method,
                generator=torch.Generator().manual_seed(0))  # fmt: skip
     assert ref.chi_square(x, p0) > 1e-4
+
+
+def walk(N, sigma):
+    """exp(sigma Q) of a walk on N ordered states, every entry precise relative to itself: all terms are positive."""
+    rate = 0.25 / math.sin(math.pi / (2 * N)) ** 2
+    stay = torch.eye(N, dtype=torch.float64)
+    step = torch.diag(torch.ones(N - 1, dtype=torch.float64), 1)
+    Q = rate * (step + step.T)
+    Q -= torch.diag(Q.sum(0))
+    jump, weight = stay + Q / (2 * rate), math.exp(-2 * rate * sigma)
+    out = torch.zeros_like(Q)
+    for k in range(400):
+        out += weight * stay
+        stay, weight = jump @ stay, weight * 2 * rate * sigma / (k + 1)
+    return Q, out
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sigma", [3e-3, 0.03])
+def test_the_score_of_a_posterior_over_far_states_is_the_sum_of_positive_terms(ref, sigma, precision):
+    """32 ordered states, of which some can become others only with 1e-40: no term of the sum may be lost."""
+    Q, forward = walk(32, sigma)
+
+    class Walk(ref.MatrixGraph):
+        def transition_into(self, x, sigma):
+            return self._row(forward[x])
+
+    graph, x = Walk(Q), torch.arange(32)[None]
+    p = torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1).to(precision)
+    got = from_posterior(lambda x, sigma: p, graph)(x, torch.tensor([sigma], dtype=precision))
+    expected = torch.stack([
+        sum(p[0, i, c].double() * forward[:, c] / forward[i, c] for c in range(32)) for i in range(32)
+    ])[None]  # fmt: skip
+    error = 1e-6 if precision == torch.float32 else 1e-12
+    torch.testing.assert_close(got.double(), expected.log(), rtol=error, atol=error)
+
+
+@pytest.mark.parametrize(("rate", "D"), [(1.0, 2.0), (5.0, 2.0), (0.2, 12.0)])
+def test_what_is_worked_in_float64_does_not_depend_on_the_batch(ref, rate, D):
+    """By the graph's fastest rate: ordered states, where errors grow by e^(4 D), beside others with less to undo."""
+    graph = ref.MatrixGraph(rate * ref.ordinal_matrix(5).Q)
+    score = ref.ExactScore(torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03]), graph.Q)
+    seen = []
+
+    class Looking(Reverse):
+        def redraw(self, x, sigma, where, kernel):
+            def look(log_score, *rest):
+                seen.append(log_score.dtype)
+                return kernel(log_score, *rest)
+
+            return super().redraw(x, sigma, where, look)
+
+    reverse = Looking(lambda x, sigma: score(x, sigma.double()).float(), graph, ref.Linear(D),
+                      frozen=torch.zeros(2, 1).bool(), seeds=torch.arange(2))  # fmt: skip
+    Tweedie()(reverse, torch.zeros(2, 1).long(), torch.tensor([1.0, 0.1]).double(), torch.tensor([0.01, 0.09]).double())
+    assert seen == [torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"), [("absorbing", 0.0), ("uniform", 1.0), ("hybrid", 1.0), ("ordinal", 3.618), ("cycle", 1.95)]
+)
+def test_the_fastest_rate_is_the_largest_eigenvalue_of_what_noises_tokens(ref, name, rate):
+    graph = {
+        "absorbing": ref.StructuredAbsorbing(4, 2),
+        "uniform": ref.StructuredUniform(5),
+        "hybrid": ref.hybrid_matrix(4),
+        "ordinal": ref.ordinal_matrix(5),
+        "cycle": ref.cycle_matrix(5),
+    }[name]
+    largest = float(torch.linalg.eigvals(graph.Q).abs().max()) if rate else 0.0
+    assert fastest_rate(graph) == pytest.approx(largest, rel=0.15)
+    assert largest == pytest.approx(rate, abs=0.15)

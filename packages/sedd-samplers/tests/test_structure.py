@@ -184,12 +184,10 @@ class Peak(TorchDispatchMode):
             self.now -= size
 
 
-@pytest.mark.parametrize(("adapted", "buffers"), [(False, 0.6), (True, 1.6)])
-def test_memory_is_one_buffer_at_most_whatever_the_number_of_steps(ref, adapted, buffers):
-    """Beside the network's answer an adapter makes one tensor of its size, the sampler none; both work in pieces.
-
-    The pieces' temporaries are allowed 0.6 of the answer's size, which is 16 pieces here.
-    """
+@pytest.mark.parametrize("adapted", [False, True])
+def test_beside_the_network_s_answer_only_pieces_are_held_whatever_the_number_of_steps(ref, adapted):
+    """With an adapter or without, no tensor of the answer's size, which is 16 pieces; temporaries may be half of it."""
+    buffers = 0.5
     num_states, shape = 4096, (8, 512)
     graph = ref.StructuredAbsorbing(num_states - 1)
     answer = torch.rand(8 * 512, num_states)
@@ -202,4 +200,4 @@ def test_memory_is_one_buffer_at_most_whatever_the_number_of_steps(ref, adapted,
         peaks.append(memory.peak / (answer.numel() * 4))
     assert max(peaks) < buffers
     assert peaks[1] < 1.02 * peaks[0]
-    assert min(peaks) > buffers - 0.6 + 0.02  # the meter runs
+    assert min(peaks) > 0.02  # the meter runs

@@ -11,8 +11,8 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from . import adapters, autoregressive, controls, guidance, masked, multistage, steps, views
+from .caching import cached
 from .exact import FirstHitting, Uniformization
-from .fast import cached
 from .grids import adaptive_grid, noise_grid, uniform_grid
 from .interfaces import Graph, Noise, Row, RowModel, ScoreModel
 from .masked import (

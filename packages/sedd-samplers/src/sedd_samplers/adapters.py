@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from .controls import Control, apply_controls
-from .fast import convert_rows
+from .fast import Answer, Part
 from .interfaces import Graph, RowModel, ScoreModel
-from .model_calls import ModelCall, row_model
-from .steps import check_recoverable, denoise_probs, possible, tweedie_probs, tweedie_score
+from .model_calls import ModelCall, Wrapper
+from .precision import check_recoverable, fastest_rate, working_dtype
+from .steps import denoise_probs, score_of, tweedie_probs, without_own
 
 __all__ = [
     "from_posterior",
@@ -117,15 +118,15 @@ def from_logits(
     index = torch.tensor(sorted(out), dtype=torch.int64)
     call = ModelCall(logits, graph.num_states, "logits")
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = call(x, sigma, where, rows)
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
+        answer = call(x, sigma, where, rows)
 
-        def softmax(part: Tensor, _: slice) -> Tensor:
+        def softmax(part: Tensor, _: Part) -> Tensor:
             return part.index_fill(1, index.to(part.device), -torch.inf).softmax(-1)
 
-        return convert_rows(answer, pick, softmax)
+        return answer.then(softmax)
 
-    return from_posterior(row_model(at), graph, controls=controls)
+    return from_posterior(Wrapper(at), graph, controls=controls)
 
 
 def from_masked_lm(
@@ -168,7 +169,7 @@ def from_masked_lm(
             answer: Tensor = model(input_ids=x, attention_mask=attention_mask).logits
         return answer[where] if answer.ndim == 3 else answer
 
-    return from_logits(row_model(at), graph, banned=[*banned, *([] if pad_id is None else [pad_id])], controls=controls)
+    return from_logits(Wrapper(at), graph, banned=[*banned, *([] if pad_id is None else [pad_id])], controls=controls)
 
 
 def from_reverse(reverse: Model, graph: Graph, delta_sigma: Levels) -> RowModel:
@@ -222,17 +223,17 @@ def from_velocity(velocity: Model, graph: Graph) -> RowModel:
     _check_path(graph)
     call = ModelCall(velocity, graph.num_states, "velocity")
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = call(x, torch.exp(-sigma), where, rows)
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
+        answer = call(x, torch.exp(-sigma), where, rows)
         here, left = x[where][:, None], -torch.expm1(-sigma)[where.nonzero()[:, 0], None]
 
-        def posterior(u: Tensor, part: slice) -> Tensor:
+        def posterior(u: Tensor, part: Part) -> Tensor:
             p = u * left[part].to(u.dtype)
             return p.scatter_add_(1, here[part], torch.ones_like(p[:, :1])).clamp_min_(0)
 
-        return convert_rows(answer, pick, posterior)
+        return answer.then(posterior)
 
-    return from_posterior(row_model(at), graph)
+    return from_posterior(Wrapper(at), graph)
 
 
 def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
@@ -248,39 +249,43 @@ def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
         left = (1 - kappa)[where.nonzero()[:, 0], None]
         return p.scatter_add_(1, x[where][:, None], -torch.ones_like(p[:, :1])).div_(left.to(p.dtype))
 
-    return row_model(at)
+    return Wrapper(at)
 
 
 def _from_law(call: ModelCall, graph: Graph, delta_sigma: Levels, controls: Sequence[Control] = ()) -> RowModel:
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = call(x, sigma, where, rows)
+    rate = fastest_rate(graph)
+
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
+        answer = call(x, sigma, where, rows)
         index, position = where.nonzero(as_tuple=True)
         here, level, sequence = x[where], delta_sigma(sigma)[index], rows[index]
 
-        def convert(p: Tensor, part: slice) -> Tensor:
+        def convert(p: Tensor, part: Part) -> Tensor:
+            pi = without_own(p, here[part], graph, level[part])
             if controls:
-                p = possible(p, here[part], graph, level[part])
-                p = apply_controls(controls, p, sequence[part], position[part])
-            return tweedie_score(p, here[part], graph, level[part])
+                pi = apply_controls(controls, pi, sequence[part], position[part])
+            return score_of(pi, here[part], graph, level[part])
 
-        return convert_rows(answer, pick, convert)
+        return answer.then(convert, working_dtype(rate, answer.device))
 
-    return row_model(at)
+    return Wrapper(at)
 
 
 def _to_law(call: ModelCall, graph: Graph, delta_sigma: Levels, kernel: Callable[..., Tensor]) -> RowModel:
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = call(x, sigma, where, rows)
-        check_recoverable(graph, delta_sigma(sigma), torch.promote_types(answer.dtype, torch.float32))
+    rate = fastest_rate(graph)
+
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
+        answer = call(x, sigma, where, rows)
+        check_recoverable(rate, delta_sigma(sigma), torch.promote_types(answer.dtype, torch.float32))
         here, level = x[where], delta_sigma(sigma)[where.nonzero()[:, 0]]
 
-        def normalised(log_score: Tensor, part: slice) -> Tensor:
+        def normalised(log_score: Tensor, part: Part) -> Tensor:
             p = kernel(log_score, here[part], graph, level[part].to(log_score.dtype)).clamp_min_(0)
             return p.div_(p.sum(-1, keepdim=True))
 
-        return convert_rows(answer, pick, normalised)
+        return answer.then(normalised, working_dtype(rate, answer.device))
 
-    return row_model(at)
+    return Wrapper(at)
 
 
 def _check_path(graph: Graph) -> None:

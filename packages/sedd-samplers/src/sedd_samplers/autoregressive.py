@@ -26,7 +26,6 @@ import torch
 from torch import Generator, Tensor
 
 from .controls import Control, apply_controls
-from .fast import widened
 from .model_calls import ModelCall, device_of
 from .prompts import check_prompt, check_shape
 from .randomness import draw_categorical, row_seeds, uniforms
@@ -173,8 +172,7 @@ def _next(call: ModelCall, x: Tensor, rows: Tensor) -> Tensor:
     """The law (b, N) of the token after x (b, l), float32 at least; ValueError where it is none."""
     last = torch.zeros_like(x, dtype=torch.bool)
     last[:, -1] = True
-    answer, pick = call(x, None, last, rows)
-    logits = widened(answer if pick is None else answer[pick])
+    logits = call(x, None, last, rows).tensor()
     top = logits.amax(-1)
     if not top.isfinite().all():
         b = int((~top.isfinite()).nonzero()[0])

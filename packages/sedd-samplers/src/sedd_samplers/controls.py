@@ -1,19 +1,26 @@
-"""Controls: what may be done to p(x0 | x_t) before a token is drawn from it.
+"""Controls: what may be done to the law of a token before it is drawn.
 
-Temperature, top-k, top-p and constraints are statements about tokens, and p(x0 | x_t) is the one place in a diffusion
-model where there is a distribution over tokens. Applied to the states on the way, or to the score, they would act on
-the mask and on noise as well. So a control changes the posterior, and the score follows from that (equation 18 read
-backwards): whatever the graph, each step then draws from sum_{x0} p'(x0 | x_t) p(x_s | x_t, x0) with the controlled p'.
+Temperature, top-k, top-p and constraints are statements about tokens. In a diffusion model two factors make up what is
+known of a clean token x0 at a position whose state is x: by equation 18
 
-What that is exactly, and what not:
+    p(x0 = c | x_t) = pi(c) p(x | c) / sum over c' of pi(c') p(x | c'),       pi = exp(-sigma Q) s, normalised
+
+The likelihood p(x | c) says what noise does and is the graph's; pi is the law of x0 given the *other* positions, and
+the model's. Controls act on pi, and the score follows from what they make of it: the reverse of the process that starts
+from the controlled law. (Acting on p(x0 | x_t) would not be: near sigma = 0 that is a spike at x, which a temperature
+leaves as it is.) At a mask p(mask | c) is the same for all c, and pi is p(x0 | x_t) itself.
+
+What that is exactly, and what not, under every graph:
 
 - One position, everything else known: exact, the controlled conditional.
 - Several: each position's conditional is controlled as it comes, as in any left-to-right model. The samples' joint law
   is not p0 to the power 1/temperature, nor p0 restricted to a set.
-- `allowed_tokens`: every finished sample obeys, for every graph. But a position that is drawn now does not look ahead
-to the
-  constraints of those still open. The law is p0 given the constraint where tokens do not depend on each other, or where
-  every constrained position is constrained to one token, which then belongs into the prompt: there the network sees it.
+- `allowed_tokens`: every finished sample obeys. But a position that is drawn now does not look ahead to the constraints
+  of those still open. The law is p0 given the constraint where tokens do not depend on each other, or where every
+  constrained position is constrained to one token, which then belongs into the prompt: there the network sees it.
+
+Where tokens are noised, pi of a model of posteriors is its answer divided by p(x | c): near sigma = 0 the small entries
+of the answer count, as those of a softmax are right relative to themselves.
 
 A control is a callable (p (M, N), sequence (M,), position (M,)) -> (M, N), non-negative; rows need not sum to 1.
 """
@@ -25,21 +32,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .fast import convert_rows
+from .fast import Answer, Part, log
 from .interfaces import Graph, RowModel, ScoreModel
-from .model_calls import ModelCall, row_model
-from .steps import check_recoverable, tweedie_posterior, tweedie_score
+from .model_calls import ModelCall, Wrapper
+from .precision import check_recoverable, fastest_rate, working_dtype
+from .steps import leave_one_out, score_of
 
 __all__ = ["Control", "controlled", "temperature", "top_k", "top_p", "allowed_tokens", "apply_controls"]
 
 Control = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(p(x0 | x_t) (M, N), sequence (M,), position (M,)) -> (M, N), non-negative."""
+"""(law of x0 given the other positions (M, N), sequence (M,), position (M,)) -> (M, N), non-negative."""
 
 
 def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
-    """A score model whose posterior p(x0 | x_t) is controlled.
+    """A score model whose law of each token given the other positions is controlled.
 
-    The posterior is recovered from the score by Tweedie's theorem. That is well conditioned for absorbing graphs. Where
+    That law is recovered from the score by Tweedie's theorem. That is well conditioned for absorbing graphs. Where
     tokens themselves are noised it amplifies the score's rounding by e^sigma, and is refused where nothing would be
     left: a model that has a posterior to begin with is controlled there by the `controls` of `from_posterior` and
     `from_logits`.
@@ -58,22 +66,22 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
         ValueError: the score model is not callable; when called, if it returns another shape, if the controls leave no
             token to a position, or if tokens are noised and sigma is too high for the score's precision (9 in float32).
     """
-    call = ModelCall(score, graph.num_states, "score model")
+    call, rate = ModelCall(score, graph.num_states, "score model"), fastest_rate(graph)
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = call(x, sigma, where, rows)
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
+        answer = call(x, sigma, where, rows)
         index, position = where.nonzero(as_tuple=True)
         here, level, sequence = x[where], sigma[index], rows[index]
-        check_recoverable(graph, sigma, torch.promote_types(answer.dtype, torch.float32))
+        check_recoverable(rate, sigma, torch.promote_types(answer.dtype, torch.float32))
 
-        def convert(log_score: Tensor, part: slice) -> Tensor:
-            p = tweedie_posterior(log_score, here[part], graph, level[part])
-            p = apply_controls(controls, p, sequence[part], position[part])
-            return tweedie_score(p, here[part], graph, level[part])
+        def convert(log_score: Tensor, part: Part) -> Tensor:
+            pi = leave_one_out(log_score, here[part], graph, level[part])
+            pi = apply_controls(controls, pi, sequence[part], position[part])
+            return score_of(pi, here[part], graph, level[part])
 
-        return convert_rows(answer, pick, convert)
+        return answer.then(convert, working_dtype(rate, answer.device))
 
-    return row_model(at)
+    return Wrapper(at)
 
 
 def apply_controls(controls: Sequence[Control], p: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
@@ -98,7 +106,7 @@ def temperature(value: float) -> Control:
         raise ValueError(
             f"temperature must be positive and finite, got {value!r}; for the likeliest token use top_k(1)"
         )
-    return lambda p, sequence, position: (p.log() / value).softmax(-1)
+    return lambda p, sequence, position: (log(p + 0) / value).softmax(-1)
 
 
 def top_k(count: int) -> Control:

@@ -27,9 +27,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .fast import convert_rows
+from .fast import Answer, Part
 from .interfaces import RowModel, ScoreModel
-from .model_calls import ModelCall, row_model
+from .model_calls import ModelCall, Wrapper
 
 __all__ = ["classifier_free", "classifier_guided", "neighbour_ratios", "first_order_ratios"]
 
@@ -54,21 +54,19 @@ def classifier_free(conditional: ScoreModel, unconditional: ScoreModel, weight: 
     with_class = ModelCall(conditional, num_states, "conditional score model")
     without = ModelCall(unconditional, num_states, "unconditional score model")
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
         if weight in (0, 1):
-            answer, pick = (with_class if weight else without)(x, sigma, where, rows)
-            return convert_rows(answer, pick, lambda log_score, part: log_score)
-        conditioned, pick_c = with_class(x, sigma, where, rows)
-        plain, pick = without(x, sigma, where, rows)
+            return (with_class if weight else without)(x, sigma, where, rows)
+        conditioned, plain = with_class(x, sigma, where, rows), without(x, sigma, where, rows)
 
-        def combine(log_score: Tensor, part: slice) -> Tensor:
-            given_class = (conditioned[part] if pick_c is None else conditioned[pick_c[part]]).to(log_score.dtype)
+        def combine(log_score: Tensor, part: Part) -> Tensor:
+            given_class = conditioned[part].to(log_score.dtype)
             mixed = torch.lerp(log_score, given_class, weight)
             return mixed.masked_fill_((log_score == -torch.inf) | (given_class == -torch.inf), -torch.inf)
 
-        return convert_rows(plain, pick, combine)
+        return plain.then(combine, conditioned.work)
 
-    return row_model(at)
+    return Wrapper(at)
 
 
 def classifier_guided(score: ScoreModel, ratios: Callable[..., Tensor], weight: float, *, num_states: int) -> RowModel:
@@ -91,19 +89,19 @@ def classifier_guided(score: ScoreModel, ratios: Callable[..., Tensor], weight: 
     unguided = ModelCall(score, num_states, "score model")
     classifier = ModelCall(ratios, num_states, "classifier's ratios")
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        answer, pick = unguided(x, sigma, where, rows)
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
+        answer = unguided(x, sigma, where, rows)
         if weight == 0:
-            return convert_rows(answer, pick, lambda log_score, part: log_score)
-        ratio, pick_r = classifier(x, sigma, where, rows)
+            return answer
+        ratio = classifier(x, sigma, where, rows)
 
-        def add(log_score: Tensor, part: slice) -> Tensor:
-            log_ratio = (ratio[part] if pick_r is None else ratio[pick_r[part]]).to(log_score.dtype)
+        def add(log_score: Tensor, part: Part) -> Tensor:
+            log_ratio = ratio[part].to(log_score.dtype)
             return torch.where(log_score == -torch.inf, log_score, log_score + weight * log_ratio)
 
-        return convert_rows(answer, pick, add)
+        return answer.then(add)
 
-    return row_model(at)
+    return Wrapper(at)
 
 
 def neighbour_ratios(
@@ -131,7 +129,7 @@ def neighbour_ratios(
             out[flat] = log_prob(changed, sigma[sequence[row]])
         return out.view(-1, num_states) - here[:, None]
 
-    return row_model(at)
+    return Wrapper(at)
 
 
 def first_order_ratios(log_prob: Callable[[Tensor, Tensor], Tensor], num_states: int) -> RowModel:
@@ -157,7 +155,7 @@ def first_order_ratios(log_prob: Callable[[Tensor, Tensor], Tensor], num_states:
         slope = gradient[where]
         return slope - slope.gather(1, x[where][:, None])
 
-    return row_model(at)
+    return Wrapper(at)
 
 
 def _check_weight(weight: float) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interfaces import RowModel
+from .fast import Answer
 
-__all__ = ["ModelCall", "offers", "row_model", "device_of"]
+__all__ = ["ModelCall", "offers", "Wrapper", "device_of"]
 
 
 class ModelCall:
@@ -42,29 +42,38 @@ class ModelCall:
         self._model, self._num_states, self._name = model, num_states, name
         self._offers_where, self._offers_rows = offers(model, "where"), offers(model, "rows")
 
-    def __call__(self, x: Tensor, sigma: Tensor | None, where: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The answer as rows (R, N), and which of them belong to `where`, in order; None when all do, as they stand.
+    def __call__(self, x: Tensor, sigma: Tensor | None, where: Tensor, rows: Tensor) -> Answer:
+        """The rows at the true positions of `where` (B, L), in row-major order.
 
-        A model that does not take sigma is asked with None.
+        A model that does not take sigma is called with None.
 
         Raises:
             ValueError: the answer has another shape or is no float tensor.
         """
+        if isinstance(self._model, Wrapper) and sigma is not None:
+            made = self._model.answer(x, sigma, where, rows)
+            self._check(made.shape, made.dtype, (len(made), self._num_states))
+            return made
         inputs = (x,) if sigma is None else (x, sigma)
         further = {"rows": rows} if self._offers_rows else {}
         if self._offers_where:
             answer = self._model(*inputs, where=where, **further)
-            return self._checked(answer, (int(where.sum()), self._num_states)), None
+            return Answer(self._checked(answer, (int(where.sum()), self._num_states)))
         answer = self._checked(self._model(*inputs, **further), (*x.shape, self._num_states))
-        return answer.flatten(0, 1), where.flatten().nonzero()[:, 0]
+        return Answer(answer.flatten(0, 1), where.flatten().nonzero()[:, 0])
 
     def _checked(self, answer: object, expected: tuple[int, ...]) -> Tensor:
-        if not isinstance(answer, Tensor) or tuple(answer.shape) != expected or not answer.is_floating_point():
-            got = (
-                f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-            )
-            raise ValueError(f"the {self._name} must return a float tensor of shape {expected}, got {got}")
+        if not isinstance(answer, Tensor):
+            raise ValueError(self._told(expected, f"a {type(answer).__name__}"))
+        self._check(tuple(answer.shape), answer.dtype, expected)
         return answer
+
+    def _check(self, shape: tuple[int, ...], dtype: torch.dtype, expected: tuple[int, ...]) -> None:
+        if shape != expected or not dtype.is_floating_point:
+            raise ValueError(self._told(expected, f"{dtype} {shape}"))
+
+    def _told(self, expected: tuple[int, ...], got: str) -> str:
+        return f"the {self._name} must return a float tensor of shape {expected}, got {got}"
 
 
 def offers(model: Any, parameter: str) -> bool:
@@ -77,15 +86,27 @@ def offers(model: Any, parameter: str) -> bool:
         return False
 
 
-def row_model(at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> RowModel:
-    """The model of a function (x, sigma, where, rows) -> (M, N) that knows only rows."""
+class Wrapper:
+    """A model made of others, as a `RowModel`; inside the package its answer is taken in pieces.
 
-    def model(x: Tensor, sigma: Tensor, /, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    Args:
+        at: (x, sigma, where, rows) -> the rows (M, N) at the true positions of `where`, or an `Answer`.
+    """
+
+    def __init__(self, at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | Answer]) -> None:
+        self._at = at
+
+    def answer(self, x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
+        """The rows at the true positions of `where` (B, L)."""
+        out = self._at(x, sigma, where, rows)
+        return out if isinstance(out, Answer) else Answer(out)
+
+    def __call__(self, x: Tensor, sigma: Tensor, /, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """(B, L, N), or (M, N) for the M true positions of `where`."""
         everywhere = torch.ones_like(x, dtype=torch.bool) if where is None else where
-        out = at(x, sigma, everywhere, torch.arange(len(x), device=x.device) if rows is None else rows)
+        rows = torch.arange(len(x), device=x.device) if rows is None else rows
+        out = self.answer(x, sigma, everywhere, rows).tensor()
         return out.reshape(*x.shape, -1) if where is None else out
-
-    return model
 
 
 def device_of(model: object, device: torch.device | str | None) -> torch.device:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .fast import convert_rows, rows_at_a_time, widened
+from .fast import Answer
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import ModelCall
+from .precision import fastest_rate, working_dtype
 from .randomness import draw_categorical, draw_shared, uniforms
 
 __all__ = ["Reverse", "Kernel"]
@@ -53,7 +54,7 @@ class Reverse:
         into = graph.rates_into(torch.arange(graph.num_states, device=frozen.device))
         # a jump leads into x where the row Q[x, .] is positive; its one negative entry is the diagonal
         self._enterable = (into.base > 0) | (into.value > 0).any(-1)
-        self._chunk = rows_at_a_time(graph.num_states, frozen.device)
+        self._work = working_dtype(fastest_rate(graph, frozen.device), frozen.device)
 
     def prior(self) -> Tensor:
         """States from the limit of the forward process, independent over positions: (B, L) int64."""
@@ -80,16 +81,16 @@ class Reverse:
         old = x[sequence, position]
         new = torch.empty_like(old)
         uniform = self.uniforms(sequence, position)
-        rows, pick = self._evaluate(x, sigma, where)
-        with torch.autocast(x.device.type, enabled=False):
-            for i in range(0, len(old), self._chunk):
-                part = slice(i, i + self._chunk)
-                log_score = rows[part] if pick is None else rows[pick[part]]
-                probs = kernel(widened(log_score), old[part], sequence[part], position[part]).clamp_(min=0)
-                try:
-                    new[part] = draw_categorical(probs, uniform[part])
-                except ValueError as error:
-                    raise _named(error, log_score, probs, sequence[part], position[part], sigma) from error
+        log_scores = self._answer(x, sigma, where)
+        answer = log_scores.then(
+            lambda log_score, part: kernel(log_score, old[part], sequence[part], position[part]), self._work
+        )
+        for part in answer.parts():
+            probs = answer[part].clamp_(min=0)
+            try:
+                new[part] = draw_categorical(probs, uniform[part])
+            except ValueError as error:
+                raise _named(error, log_scores[part], probs, sequence[part], position[part], sigma) from error
         x = x.clone()
         x[sequence, position] = new
         return x
@@ -106,15 +107,15 @@ class Reverse:
         if not len(sequence):
             return torch.empty(0, self.graph.num_states, device=x.device)
         old = x[sequence, position]
-        answer, pick = self._evaluate(x, sigma, where)
-        rows = convert_rows(
-            answer, pick, lambda log_score, part: kernel(log_score, old[part], sequence[part], position[part])
-        )
+        answer = self._answer(x, sigma, where)
+        rows = answer.then(
+            lambda log_score, part: kernel(log_score, old[part], sequence[part], position[part]), self._work
+        ).tensor()
         bad = ~rows.sum(-1).isfinite()
         if bad.any():
             row = int(bad.nonzero()[0])
             b, i = int(sequence[row]), int(position[row])
-            log_score = answer[row if pick is None else int(pick[row])]
+            log_score = answer[row : row + 1]
             what = "NaN" if log_score.isnan().any() else f"a log-score of up to {float(log_score.max()):.6g}"
             raise ValueError(
                 f"the score model returned {what} at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}, "
@@ -130,8 +131,8 @@ class Reverse:
         x[sequence[flipped], position[flipped]] = state
         return x
 
-    def _evaluate(self, x: Tensor, sigma: Tensor, where: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The model's rows (R, N), and which of them belong to `where`, in order; None when all do, as they stand."""
+    def _answer(self, x: Tensor, sigma: Tensor, where: Tensor) -> Answer:
+        """The model's rows at `where`, of the sequences that have any."""
         rows = where.any(1).nonzero()[:, 0]
         if len(rows) < len(x):
             x, sigma, where = x[rows], sigma[rows], where[rows]

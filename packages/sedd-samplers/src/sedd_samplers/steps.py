@@ -7,7 +7,8 @@ of the jump x -> y being Q[x, y] s(x)_y (3), and D = sigma(t) - sigma(s):
 
     Euler (17)             delta_x(y) + D Q[x, y] s_y                           D = dt dsigma(t) to first order
     tau-leaping            exp(-R) at x, (1 - exp(-R)) D Q[x, y] s_y / R        R = sum_{y != x} D Q[x, y] s_y
-    posterior (18)         p(x0 | x_t) = (exp(-sigma Q) s)_x0 exp(sigma Q)[x_t, x0]
+    leave-one-out          pi(x0) = (exp(-sigma Q) s)_x0, the law of x0 given the *other* positions
+    posterior (18)         p(x0 | x_t) = pi(x0) exp(sigma Q)[x_t, x0]
     Tweedie (19)           (exp(-D Q) s)_y exp(D Q)[x, y]
     final denoise          Tweedie with D = sigma(t), restricted to tokens
     ancestral              sum_{x0} p(x0 | x_t) p(x_s | x_t, x0)
@@ -19,21 +20,22 @@ whoever knows the law p(x_s | x_t = x) of a step knows the score,
     s = exp(D Q) [ p(. | x) / exp(D Q)[x, .] ]
 
 Rows come out unnormalised and may hold negative entries where the equation gives them; the draw clamps them to 0 and
-renormalises. Where tokens themselves are noised, exp(-D Q) takes apart what is nearly equal: errors grow by e^D. Those
-of the score itself nothing can undo, and short steps keep them small. Rounding in here is another matter: a log-score
-of 1e-9 is as precise in float32 as any number, its exponential 1 + 1e-9 is not. So long steps are worked in float64.
+renormalises. Where tokens themselves are noised, exp(-D Q) takes apart what is nearly equal, and errors grow by e^(r D)
+with the graph's fastest rate r. Those of the score itself nothing can undo, and short steps keep them small.
+Rounding in here is another matter: a log-score of 1e-9 is as precise in float32 as any number, its exponential 1 + 1e-9
+is not. The equations are worked in the precision of their rows; `Reverse` and the adapters hand them float64 under
+every graph that noises tokens (`working_dtype`).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .fast import spread, times_row
+from .fast import log, spread, times_row
 from .interfaces import Graph
 from .reverse import Reverse
 
@@ -96,10 +98,9 @@ def tweedie_probs(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: Tenso
     Returns:
         (M, N), each row summing to 1; negative entries where the score is not that of any distribution.
     """
-    dtype = _precision(log_score, delta_sigma)
-    delta_sigma = delta_sigma.to(dtype)
-    before = graph.propagate(concrete_score(log_score.to(dtype), x), -delta_sigma)
-    return times_row(before, graph.transition_into(x, delta_sigma)).to(log_score.dtype)
+    delta_sigma = delta_sigma.to(log_score.dtype)
+    before = graph.propagate(concrete_score(log_score, x), -delta_sigma)
+    return times_row(before, graph.transition_into(x, delta_sigma))
 
 
 def tweedie_score(probs: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
@@ -115,13 +116,7 @@ def tweedie_score(probs: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -
     Returns:
         (M, N): 0 at y = x, -inf where no probability leads, NaN where no state of positive probability can become x.
     """
-    dtype = _precision(probs, delta_sigma)
-    delta_sigma = delta_sigma.to(dtype)
-    p = probs.to(dtype)
-    reach = spread(graph.transition_into(x, delta_sigma), p)
-    s = graph.propagate(torch.where(reach > 0, p / reach, 0.0), delta_sigma).clamp_min(0)
-    at_x = s.gather(1, x[:, None])  # 1, had every row the sum 1 over the states that can have become x
-    return s.div_(at_x).log_().to(probs.dtype)
+    return score_of(without_own(probs, x, graph, delta_sigma), x, graph, delta_sigma)
 
 
 def tweedie_posterior(log_score: Tensor, x: Tensor, graph: Graph, sigma: Tensor) -> Tensor:
@@ -163,29 +158,61 @@ def denoise_probs(log_score: Tensor, x: Tensor, graph: Graph, sigma: Tensor) -> 
     return probs
 
 
-def possible(probs: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
-    """The probabilities (M, N) of earlier states without those of states that cannot have become x; a new tensor."""
-    return torch.where(spread(graph.transition_into(x, delta_sigma.to(probs.dtype)), probs) > 0, probs, 0.0)
+# --- The law of x0 given the other positions --------------------------------------------------------------------------
 
 
-def check_recoverable(graph: Graph, sigma: Tensor, dtype: torch.dtype) -> None:
-    """That a posterior can be told from a score at sigma: ValueError where tokens are noised and e^sigma eps > 1e-3.
+def leave_one_out(log_score: Tensor, x: Tensor, graph: Graph, sigma: Tensor) -> Tensor:
+    """The first factor of equation 18: pi = exp(-sigma Q) s, the law of each position's x0 given the other positions.
 
-    Where a jump leads into some state other than the mask, all that the score knows of x0 is of the size e^-sigma, and
-    what a network computes is rounded more coarsely than that.
+        p(x0 = c | x_t) = pi(c) p(x | c) / sum over c' of pi(c') p(x | c')
+
+    pi does not know the position's own state x. Arguments as for `tweedie_posterior`.
+
+    Returns:
+        (M, N), each row summing to 1, 0 at the mask and at states that cannot have become x.
     """
-    limit = math.log(1e-3 / torch.finfo(dtype).eps)
-    if not len(sigma) or float(sigma.max()) <= limit:
-        return
-    states = torch.arange(graph.num_states, device=sigma.device)
-    into = graph.rates_into(states)
-    entered = (into.base > 0) | (into.value > 0).any(-1)
-    if entered.sum() > (graph.mask_id is not None and entered[graph.mask_id]):
-        raise ValueError(
-            f"the posterior p(x0 | x_t) cannot be told from a {dtype} score at sigma = {float(sigma.max()):.6g}: what "
-            f"it knows of x0 is lost in rounding beyond {limit:.3g}. Adapt and control a model of the posterior "
-            "instead (from_posterior, from_logits and their controls), or use float64"
-        )
+    sigma = sigma.to(log_score.dtype)
+    pi = graph.propagate(concrete_score(log_score, x), -sigma).clamp_(min=0)
+    if graph.mask_id is not None:
+        pi[:, graph.mask_id] = 0
+    pi = torch.where(spread(graph.transition_into(x, sigma), pi) > 0, pi, 0.0)
+    return pi.div_(pi.sum(-1, keepdim=True))
+
+
+def without_own(probs: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
+    """The law (M, N) of a state a noise D earlier without what x itself says of it: p(. | x) / p(x | .), unnormalised.
+
+    States that cannot have become x get 0. The opposite of `leave_one_out` times its likelihood.
+    """
+    reach = spread(graph.transition_into(x, delta_sigma.to(probs.dtype)), probs)
+    can = reach > 0
+    return torch.where(can, probs / torch.where(can, reach, 1.0), 0.0)  # no gradient of 0 / 0
+
+
+def score_of(pi: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
+    """The log-score of a leave-one-out law: log exp(D Q) pi, shifted to 0 at x; (M, N)."""
+    s = carry(pi, graph, delta_sigma).clamp_min(0)
+    at_x = s.gather(1, x[:, None])  # 1, had every row the sum 1 over the states that can have become x
+    can = at_x > 0
+    return log(torch.where(can, s / torch.where(can, at_x, 1.0), torch.nan))
+
+
+def carry(weights: Tensor, graph: Graph, sigma: Tensor) -> Tensor:
+    """exp(sigma Q) v for v >= 0 (M, N), every entry precise relative to itself, however far v spreads.
+
+    `propagate` is precise relative to its largest entry. Where a likelihood of 1e-60 has been divided by, that is not
+    enough: under a graph whose rows name all their states the sum is taken over rows, every term positive.
+    """
+    sigma = sigma.to(weights.dtype)
+    states = torch.arange(weights.shape[-1], device=weights.device)
+    if graph.transition_into(states[:1], sigma[:1]).index.shape[-1] < len(states):
+        return graph.propagate(weights, sigma)
+    out = torch.empty_like(weights)
+    levels, level = torch.unique(sigma, return_inverse=True)
+    for k in range(len(levels)):
+        step = spread(graph.transition_into(states, levels[k].expand(len(states))), weights.new_empty(2 * states.shape))
+        out[level == k] = weights[level == k] @ step.T
+    return out
 
 
 # --- Euler and tau-leaping -------------------------------------------------------------------------------------------
@@ -271,13 +298,7 @@ def leap(jumps: Tensor, x: Tensor) -> Tensor:
 
 def concrete_score(log_score: Tensor, x: Tensor) -> Tensor:
     """S = exp(log_score), a new tensor (M, N); the entry at x carries no information and its true value is 1."""
-    return log_score.exp().scatter_(1, x[:, None], 1.0)
-
-
-def _precision(like: Tensor, delta_sigma: Tensor) -> torch.dtype:
-    """What a step of the noise D (M,) is worked in: float64 where e^D times float32's rounding exceeds 1e-6."""
-    long = len(delta_sigma) > 0 and float(delta_sigma.max()) > 2
-    return torch.float64 if long else like.dtype
+    return log_score.scatter(1, x[:, None], 0.0).exp()
 
 
 # --- Ancestral -------------------------------------------------------------------------------------------------------
@@ -328,6 +349,5 @@ def ancestral_probs(log_score: Tensor, x: Tensor, graph: Graph, sigma_s: Tensor,
     """
     clean = tweedie_posterior(log_score, x, graph, sigma_t)
     sigma_s, sigma_t = sigma_s.to(clean.dtype), sigma_t.to(clean.dtype)
-    reach = spread(graph.transition_into(x, sigma_t), clean)
-    earlier = graph.propagate(torch.where(reach > 0, clean / reach, 0.0), sigma_s)
-    return earlier.mul_(spread(graph.transition_into(x, sigma_t - sigma_s), clean))
+    earlier = carry(without_own(clean, x, graph, sigma_t), graph, sigma_s)
+    return times_row(earlier, graph.transition_into(x, sigma_t - sigma_s))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .caching import cached
+from .answer import Answer, Part
 from .categorical import draw_by_blocks
-from .rows import convert_rows, rows_at_a_time, spread, times_row, widened
+from .rows import log, spread, times_row
 
-__all__ = ["cached", "convert_rows", "draw_by_blocks", "rows_at_a_time", "spread", "times_row", "widened"]
+__all__ = ["Answer", "Part", "draw_by_blocks", "log", "spread", "times_row"]

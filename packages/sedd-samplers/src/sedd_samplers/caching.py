@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..interfaces import RowModel
-from ..model_calls import offers, row_model
+from .interfaces import RowModel
+from .model_calls import Wrapper, offers
 
 __all__ = ["cached"]
 
@@ -55,4 +55,4 @@ def cached(model: Callable[..., Tensor]) -> RowModel:
                 return answer
         return kept[sequences[0]][2] if len(sequences) == 1 else torch.cat([kept[b][2] for b in sequences])
 
-    return row_model(at)
+    return Wrapper(at)
