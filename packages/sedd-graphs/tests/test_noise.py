@@ -71,7 +71,7 @@ def test_a_learned_schedule_learns():
     optimizer = torch.optim.Adam(noise.parameters(), lr=0.05)
     t = torch.linspace(0.05, 1, 64)
     for _ in range(200):
-        loss = (noise(t)[0].log() - target.sigma(t).log()).square().mean()
+        loss = (noise.sigma(t).log() - target.sigma(t).log()).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

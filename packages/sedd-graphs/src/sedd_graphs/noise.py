@@ -261,7 +261,23 @@ class Learned(nn.Module):
     """Any schedule, run through at a learnable pace: sigma(t) = schedule(F(t)) with F increasing from 0 to 1.
 
     F is the integral of a piecewise linear, positive density, so that F' is continuous and F has a closed inverse.
-    At first F(t) = t. The bound does not depend on F, but the variance of its estimate does: minimise that.
+    At first F(t) = t. The bound does not depend on F, but the variance of its estimate does. With l the loss per unit
+    of total noise and r_F(sigma) = dsigma/dt, the estimate dsigma l at a uniform t has the second moment
+
+        E (dsigma l)^2 = integral of r_F(sigma) E[l^2 | sigma] dsigma,
+
+    in which r_F alone depends on F. So no gradient needs to go through the draw of x_t, which has none:
+
+        t = torch.rand(len(x0))
+        loss = denoising_loss(score, graph, noise, x0, t=t)     # (B,); its gradient is the network's alone
+        pace = noise.second_moment(t, loss).mean()              # its gradient is the schedule's alone
+        (loss.mean() + pace).backward()
+
+    Under absorption E[l^2 | sigma] grows like 1 / sigma, and the integral is finite only from a sigma(0) above 0: begin
+    with `Geometric` or `Linear(sigma_min=...)` there.
+
+    To a loss that is computed from sigma and dsigma the parameters are constants: the derivative by sigma of a loss at
+    an x_t that was drawn at sigma is no derivative of its mean, and leads a schedule astray.
 
     Args:
         start: the schedule to begin with.
@@ -279,43 +295,68 @@ class Learned(nn.Module):
         return f"{self.start!r}, knots={self.knots}"
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(sigma, dsigma) at times t, both of t's shape."""
+        """(sigma, dsigma) at times t, both of t's shape; functions of t, but not of the parameters."""
         t = _times(t)
-        warped, slope = self._warp(widen(t))  # float32 has too few digits left where the schedule is steep
+        # in float64: float32 has too few digits left where the schedule is steep
+        warped, slope = self._warp(widen(t), self.log_density.detach())
         return self.start.sigma(warped).to(t.dtype), (self.start.dsigma(warped) * slope).to(t.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Total noise at times t (...), without checks."""
-        return self.start.sigma(self._warp(widen(t))[0]).to(t.dtype)
+        """Total noise at times t (...), without checks; a function of the parameters, too."""
+        return self.start.sigma(self._warp(widen(t), self.log_density)[0]).to(t.dtype)
+
+    def rate(self, sigma: Tensor) -> Tensor:
+        """r_F(sigma) = dsigma/dt at the time at which sigma is reached; a function of the parameters, too.
+
+        Raises as `inverse` does.
+        """
+        sigma = _reached(self, sigma)
+        warped = self.start.time(widen(sigma)).clamp(0, 1)
+        return (self.start.dsigma(warped) * self._back(warped)[1]).to(sigma.dtype)
+
+    def second_moment(self, t: Tensor, loss: Tensor) -> Tensor:
+        """loss^2, with the gradient by the parameters that its mean over t, x0 and x_t has: what to minimise.
+
+        Args:
+            t: times uniform on [0, 1], (...), also stratified ones.
+            loss: estimates dsigma l of the bound at these times, (...); taken as constants.
+
+        Returns:
+            (...), in the square of the loss's unit.
+        """
+        sigma, dsigma = self(t.detach())
+        moment: Tensor = self.rate(sigma) * (loss.detach().square() / dsigma)
+        return moment
 
     def inverse(self, sigma: Tensor) -> Tensor:
         """The time t in [0, 1] at which the total noise is sigma; raises as `Noise.inverse` does."""
         sigma = _reached(self, sigma)
-        warped = self.start.time(widen(sigma)).clamp(0, 1)
-        density, reached = self._density(warped)
-        piece = (torch.searchsorted(reached.detach(), warped.detach().contiguous(), right=True) - 1).clamp(
-            0, self.knots - 1
-        )
-        missing, d, slope = (
-            warped - _pick(reached, piece),
-            _pick(density, piece),
-            (_pick(density, piece + 1) - _pick(density, piece)) * self.knots,
-        )
-        step = 2 * missing / (d + (d * d + 2 * missing * slope).clamp(min=0).sqrt())
-        return (piece.to(step.dtype) / self.knots + step).clamp(0, 1).to(sigma.dtype)
+        return self._back(self.start.time(widen(sigma)).clamp(0, 1))[0].to(sigma.dtype)
 
-    def _warp(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _warp(self, t: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
         """F(t) and F'(t)."""
-        density, reached = self._density(t)
+        density, reached = self._density(log_density, t.dtype)
         piece = (t.detach() * self.knots).long().clamp(0, self.knots - 1)
         step = t - piece.to(t.dtype) / self.knots
-        slope = (_pick(density, piece + 1) - _pick(density, piece)) * self.knots
-        warped = _pick(reached, piece) + _pick(density, piece) * step + slope * step * step / 2
-        return warped.clamp(0, 1), _pick(density, piece) + slope * step
+        d = _pick(density, piece)
+        slope = (_pick(density, piece + 1) - d) * self.knots
+        warped = _pick(reached, piece) + d * step + slope * step * step / 2
+        return warped.clamp(0, 1), d + slope * step
 
-    def _density(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """F' and F at the knots, (knots + 1,) each, in the dtype of `like`."""
-        density = (self.log_density - self.log_density.max()).to(like.dtype).exp()
+    def _back(self, warped: Tensor) -> tuple[Tensor, Tensor]:
+        """The t at which F(t) is `warped`, and F'(t)."""
+        density, reached = self._density(self.log_density, warped.dtype)
+        piece = torch.searchsorted(reached.detach(), warped.detach().contiguous(), right=True) - 1
+        piece = piece.clamp(0, self.knots - 1)
+        missing, d = warped - _pick(reached, piece), _pick(density, piece)
+        slope = (_pick(density, piece + 1) - d) * self.knots
+        density_there = (d * d + 2 * missing * slope).clamp(min=0).sqrt()
+        t = piece.to(d.dtype) / self.knots + 2 * missing / (d + density_there)
+        return t.clamp(0, 1), density_there
+
+    def _density(self, log_density: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """F' and F at the knots, (knots + 1,) each."""
+        density = (log_density - log_density.max()).to(dtype).exp()
         areas = (density[1:] + density[:-1]) / (2 * self.knots)
         reached = torch.cat([areas.new_zeros(1), areas.cumsum(0)]) / areas.sum()
         return density / areas.sum(), reached
