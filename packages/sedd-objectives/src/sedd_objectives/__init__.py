@@ -17,6 +17,7 @@ from .denoising import (
 from .estimate import Estimate, monte_carlo
 from .fast.fused import FusedLoss, fused_denoising_loss
 from .implicit import enumerated_implicit_score_entropy_loss, implicit_score_entropy_loss
+from .masked_bound import masked_likelihood_bound
 from .score_entropy import (
     concrete_score_matching,
     plain_concrete_score_matching,
@@ -39,6 +40,7 @@ __all__ = [
     "fused_denoising_loss",
     "FusedLoss",
     "likelihood_bound",
+    "masked_likelihood_bound",
     "reconstruction_loss",
     "Bound",
     "denoising_cross_entropy",
