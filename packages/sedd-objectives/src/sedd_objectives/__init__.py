@@ -25,6 +25,13 @@ from .score_entropy import (
     score_entropy,
 )
 from .times import ImportanceTimes, low_discrepancy_times, stratified_times, uniform_times
+from .x0_prediction import (
+    leave_one_out_loss,
+    leave_one_out_score_entropy,
+    posterior_loss,
+    posterior_score_entropy,
+    time_varying_loss,
+)
 
 __all__ = [
     "score_entropy",
@@ -47,6 +54,11 @@ __all__ = [
     "cross_entropy_loss",
     "lambda_cross_entropy_loss",
     "any_order_loss",
+    "posterior_score_entropy",
+    "posterior_loss",
+    "leave_one_out_score_entropy",
+    "leave_one_out_loss",
+    "time_varying_loss",
     "d3pm_loss",
     "d3pm_bound",
     "autoregressive_loss",

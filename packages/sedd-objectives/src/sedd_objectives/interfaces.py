@@ -14,10 +14,12 @@ from torch import Generator, Tensor
 __all__ = [
     "Row",
     "Graph",
+    "PosteriorGraph",
     "LikelihoodGraph",
     "ImplicitGraph",
     "MaskGraph",
     "DiscreteTimeGraph",
+    "TimeVaryingGraph",
     "Noise",
     "ScoreModel",
     "PosteriorModel",
@@ -60,21 +62,25 @@ class Graph(Protocol):
         """p(y | x0) / p(x | x0) for every state y."""
 
 
-class LikelihoodGraph(Graph, Protocol):
-    """What the bound needs besides: the end terms at t = 1 and t = t_min."""
+class PosteriorGraph(Graph, Protocol):
+    """What models of the clean token need besides: how to go from clean tokens to noised ones."""
 
     @property
     def mask_id(self) -> int | None:
         """The state that is no token and never occurs in clean data; None when every state is a token."""
-
-    def prior_kl(self, x0: Tensor, sigma: Tensor, /) -> Tensor:
-        """KL(exp(sigma Q)[., x0] || prior), (...) nats."""
 
     def transition_into(self, x: Tensor, sigma: Tensor, /) -> Row:
         """exp(sigma Q)[x, .]: the probability of x given each state before."""
 
     def propagate(self, v: Tensor, sigma: Tensor, /) -> Tensor:
         """exp(sigma Q) v for dense vectors v (..., N), sigma (...) of either sign."""
+
+
+class LikelihoodGraph(PosteriorGraph, Protocol):
+    """What the bound needs besides: the end term at t = 1."""
+
+    def prior_kl(self, x0: Tensor, sigma: Tensor, /) -> Tensor:
+        """KL(exp(sigma Q)[., x0] || prior), (...) nats."""
 
 
 class ImplicitGraph(Protocol):
@@ -108,6 +114,27 @@ class DiscreteTimeGraph(LikelihoodGraph, Protocol):
 
     def posterior(self, x: Tensor, x0: Tensor, sigma_s: Tensor, sigma_t: Tensor, /) -> Row:
         """p(x_s | x_t = x, x_0 = x0) for sigma_s <= sigma_t, both of one shape."""
+
+
+class TimeVaryingGraph(Protocol):
+    """A forward process on one token whose generator depends on time, other than by a factor: t in [0, 1]."""
+
+    @property
+    def num_states(self) -> int:
+        """N."""
+
+    @property
+    def mask_id(self) -> int | None:
+        """The state that is no token and never occurs in clean data; None when every state is a token."""
+
+    def sample(self, x0: Tensor, t: Tensor, /, *, generator: Generator | None = None) -> Tensor:
+        """x_t given x0, (...) int64."""
+
+    def rates_into(self, x: Tensor, t: Tensor, /) -> Row:
+        """Q_t[x, .]: the rates at t, in units of t, of the jumps that lead into x; at x that of leaving it, < 0."""
+
+    def propagate(self, v: Tensor, t: Tensor, /) -> Tensor:
+        """The distribution at t, (..., N), of a token whose distribution at 0 is v (..., N); linear in v."""
 
 
 class Noise(Protocol):

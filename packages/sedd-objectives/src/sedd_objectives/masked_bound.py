@@ -31,10 +31,11 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from . import fast
 from .batch import check_clean, score_rows, spread
 from .bound import Bound, reconstruction_loss
-from .checks import check_weight, expand_leading, sum_dtype
-from .denoising import _live_loss
+from .checks import arithmetic_dtype, check_not_nan, check_weight, expand_leading, sum_dtype
+from .denoising import denoising_jumps
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
 from .jumps import RatesInto, value_at
 
@@ -144,8 +145,11 @@ class _Problem(NamedTuple):
         x = self.x0.masked_fill(masked, self.mask_id)
         sigma = (-torch.log1p(-level) / self.rate).to(torch.get_default_dtype())
         log_score, positions = score_rows(self.score, x, sigma, counted, self.graph.num_states)
-        states = x[counted], self.x0[counted], sigma[:, None].expand(x.shape)[counted]
-        loss = _live_loss(log_score, positions, self.graph, RatesInto.of(self.graph, x), *states).to(level.dtype)
+        rows, dtype = log_score.reshape(-1, self.graph.num_states), arithmetic_dtype(log_score)
+        jumps_at = denoising_jumps(self.graph, RatesInto.of(self.graph, x), x[counted], self.x0[counted], dtype)
+        levels = sigma[:, None].expand(x.shape)[counted].to(level.dtype)
+        loss = fast.score_entropy_rows(rows, positions, jumps_at, levels, dtype=dtype).to(level.dtype)
+        check_not_nan(loss, log_score)
         odds = level / (1 - level) / self.rate
         factor = odds[:, None] if self.factor is None else odds[:, None] * self.factor
         return spread(loss, counted) * factor
