@@ -137,7 +137,8 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure speed and memory, as ratios within one run; names of benchmarks go after `--`."""
     install_all(session)
-    for name in session.posargs or sorted(path.stem for path in Path("benchmarks").glob("*.py")):
+    names = sorted(path.stem for path in Path("benchmarks").glob("*.py") if path.stem != "gpu")
+    for name in session.posargs or names:
         session.run("python", f"benchmarks/{name}.py")
 
 
@@ -184,3 +185,10 @@ def project(name: str) -> dict[str, Any]:
     """The `project` table of a package."""
     table: dict[str, Any] = tomllib.loads((Path("packages") / name / "pyproject.toml").read_text())["project"]
     return table
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Check and measure all that a GPU can show, in some four minutes on one card; see benchmarks/gpu.py."""
+    install_all(session, "triton")
+    session.run("python", "benchmarks/gpu.py", *session.posargs)

@@ -1,0 +1,612 @@
+"""All that a GPU can show, in some four minutes on one card: that CUDA gives the CPU's numbers, then a table.
+
+Checks: losses and gradients of every graph, the draws, the network and whole samples on the device against the CPU.
+Table: a training step beside the matrix products and attention calls alone that it cannot do without (the floor), head
+and loss, memory, sampling, and the training script end to end, stopped and continued. Products and network run in
+bfloat16 autocast, everything after the head in float32. What fails is told in its row, and the rest goes on.
+
+    python benchmarks/gpu.py                         # one card; writes gpu.json
+    python benchmarks/gpu.py --device cpu --small    # every part at tiny sizes: kernels in Triton's interpreter
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+if "--small" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+import torch
+from sedd_graphs import Absorbing, Dense, Geometric, Hybrid, LogLinear, Uniform
+from sedd_nets import SEDD
+from sedd_objectives import fused_denoising_loss
+from sedd_objectives.fast import fused
+from sedd_samplers import Reverse, Tweedie, sample
+from sedd_train.engine import Loss
+from sedd_train.objectives import ScoreEntropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TRAIN = Path(__file__).parents[1] / "integration" / "train_owt.py"
+
+
+@dataclass
+class Run:
+    """Sizes of the run, and what it has found."""
+
+    device: torch.device
+    small: bool
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Those of SEDD small, or tiny ones."""
+        if self.small:
+            return {"num_states": 130, "width": 64, "depth": 2, "heads": 2, "length": 32, "dropout": 0.1}
+        return {"num_states": 50_258, "width": 768, "depth": 12, "heads": 12, "length": 1024, "dropout": 0.1}
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a training step."""
+        return 2 if self.small else 32
+
+    @property
+    def rounds(self) -> int:
+        """Calls that a median is of."""
+        return 2 if self.small else 6
+
+    def check(self, name: str, error: float, allowed: float) -> None:
+        """Tell a difference between the device and the CPU."""
+        right = error <= allowed
+        self.checks.append({"check": name, "error": error, "allowed": allowed, "right": right})
+        print(f"{'ok' if right else 'WRONG':5} {name}: {error:.2g} (at most {allowed:.2g})", flush=True)
+
+    def row(self, name: str, value: float | str, unit: str = "", goal: str = "") -> None:
+        """Tell a line of the table."""
+        self.rows.append({"row": name, "value": value, "unit": unit, "goal": goal})
+        said = value if isinstance(value, str) else f"{value:,.4g}"
+        print(f"{name}: {said} {unit}{f'  (goal {goal})' if goal else ''}", flush=True)
+
+
+def main() -> int:
+    """Run all parts; 1 if a check is wrong or a part failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes")
+    parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="(default: %(default)s)")
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("there is no GPU here; python benchmarks/gpu.py --device cpu --small tries every part without one")
+        return 1
+    run = Run(torch.device(given.device), given.small)
+    print(f"{card(run)}, torch {torch.__version__}, CUDA {torch.version.cuda}\n", flush=True)
+    started, failed = time.perf_counter(), []
+    with as_on_a_gpu(run):
+        for part in (losses, network, samples, waiting, floor, training, compiled, head_and_loss, sampling, trainer):
+            start = time.perf_counter()
+            try:
+                part(run)
+            except Exception as error:
+                failed.append(part.__name__)
+                traceback.print_exc()
+                run.row(part.__name__, f"failed: {type(error).__name__}: {error}".splitlines()[0])
+            print(f"  [{part.__name__}: {time.perf_counter() - start:.0f} s]\n", flush=True)
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+    seconds = time.perf_counter() - started
+    told = {"card": card(run), "torch": torch.__version__, "cuda": torch.version.cuda, "small": run.small}
+    told |= {"seconds": round(seconds), "failed": failed, "checks": run.checks, "rows": run.rows}
+    given.output.write_text(json.dumps(told, indent=1) + "\n")
+    table(run)
+    wrong = [check["check"] for check in run.checks if not check["right"]]
+    print(f"{seconds:.0f} s; {len(run.checks)} checks, wrong: {wrong or 'none'}; failed: {failed or 'none'}")
+    return 1 if wrong or failed else 0
+
+
+def card(run: Run) -> str:
+    """What the numbers are of."""
+    if run.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return "no GPU: a trial of this script, its times mean nothing"
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(run: Run) -> Iterator[None]:
+    """Without a GPU the loss goes a GPU's way all the same."""
+    if run.device.type == "cuda":
+        yield
+        return
+    with mock.patch.object(fused, "kernel_serves", lambda hidden, dtype, *_: dtype == torch.float32):
+        yield
+
+
+def table(run: Run) -> None:
+    """The rows, as Markdown."""
+    print(f"\n| {card(run)} | | goal |\n|---|---:|---:|")
+    for row in run.rows:
+        value = row["value"] if isinstance(row["value"], str) else f"{row['value']:,.4g} {row['unit']}"
+        print(f"| {row['row']} | {value} | {row['goal']} |")
+    print()
+
+
+# Checks
+
+
+def losses(run: Run) -> None:
+    """Head and loss, float32 and under autocast, on the device against float64 on the CPU."""
+    n, width = (40, 16) if run.small else (3001, 64)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.rand(60 if run.small else 300, 60 if run.small else 300, generator=generator, dtype=torch.float64)
+    q = q.fill_diagonal_(0) / len(q)
+    graphs = {
+        "absorbing": Absorbing(n - 1),
+        "uniform": Uniform(n),
+        "hybrid": Hybrid(n - 1, uniform_rate=0.4, mask_rate=0.7),
+        "dense": Dense(q - torch.diag(q.sum(0))),
+    }
+    for name, graph in graphs.items():
+        x0 = torch.randint(graph.num_states - 1, (3, 17), generator=generator)
+        sigma, dsigma = torch.tensor([0.1, 1.0, 3.0]), torch.tensor([1.0, 2.0, 0.5])
+        x = graph.sample(x0, sigma, generator=generator)
+        leaves = [
+            torch.randn(shape, generator=generator).bfloat16().float() / 4
+            for shape in ((3, 17, width), (graph.num_states, width), (graph.num_states,))
+        ]
+        expected = loss_and_gradients(leaves, graph, x, x0, sigma, dsigma, torch.device("cpu"), torch.float64)
+        for precision, allowed in (("float32", 2e-5), ("bfloat16", 2e-2)):
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                found = loss_and_gradients(leaves, graph, x, x0, sigma, dsigma, run.device, torch.float32)
+            for what, one, other in zip(("loss", "by hidden", "by weight", "by bias"), found, expected, strict=True):
+                run.check(f"{name}, {precision}: {what}", distance(one, other), allowed)
+
+
+def loss_and_gradients(
+    leaves: list[Tensor],
+    graph: Any,
+    x: Tensor,
+    x0: Tensor,
+    sigma: Tensor,
+    dsigma: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Each sequence's loss, and the gradients by hidden states, weight and bias."""
+    hidden, weight, bias = (leaf.to(device, dtype).requires_grad_() for leaf in leaves)
+    sigma, dsigma = sigma.to(device, dtype), dsigma.to(device, dtype)
+    head = Linear(weight, bias, -sigma.expm1().log())
+    loss = fused_denoising_loss(hidden, head, graph, x.to(device), x0.to(device), sigma, dsigma)
+    return [loss.per_sequence, *torch.autograd.grad(loss.total, (hidden, weight, bias))]
+
+
+@dataclass
+class Linear:
+    """A linear head."""
+
+    weight: Tensor
+    bias: Tensor | None
+    shift: Tensor | None
+
+
+def network(run: Run) -> None:
+    """The network's log-scores on the device against the CPU's."""
+    net, x, sigma = a_network(run, dropout=0.0), *a_noised_batch(run, 2)
+    with torch.no_grad():
+        expected = net.cpu()(x.cpu()[:, :128], sigma.cpu())
+        net.to(run.device)
+        run.check("network, float32", distance(net(x[:, :128], sigma), expected), 1e-4)
+        with torch.autocast(run.device.type, torch.bfloat16):
+            run.check("network, bfloat16", distance(net(x[:, :128], sigma), expected), 3e-2)
+
+
+def samples(run: Run) -> None:
+    """Draws by the kernel against plain ones, and the same seeds' samples on both."""
+    from sedd_samplers.fast.draw_kernel import draw_moves
+
+    generator = torch.Generator().manual_seed(0)
+    n, rows = (200, 8) if run.small else (50_258, 512)
+    log_score = (2 * torch.randn(rows, n, generator=generator)).bfloat16()
+    x, uniform = torch.full((rows,), n - 1), torch.rand(rows, dtype=torch.float64, generator=generator)
+    weight = Absorbing(n - 1).rates_into(x)
+    weight = weight.scale(torch.full((rows,), 0.9 / n / 7.4))
+    law = log_score.double().exp() * float(weight.base[0])
+    law[:, -1] = 0
+    law[:, -1] = (1 - law.sum(-1)).clamp_min(0)
+    order = torch.cat([law[:, -1:], law[:, :-1]], 1).cumsum(1)
+    expected = (order <= uniform[:, None] * order[:, -1:]).sum(1) - 1
+    expected[expected < 0] = n - 1
+    arguments = (log_score.to(run.device), x.to(run.device), weight_on(weight, run.device))
+    drawn = draw_moves(*arguments, lambda leaving: (1 - leaving).clamp_min(0), uniform.to(run.device))
+    run.check("draws by the kernel: share that differs", float((drawn.state.cpu() != expected).double().mean()), 0.0)
+
+    torch.manual_seed(0)
+    graph = Uniform(12)
+    net = SEDD(12, width=32, depth=1, heads=2, length=16, dropout=0.0, scale_by_sigma=False).eval()
+    nn.init.normal_(net.output_layer.linear.weight, std=0.3)
+    seeds = torch.arange(16)
+    how = {"shape": (16, 16), "steps": 8, "seeds": seeds}
+    with torch.no_grad():
+        ours = sample(net, graph, Geometric(), device="cpu", **how)
+        theirs = sample(
+            net.to(run.device), graph, Geometric(), device=run.device, **(how | {"seeds": seeds.to(run.device)})
+        )
+    run.check(
+        "samples of the same seeds: share of tokens that differ", float((ours != theirs.cpu()).double().mean()), 0.01
+    )
+
+
+def weight_on(row: Any, device: torch.device) -> Any:
+    """A row on the device."""
+    return type(row)(row.base.to(device), row.index.to(device), row.value.to(device), row.num_states)
+
+
+# The table
+
+
+def waiting(run: Run) -> None:
+    """How often a step waits for the device."""
+    loss, batch = a_training_step(run)
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(run.device.type, torch.bfloat16):
+            mean, _ = loss(*batch)
+        mean.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    run.row("reads back to the host, a training step", float(reads(run, step)), goal="<= 1")
+    step_of_sampler = a_sampling_step(run, 2, half=True)
+    step_of_sampler()
+    run.row("reads back to the host, a sampling step", float(reads(run, step_of_sampler)), goal="<= 1")
+
+
+def reads(run: Run, call: Callable[[], object]) -> int:
+    """The synchronising calls that torch sees."""
+    if run.device.type != "cuda":
+        call()
+        return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found = [str(warning.message) for warning in seen if "synchroniz" in str(warning.message)]
+    for where in sorted({f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)}):
+        print(f"  waits at {where}")
+    return len(found)
+
+
+def floor(run: Run) -> None:
+    """The products and the attention of a training step, one by one."""
+    sizes, tokens = run.sizes, run.batch * run.sizes["length"]
+    width, depth, heads = sizes["width"], sizes["depth"], sizes["heads"]
+    rows, states = tokens // 2, -(-sizes["num_states"] // 64) * 64
+    trunk = sum(products(run, tokens, a, b) for a, b in ((width, 3 * width), (width, width), (width, 4 * width)))
+    trunk += products(run, tokens, 4 * width, width)
+    q, k, v = (random(run, run.batch, heads, sizes["length"], width // heads).requires_grad_() for _ in range(3))
+    slope = random(run, run.batch, heads, sizes["length"], width // heads)
+
+    def attend() -> None:
+        F.scaled_dot_product_attention(q, k, v).backward(slope)
+
+    trunk = depth * (trunk + seconds(run, attend))
+    head = products(run, rows, width, states)
+    run.row("floor: products and attention of the trunk alone", 1e3 * trunk, "ms")
+    run.row("floor: the head's three products, half of the positions", 1e3 * head, "ms")
+    run.row("floor: a training step", tokens / (trunk + head), "tokens/s")
+
+
+def products(run: Run, rows: int, inputs: int, outputs: int) -> float:
+    """Seconds of a linear layer's three products."""
+    x, w, y = random(run, rows, inputs), random(run, outputs, inputs), random(run, rows, outputs)
+    return seconds(run, lambda: x @ w.T) + seconds(run, lambda: y @ w) + seconds(run, lambda: y.T @ x)
+
+
+def training(run: Run) -> None:
+    """A training step, not compiled."""
+    step(run, "training step, eager", *a_training_step(run))
+
+
+def compiled(run: Run) -> None:
+    """A training step with its blocks compiled one by one."""
+    loss, batch = a_training_step(run)
+    net: Any = loss.net
+    for block in net.blocks:
+        block.compile()
+    start = time.perf_counter()
+    forward_and_backward(run, loss, batch)
+    synchronize(run)
+    run.row("start of a compiled run: the first step", time.perf_counter() - start, "s", "<= 60")
+    step(run, "training step, blocks compiled", loss, batch, ">= 450,000")
+
+
+def step(run: Run, name: str, loss: Loss, batch: tuple[Tensor, ...], goal: str = "") -> None:
+    """Forward, loss and backward: tokens a second, and the memory beside the weights."""
+
+    def call() -> None:
+        loss.zero_grad()
+        forward_and_backward(run, loss, batch)
+
+    call()
+    loss.zero_grad()
+    before = memory(run)
+    found = seconds(run, call)
+    run.row(f"{name}, B = {run.batch}", 1e3 * found, "ms")
+    run.row(f"{name}, B = {run.batch}", run.batch * run.sizes["length"] / found, "tokens/s", goal)
+    run.row(f"{name}: peak memory above weights", (peak(run) - before) / 1e9, "GB", "<= 10")
+
+
+def head_and_loss(run: Run) -> None:
+    """From the hidden states to their gradient and the head's."""
+    n, length = run.sizes["num_states"], run.sizes["length"]
+    one_head_and_loss(
+        run, "absorb, half of the positions", Absorbing(n - 1), (run.batch, length), "<= 16 at 16,384 rows", ""
+    )
+    one_head_and_loss(run, "uniform", Uniform(n), (max(1, run.batch // 4), length), "", "<= 1.1")
+
+
+def one_head_and_loss(run: Run, name: str, graph: Any, shape: tuple[int, int], goal: str, goal_a_row: str) -> None:
+    """Of one graph."""
+    n, width = run.sizes["num_states"], run.sizes["width"]
+    hidden = random(run, *shape, width).requires_grad_()
+    weight = (random(run, n, width).float() / 30).requires_grad_()
+    bias = torch.zeros(n, device=run.device, requires_grad=True)
+    x0 = torch.randint(n - 1, shape, device=run.device)
+    half = torch.rand(shape, device=run.device).argsort(1) < shape[1] // 2
+    x = torch.where(half, n - 1, x0)
+    sigma = torch.full(shape[:1], 0.7, device=run.device)
+    head = Linear(weight, bias, -sigma.expm1().log() if graph.mask_id is not None else None)
+
+    def call() -> None:
+        hidden.grad = weight.grad = bias.grad = None
+        with torch.autocast(run.device.type, torch.bfloat16):
+            loss = fused_denoising_loss(hidden, head, graph, x, x0, sigma, sigma, refuse_nan=False)
+        loss.total.backward()
+
+    call()
+    hidden.grad = weight.grad = bias.grad = None
+    before, found = memory(run), seconds(run, call)
+    rows = int(half.sum()) if graph.mask_id is not None else x.numel()
+    run.row(f"head + loss, {name}, {rows:,} rows", 1e3 * found, "ms", goal)
+    run.row(f"head + loss, {name}, a row", 1e6 * found / rows, "us", goal_a_row)
+    run.row(f"head + loss, {name}: peak memory", (peak(run) - before) / 1e9, "GB")
+
+
+def sampling(run: Run) -> None:
+    """Steps of Tweedie tau-leaping."""
+    many = 4 if run.small else 64
+    for name, size, half, goal in (
+        ("B = 8, all masked", 8, False, "<= 8"),
+        (f"B = {many}, half masked", many, True, "<= 45"),
+    ):
+        call = a_sampling_step(run, size, half=half)
+        call()
+        before = memory(run)
+        run.row(f"Tweedie, {name}, a step", 1e3 * seconds(run, call), "ms", goal)
+        run.row(f"Tweedie, {name}: peak memory", (peak(run) - before) / 1e9, "GB")
+    call = a_sampling_step(run, 8, half=False, blocks=True)
+    call()
+    run.row("Tweedie, B = 8, all masked, blocks compiled, a step", 1e3 * seconds(run, call), "ms", "<= 8")
+    call = a_sampling_step(run, 1, half=False, capture=run.device.type == "cuda")
+    call()
+    run.row("Tweedie, B = 1, all masked, CUDA graph, a step", 1e3 * seconds(run, call), "ms", "<= 4")
+
+
+def a_sampling_step(
+    run: Run, size: int, *, half: bool, blocks: bool = False, capture: bool = False
+) -> Callable[[], Tensor]:
+    """One step from a batch whose positions are all masks, or half of them."""
+    net = a_network(run, dropout=0.0)
+    if blocks:
+        for block in net.blocks:
+            block.compile()
+    graph, noise = Absorbing(net.num_states - 1), LogLinear()
+    shape = size, run.sizes["length"]
+    frozen = (
+        torch.rand(shape, device=run.device) < 0.5 if half else torch.zeros(shape, dtype=torch.bool, device=run.device)
+    )
+    x = torch.where(frozen, torch.randint(net.num_states - 1, shape, device=run.device), net.num_states - 1)
+    hidden = captured(net, x) if capture else net.hidden
+
+    def score(x: Tensor, sigma: Tensor, where: Tensor) -> Tensor:
+        with torch.autocast(run.device.type, torch.bfloat16):
+            rows = hidden(x, sigma)
+            levels = sigma[:, None].expand(x.shape)
+            return net.head(rows[where], x[where], levels[where])
+
+    reverse = Reverse(score, graph, noise, frozen=frozen, seeds=torch.arange(size, device=run.device))
+    t = torch.full((size,), 0.6, dtype=torch.float64, device=run.device)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return Tweedie()(reverse, x, t, t - 1 / 1024)
+
+    return call
+
+
+def captured(net: Any, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The trunk as a CUDA graph of this shape."""
+    states, sigma = x.clone(), torch.full((len(x),), 0.7, device=x.device)
+
+    def trunk() -> Tensor:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            out: Tensor = net.hidden(states, sigma)
+        return out
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            trunk()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = trunk()
+
+    def call(x: Tensor, noise: Tensor) -> Tensor:
+        states.copy_(x)
+        sigma.copy_(noise)
+        graph.replay()
+        return out
+
+    return call
+
+
+def trainer(run: Run) -> None:
+    """The training script on one rank: its speed, and a run that is stopped and continued."""
+    with tempfile.TemporaryDirectory() as folder:
+        few = ["--evaluate-blocks", "2", "--evaluate-times", "2", "--sample-steps", "2", "--no-tensorboard"]
+        place = ["--cache", f"{folder}/cache", *few, "--log-every", "1"]
+        tiny = ["--width", "32", "--depth", "1", "--heads", "2", "--length", "64", "--batch-size", "2"]
+        whole = Path(folder, "whole")
+        options = ["--recipe", "tiny", *place, *(tiny if run.small else [])]
+        script(run, *options, "--output", str(whole), "--steps", "6", "--checkpoint-every", "3", "--keep", "2")
+        resumed = Path(folder, "resumed")
+        shutil.copytree(whole, resumed)
+        last = max((resumed / "checkpoints").glob("step-*"), key=lambda path: path.name)
+        shutil.rmtree(last)
+        shutil.rmtree(resumed / "export", ignore_errors=True)
+        script(run, "--output", str(resumed), "--cache", f"{folder}/cache", "--resume", "--no-tensorboard")
+        same = (whole / "export" / "model.safetensors").read_bytes() == (
+            resumed / "export" / "model.safetensors"
+        ).read_bytes()
+        run.check("a run continued from its middle ends in other weights", float(not same), 0.0)
+        if run.small:
+            return
+        full = [
+            "--recipe",
+            "sedd-small-absorb-owt",
+            "--corpus",
+            "sotu",
+            "--batch-size",
+            "32",
+            "--micro-batch-size",
+            "0",
+        ]
+        out = Path(folder, "full")
+        script(run, *full, *place, "--output", str(out), "--steps", "24", "--compile")
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if line["kind"] == "train"][8:]
+        speed = statistics.median(line["tokens_per_second"] for line in lines)
+        run.row("train_owt.py, one rank, compiled, B = 32", speed, "tokens/s")
+        step = next(
+            (r["value"] for r in run.rows if r["row"].startswith("training step, blocks") and r["unit"] == "tokens/s"),
+            0,
+        )
+        if step:
+            run.row("train_owt.py over the same step by hand", step / speed, "x", "<= 1.03")
+        waited = statistics.median(line["waited_for_data"] for line in lines)
+        run.row("train_owt.py: share of a step spent waiting for data", waited)
+
+
+def script(run: Run, *options: str) -> None:
+    """Run train_owt.py; what it says is told where it fails."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if run.device.type != "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, str(TRAIN), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+
+# What the parts share
+
+
+def a_network(run: Run, *, dropout: float) -> Any:
+    """SEDD small with a random head, the same every time."""
+    torch.manual_seed(0)
+    net = SEDD(**(run.sizes | {"dropout": dropout}))
+    nn.init.normal_(net.output_layer.linear.weight, std=0.02)
+    return net.to(run.device).train(dropout > 0)
+
+
+def a_noised_batch(run: Run, size: int) -> tuple[Tensor, Tensor]:
+    """States, half of them masks on average, and their noise."""
+    n = run.sizes["num_states"]
+    x0 = torch.randint(n - 1, (size, run.sizes["length"]), device=run.device)
+    sigma = torch.full((size,), 0.7, device=run.device)
+    return Absorbing(n - 1).sample(x0, sigma), sigma
+
+
+def a_training_step(run: Run) -> tuple[Loss, tuple[Tensor, ...]]:
+    """The module that is trained, and a batch."""
+    n = run.sizes["num_states"]
+    graph, noise = Absorbing(n - 1), LogLinear()
+    x0 = torch.randint(n - 1, (run.batch, run.sizes["length"]), device=run.device)
+    t = (torch.arange(run.batch, device=run.device) + 0.5) / run.batch
+    xt = graph.sample(x0, noise(t)[0])
+    seeds = torch.arange(run.batch, device=run.device)
+    return Loss(a_network(run, dropout=run.sizes["dropout"]), ScoreEntropy(graph, noise)), (x0, xt, t, seeds)
+
+
+def forward_and_backward(run: Run, loss: Loss, batch: tuple[Tensor, ...]) -> None:
+    """One call."""
+    with torch.autocast(run.device.type, torch.bfloat16):
+        mean, _ = loss(*batch)
+    mean.backward()
+
+
+def random(run: Run, *shape: int) -> Tensor:
+    """Normal numbers in bfloat16."""
+    return torch.randn(*shape, device=run.device).bfloat16()
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Of two arrays, as a share of the second's length."""
+    one, other = one.detach().cpu().double(), other.detach().cpu().double()
+    return float((one - other).norm() / other.norm())
+
+
+def seconds(run: Run, call: Callable[[], object]) -> float:
+    """The median of a few calls after two, each until the device is done."""
+    times = []
+    for number in range(run.rounds + 2):
+        synchronize(run)
+        if number == 2 and run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        call()
+        synchronize(run)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def synchronize(run: Run) -> None:
+    """Wait for the device."""
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def memory(run: Run) -> int:
+    """Bytes of tensors on the device."""
+    return torch.cuda.memory_allocated() if run.device.type == "cuda" else 0
+
+
+def peak(run: Run) -> int:
+    """The most there have been in the calls that were timed last."""
+    return torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
