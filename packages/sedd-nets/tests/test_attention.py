@@ -3,7 +3,8 @@ import types
 
 import pytest
 import torch
-from sedd_nets import Documents, FlashAttention, FlexAttention, sdpa
+from sedd_nets import Documents, FlashAttention, FlexAttention, attention_named, sdpa
+from sedd_nets.attention import ScaledDotProduct
 from torch.nn.attention.flex_attention import flex_attention
 
 IDS = torch.zeros(2, 160, dtype=torch.int64)
@@ -36,6 +37,26 @@ def test_sdpa(dtype, packed):
     out = sdpa(q, k, v, Documents(ids) if packed else None)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), by_definition(q, k, v, ids), atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_call_with_a_mask_is_the_documents_one_by_one(dtype, causal):
+    q, k, v = heads(dtype)
+    attend = ScaledDotProduct(causal=causal)
+    out = attend.masked(q, k, v, Documents(IDS))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, attend(q, k, v, Documents(IDS)), atol=TOLERANCE[dtype], rtol=0)
+    assert (out[IDS < 0] == 0).all()
+
+
+def test_gradients_with_a_mask_are_finite_where_a_row_is_all_padding():
+    q, k, v = (a.double().requires_grad_() for a in heads(torch.float32))
+    documents = Documents(torch.stack([IDS[0], torch.full_like(IDS[0], -1)]))
+    weight = torch.randn(v.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours = torch.autograd.grad((sdpa.masked(q, k, v, documents) * weight).sum(), (q, k, v))
+    one_by_one = torch.autograd.grad((sdpa(q, k, v, documents) * weight).sum(), (q, k, v))
+    torch.testing.assert_close(ours, one_by_one, atol=1e-12, rtol=0)
 
 
 @imports_compiler
@@ -86,22 +107,28 @@ def flash_attn(monkeypatch):
     def rows(q, k, v):
         return by_definition(q, k, v, torch.zeros(q.shape[:2], dtype=torch.int64)).to(q.dtype)
 
-    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k):
-        assert ends_q.dtype == torch.int32
-        assert ends_q[-1] == len(q)
-        assert longest_q == longest_k == ends_q.diff().max()
-        assert torch.equal(ends_q, ends_k)
-        ids = torch.arange(len(ends_q) - 1).repeat_interleave(ends_q.diff())
+    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        assert cu_seqlens_q.dtype == torch.int32
+        assert cu_seqlens_q[-1] == len(q)
+        assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        ids = torch.arange(len(cu_seqlens_q) - 1).repeat_interleave(cu_seqlens_q.diff())
         return by_definition(q[None], k[None], v[None], ids[None])[0].to(q.dtype)
 
     module = types.SimpleNamespace(flash_attn_func=rows, flash_attn_varlen_func=varlen)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
+    with_normalisers = types.SimpleNamespace(
+        flash_attn_func=lambda *given: (rows(*given), None),
+        flash_attn_varlen_func=lambda *given, **lengths: (varlen(*given, **lengths), None),
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", with_normalisers)
 
 
 @pytest.mark.parametrize("ids", [None, IDS, IDS.abs()], ids=["rows", "padding", "no padding"])
-def test_flash_packs_and_unpacks(flash_attn, ids):
+@pytest.mark.parametrize("version", [2, 4])
+def test_flash_packs_and_unpacks(flash_attn, ids, version):
     (q, k, v), documents = heads(torch.bfloat16), None if ids is None else Documents(ids)
-    out = FlashAttention()(q, k, v, documents)
+    out = FlashAttention(version)(q, k, v, documents)
     torch.testing.assert_close(out, sdpa(q, k, v, documents), atol=TOLERANCE[torch.bfloat16], rtol=0)
 
 
@@ -111,10 +138,24 @@ def test_flash_refuses_float32(flash_attn):
         FlashAttention()(q, k, v, None)
 
 
-def test_flash_missing_says_how_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(ImportError, match=r"pip install sedd-nets\[flash-attn\]"):
-        FlashAttention()
+@pytest.mark.parametrize(("version", "package"), [(2, "flash-attn"), (4, "flash-attn-4")])
+def test_flash_missing_says_how_to_install(monkeypatch, version, package):
+    for module in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"{package} is not installed.*pip install sedd-nets\[{package}\]"):
+        FlashAttention(version)
+
+
+def test_attention_by_name(flash_attn):
+    assert attention_named("sdpa") is sdpa
+    assert isinstance(attention_named("flex"), FlexAttention)
+    q, k, v = heads(torch.bfloat16)
+    for name in ("flash", "flash-4"):
+        torch.testing.assert_close(attention_named(name)(q, k, v, None), sdpa(q, k, v, None), atol=2e-2, rtol=0)
+    with pytest.raises(ValueError, match="no attention 'xformers': one of sdpa, flex, flash, flash-4"):
+        attention_named("xformers")
+    with pytest.raises(ValueError, match=r"version=3"):
+        FlashAttention(3)
 
 
 def test_network_uses_the_attention_it_is_given(make_sedd, batch):

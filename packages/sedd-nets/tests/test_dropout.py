@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 from sedd_nets import RADD, SEDD
-from sedd_nets.fast.dropout import dropped, place_keys
+from sedd_nets.fast.dropout import dropped, place_words
 from sedd_nets.fast.memory_efficient import add_gated
 
 SEEDS = torch.tensor([0, 1, 2, -1, 2**40, 2**62 + 12345])
@@ -15,11 +15,15 @@ P, LIMIT = 0.3, 5.0
 """A count is allowed 5 standard deviations: one in 1.7 million if the choices were independent."""
 
 
+def chosen(seeds, places, length, width, probability):
+    """(B, places, L, D) bool."""
+    return torch.stack([dropped(words, probability) for words in place_words(seeds, places, length, width)], dim=1)
+
+
 @pytest.fixture(scope="module")
 def choices():
     """(6 seeds, 4 places, L, D) bool, dropped with probability 0.3: 4.9 million."""
-    keys = place_keys(SEEDS, 4)
-    return torch.stack([dropped(keys[:, place], 512, 400, P) for place in range(4)], dim=1)
+    return chosen(SEEDS, 4, 512, 400, P)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +48,8 @@ def hashed(seed, place, position, channel):
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.9])
 def test_hash_is_what_whole_numbers_give(probability):
     """Bit by bit, so that a stored run can be repeated with every later version and on every device."""
-    keys = place_keys(SEEDS, 3)
-    for place in range(3):
-        found = dropped(keys[:, place], 5, 7, probability)
+    for place, words in enumerate(place_words(SEEDS, 3, 5, 7)):
+        found = dropped(words, probability)
         for row, position, channel in torch.cartesian_prod(*map(torch.arange, found.shape)).tolist():
             bits = hashed(SEEDS[row].item(), place, position, channel)
             # The lowest as a signed number are the lowest fractions.
@@ -54,10 +57,9 @@ def test_hash_is_what_whole_numbers_give(probability):
 
 
 def test_an_elements_choice_depends_on_its_own_key_and_place_alone(choices):
-    keys = place_keys(SEEDS, 9)
     for row, place in ((0, 0), (3, 2), (5, 3)):
-        small = dropped(keys[row : row + 1, place], 37, 21, P)
-        assert torch.equal(small[0], choices[row, place, :37, :21])
+        small = chosen(SEEDS[row : row + 1], 9, 37, 21, P)
+        assert torch.equal(small[0, place], choices[row, place, :37, :21])
 
 
 def test_share_is_the_probability(choices, centred):
@@ -91,8 +93,7 @@ def test_no_correlation(centred):
 @pytest.mark.parametrize("axis", [2, 3])
 def test_patterns_of_eight_neighbours_are_equally_frequent(axis):
     """Chi-square with 255 degrees of freedom; 390 is passed once in 10 million."""
-    keys = place_keys(SEEDS, 4)
-    halves = torch.stack([dropped(keys[:, place], 512, 400, 0.5) for place in range(4)], dim=1).movedim(axis, -1)
+    halves = chosen(SEEDS, 4, 512, 400, 0.5).movedim(axis, -1)
     patterns = halves.reshape(-1, 8).long() @ 2 ** torch.arange(8)
     counts = torch.bincount(patterns, minlength=256).double()
     expected = counts.sum() / 256
@@ -148,9 +149,9 @@ def test_every_branch_has_its_own_choices(make_sedd):
     """A network of branches that are 1 everywhere: what is added tells what was dropped where."""
     seen = []
 
-    def look(h, branch, gate, dropout, keys):
-        seen.append(dropped(keys, branch.shape[1], branch.shape[2], dropout))
-        return add_gated(h, branch, gate, dropout, keys)
+    def look(h, branch, gate, dropout, words):
+        seen.append(dropped(words, dropout))
+        return add_gated(h, branch, gate, dropout, words)
 
     net = make_sedd(width=64, dropout=0.3, depth=3).train()
     with pytest.MonkeyPatch.context() as patch:
@@ -177,9 +178,7 @@ def test_recomputed_activations(net, batch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_same_on_a_gpu(choices):
-    keys = place_keys(SEEDS.cuda(), 4)
-    for place in range(4):
-        assert torch.equal(dropped(keys[:, place], 512, 400, P).cpu(), choices[:, place])
+    assert torch.equal(chosen(SEEDS.cuda(), 4, 512, 400, P).cpu(), choices)
 
 
 @pytest.mark.parametrize("seeds", [torch.zeros(2, dtype=torch.int64), torch.zeros(3), torch.tensor(5)])

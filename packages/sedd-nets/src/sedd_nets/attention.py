@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sedd_nets.documents import Documents
 
-__all__ = ["Attention", "Rotary", "sdpa"]
+__all__ = ["Attention", "Rotary", "ScaledDotProduct", "sdpa"]
 
 
 class Rotary(nn.Module):
@@ -55,37 +55,59 @@ def _(inv_freq: Tensor, length: int) -> list[Tensor]:
 
 
 class Attention(Protocol):
-    """Any callable that attends."""
+    """Any callable that attends. One that has `prepare(documents)` is told of them once, before the blocks run."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, /) -> Tensor:
         """Queries, keys and values, each (B, L, H, d) of any strides, to the heads' outputs (B, L, H, d)."""
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, causal: bool = False) -> Tensor:
+class ScaledDotProduct:
     """PyTorch's `scaled_dot_product_attention`, which picks the fastest kernel that the device has.
 
-    Documents are attended one by one, so each costs the square of its own length: best for few long documents.
+    On a CPU documents are attended one by one, so each costs the square of its own length. Elsewhere, where a call
+    costs more than its arithmetic, there is one for all of them, with a mask.
 
     Args:
-        q: (B, L, H, d); the kernels take strided heads, so nothing is copied.
-        k: the same.
-        v: the same.
-        documents: where attention stays within; None: the whole row.
         causal: whether a position sees none behind it, as in a left-to-right model.
-
-    Returns:
-        (B, L, H, d).
     """
-    if documents is None:
+
+    def __init__(self, *, causal: bool = False) -> None:
+        self.causal = causal
+
+    def prepare(self, documents: Documents) -> None:
+        """Make the mask outside of compiled code."""
+        if documents.ids.device.type != "cpu":
+            _ = documents.mask
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        """(B, L, H, d) each, and so is the output; the kernels take strided heads, so nothing is copied."""
+        if documents is None:
+            return self.rows(q, k, v)
+        if v.device.type != "cpu":
+            return self.masked(q, k, v, documents)
+        flat_q, flat_k, flat_v = (a.flatten(0, 1)[None] for a in (q, k, v))
+        out, end = [], 0
+        for start, stop in documents.spans:
+            out.append(v.new_zeros(start - end, *v.shape[-2:]))  # padding
+            of_document = slice(start, stop)
+            out.append(self.rows(flat_q[:, of_document], flat_k[:, of_document], flat_v[:, of_document])[0])
+            end = stop
+        out.append(v.new_zeros(flat_v.shape[1] - end, *v.shape[-2:]))
+        return torch.cat(out).view(v.shape)
+
+    def rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every row one text."""
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-    flat_q, flat_k, flat_v = (a.flatten(0, 1)[None] for a in (q, k, v))
-    out, end = [], 0
-    for start, stop in documents.spans:
-        out.append(v.new_zeros(start - end, *v.shape[-2:]))  # padding
-        of_document = slice(start, stop)
-        attended = sdpa(flat_q[:, of_document], flat_k[:, of_document], flat_v[:, of_document], None, causal=causal)
-        out.append(attended[0])
-        end = stop
-    out.append(v.new_zeros(flat_v.shape[1] - end, *v.shape[-2:]))
-    return torch.cat(out).view(v.shape)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2)
+
+    def masked(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        """All documents in one call, at the cost of whole rows."""
+        mask = documents.mask[:, None]
+        if self.causal:
+            mask = mask.tril()
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return torch.where(documents.inside[..., None, None], out, 0)
+
+
+sdpa = ScaledDotProduct()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sedd_nets.attention import sdpa
+from sedd_nets.attention import ScaledDotProduct
 from sedd_nets.documents import Documents
 from sedd_nets.pretrained import sizes_of
 from sedd_nets.transformer import Transformer
@@ -41,7 +40,7 @@ class Causal(Transformer):
         super().__init__(
             num_states, width=width, depth=depth, heads=heads, cond_dim=None, dropout=dropout, length=length
         )
-        self.attention = partial(sdpa, causal=True)
+        self.attention = ScaledDotProduct(causal=True)
 
     def forward(
         self,

@@ -67,6 +67,6 @@ def rotate(a: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (B, L, H, d) in a's dtype; the arithmetic is float32.
     """
-    u, v = a.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([u * cos - v * sin, v * cos + u * sin], dim=-1).to(a.dtype)
+    halves = a.reshape(*a.shape[:-1], 2, -1)
+    cos, sin = torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
+    return (a * cos + halves.flip(-2).flatten(-2) * sin).to(a.dtype)

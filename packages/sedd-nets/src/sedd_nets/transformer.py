@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,7 +30,7 @@ from sedd_nets.attention import Attention, Rotary, sdpa
 from sedd_nets.checks import at_least_float32, check_sizes, check_states, check_tokens, over_last_axis
 from sedd_nets.conditioning import Float32Linear, LabelCondition, PromptCondition, SigmaEmbedding
 from sedd_nets.documents import Documents
-from sedd_nets.fast.dropout import check_seeds, place_keys
+from sedd_nets.fast.dropout import Words, check_seeds, place_words
 from sedd_nets.fast.memory_efficient import add_gated, gelu_linear, modulated_norm, rotated
 from sedd_nets.pretrained import Pretrained
 
@@ -84,6 +85,9 @@ class GeluLinear(nn.Linear):
 class Block(nn.Module):
     """Attention and MLP, each behind a (modulated) layer norm and added to the residual stream (gated)."""
 
+    compiled: Callable[..., Tensor] | None = None
+    """What computes `step`, if it is compiled: see `Transformer.compile_blocks`."""
+
     def __init__(self, width: int, heads: int, cond_dim: int | None, dropout: float) -> None:
         super().__init__()
         self.heads = heads
@@ -104,7 +108,7 @@ class Block(nn.Module):
         sin: Tensor,
         attention: Attention,
         documents: Documents | None = None,
-        dropout_keys: Tensor | None = None,
+        words: tuple[Words, Words] | None = None,
     ) -> Tensor:
         """One step of the residual stream.
 
@@ -115,23 +119,36 @@ class Block(nn.Module):
             sin: the same.
             attention: see `sedd_nets.attention`.
             documents: where attention stays within.
-            dropout_keys: (B, 2) int64, for the branches of attention and MLP (`sedd_nets.fast.dropout`); None: torch's
-                generator chooses what is dropped.
+            words: what chooses the elements that the branches of attention and MLP drop (`sedd_nets.fast.dropout`);
+                None: torch's generator.
 
         Returns:
             (B, L, D).
         """
+        return (self.compiled or Block.step)(self, h, c, cos, sin, attention, documents, words)
+
+    def step(
+        self,
+        h: Tensor,
+        c: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        documents: Documents | None,
+        words: tuple[Words, Words] | None,
+    ) -> Tensor:
+        """`forward` as it is written."""
         shift1: Tensor | None
         shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
         if self.adaLN_modulation is not None:
             shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         dropout = self.dropout if self.training else 0.0
-        key1, key2 = (None, None) if dropout_keys is None else dropout_keys.unbind(1)
+        words1, words2 = (None, None) if words is None else words
 
         qkv = self.attn_qkv(self.norm1(h, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
         attended = attention(*rotated(qkv, cos, sin), documents).flatten(-2)
-        h = add_gated(h, self.attn_out(attended), gate1, dropout, key1)
-        return add_gated(h, self.mlp(self.norm2(h, shift2, scale2)), gate2, dropout, key2)
+        h = add_gated(h, self.attn_out(attended), gate1, dropout, words1)
+        return add_gated(h, self.mlp(self.norm2(h, shift2, scale2)), gate2, dropout, words2)
 
 
 class Unembedding(nn.Linear):
@@ -273,7 +290,12 @@ class Transformer(Pretrained):
         """
         if documents is not None and documents.ids.shape != x.shape:
             raise ValueError(f"documents describe a batch {tuple(documents.ids.shape)}; x is {tuple(x.shape)}")
-        check_states(x, x.shape[-1] if documents is None else documents.longest, self.length)
+        longest = x.shape[-1]
+        if documents is not None and longest > self.length:  # a row may be longer than the texts in it
+            longest = documents.longest
+        check_states(x, longest, self.length)
+        if documents is not None and hasattr(self.attention, "prepare"):
+            self.attention.prepare(documents)
         if dropout_seeds is not None:
             check_seeds(dropout_seeds, x)
         c = self.conditioning(x, sigma, condition)
@@ -293,9 +315,11 @@ class Transformer(Pretrained):
         dropout_seeds: Tensor | None,
     ) -> Tensor:
         """The residual stream (B, L, D) from the first block to the last; the other arguments as for `Block`."""
-        keys = None if dropout_seeds is None else place_keys(dropout_seeds, 2 * len(self.blocks))
+        words = None
+        if dropout_seeds is not None and self.training:
+            words = place_words(dropout_seeds, 2 * len(self.blocks), h.shape[1], self.width)
         for number, block in enumerate(self.blocks):
-            of_block = None if keys is None else keys[:, 2 * number : 2 * number + 2]
+            of_block = None if words is None else (words[2 * number], words[2 * number + 1])
             if self.checkpoint_activations and torch.is_grad_enabled():
                 h = checkpoint(block, h, c, cos, sin, attention, documents, of_block, use_reentrant=False)
             else:
@@ -346,6 +370,20 @@ class Transformer(Pretrained):
         """
         given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds}
         return self.head(*self.rows(x, sigma, where, **given))
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the blocks with `torch.compile`: one graph for all of them, in seconds, however deep the network.
+
+        Weights, keys and numbers stay. What is outside of the blocks stays as it is written, and so do hooks on the
+        blocks themselves, such as those of runtimes that gather a whole block's weights.
+
+        Args:
+            options: of `torch.compile`: `mode`, `dynamic`, `backend`, `fullgraph`, ...
+        """
+        compiled = torch.compile(Block.step, **options)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compiled = compiled
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part: `embedding`, `conditioning` (of sigma and y), `blocks` (the rest of them), `head`."""

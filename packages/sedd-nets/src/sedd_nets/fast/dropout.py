@@ -8,7 +8,7 @@ into parts, each sequence then sees the same network.
 A 64-bit key for each sequence and place comes from the seed by SplitMix64's steps (Steele, Lea & Flood, 2014), and from
 the key a 32-bit word for each position and for each channel. An element mixes the two words, by the multiplications and
 shifts of MurmurHash3's last steps, and is dropped where the result lies below the probability. The full-sized tensor
-sees seven cheap passes, less than what the CPU's generator takes.
+sees seven cheap passes, less than what the CPU's generator takes; a compiler makes one of them.
 
 Integers overflow on purpose: arithmetic modulo 2^64 and 2^32.
 """
@@ -18,7 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_seeds", "dropped", "place_keys"]
+__all__ = ["Words", "check_seeds", "dropped", "place_words", "words_of"]
+
+Words = tuple[Tensor, Tensor]
+"""What decides for one place of the network: a word for each position, (B, L), and each channel, (B, D), int32."""
 
 
 def check_seeds(seeds: Tensor, x: Tensor) -> None:
@@ -30,48 +33,62 @@ def check_seeds(seeds: Tensor, x: Tensor) -> None:
         )
 
 
-def place_keys(seeds: Tensor, places: int) -> Tensor:
-    """A key for each place of each sequence.
+def place_words(seeds: Tensor, places: int, length: int, width: int) -> list[Words]:
+    """The words of each place of each sequence, made once for the whole network.
 
     Args:
         seeds: (B,) int64, any values.
         places: how many places of the network drop something.
-
-    Returns:
-        (B, places) int64.
-    """
-    place = torch.arange(1, places + 1, device=seeds.device)
-    return _mixed64(_mixed64(seeds)[:, None] + _mixed64(place))
-
-
-def dropped(keys: Tensor, length: int, width: int, probability: float) -> Tensor:
-    """Which elements of (B, length, width) are dropped, each with the given probability.
-
-    Row b depends on keys[b] alone; an element on the key, its position and its channel, not on length or width.
-
-    Args:
-        keys: (B,) int64, a column of `place_keys`.
         length: L.
         width: D.
+
+    Returns:
+        For each place (B, L) and (B, D) int32; a word depends on its seed, place, position or channel alone.
+    """
+    positions, channels = _all_words(seeds, places, length, width)
+    return list(zip(positions.unbind(), channels.unbind(), strict=True))
+
+
+@torch.library.custom_op("sedd_nets::words", mutates_args=())
+def _all_words(seeds: Tensor, places: int, length: int, width: int) -> list[Tensor]:
+    """(places, B, L) and (places, B, D); closed to compilers, which would make them again for every element."""
+    place = torch.arange(1, places + 1, device=seeds.device)
+    return list(words_of(_mixed64(_mixed64(seeds) + _mixed64(place)[:, None]), length, width))
+
+
+@_all_words.register_fake
+def _(seeds: Tensor, places: int, length: int, width: int) -> list[Tensor]:
+    return [seeds.new_empty(places, len(seeds), size, dtype=torch.int32) for size in (length, width)]
+
+
+def words_of(keys: Tensor, length: int, width: int) -> Words:
+    """32 bits for each position, (..., length), and channel, (..., width), under keys (...) int64."""
+    position = torch.arange(length, device=keys.device)
+    channel = torch.arange(-1, -1 - width, -1, device=keys.device)  # numbers that no position has
+    a, b = ((_mixed64(keys[..., None] + number) >> 32).to(torch.int32) for number in (position, channel))
+    return a, b
+
+
+def dropped(words: Words, probability: float) -> Tensor:
+    """Which elements of (B, L, D) are dropped, each with the given probability.
+
+    An element depends on its position's and its channel's word alone.
+
+    Args:
+        words: (B, L) and (B, D) int32.
         probability: in [0, 1), taken to the nearest 2^-32.
 
     Returns:
         (B, L, D) bool.
     """
-    position = torch.arange(length, device=keys.device)
-    channel = torch.arange(-1, -1 - width, -1, device=keys.device)  # words that no position has
-    bits = _word(keys, position)[:, :, None] ^ _word(keys, channel)[:, None, :]
+    position, channel = words
+    bits = position[:, :, None] ^ channel[:, None, :]
     bits *= -0x7A143595
     shifted = bits >> 13
     shifted &= 0x7FFFF  # int32's shift copies the sign
     bits ^= shifted
     bits *= -0x3D4D51CB
     return bits < round(probability * 2**32) - 2**31
-
-
-def _word(keys: Tensor, number: Tensor) -> Tensor:
-    """32 bits for each of the numbers (n,) under each of the keys (B,): (B, n) int32."""
-    return (_mixed64(keys[:, None] + number) >> 32).to(torch.int32)
 
 
 def _mixed64(a: Tensor) -> Tensor:

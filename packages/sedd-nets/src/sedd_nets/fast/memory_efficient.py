@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sedd_nets import functional
-from sedd_nets.fast.dropout import dropped
+from sedd_nets.fast.dropout import Words, dropped, words_of
 from sedd_nets.functional import EPS
 
 __all__ = ["add_gated", "gelu_linear", "modulated_norm", "rotated"]
@@ -54,9 +55,10 @@ def gelu_linear(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Autocast does not reach the inside of a function of autograd: a, weight and bias have the dtype to compute in.
     """
-    if torch.compiler.is_compiling():
-        return functional.gelu_linear(a, weight, bias)
-    out: Tensor = _GeluLinear.apply(a, weight, bias)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():  # a compiler keeps gelu(a) unless it is told to work it out again
+        out: Tensor = checkpoint(functional.gelu_linear, a, weight, bias, use_reentrant=False)
+        return out
+    out = _GeluLinear.apply(a, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -76,7 +78,7 @@ class _GeluLinear(torch.autograd.Function):
         return by_a, by_weight, rows.sum(0)
 
 
-def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, dropout: float, keys: Tensor | None = None) -> Tensor:
+def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, dropout: float, words: Words | None = None) -> Tensor:
     """`functional.add_gated` with dropout's choices, keeping them (a byte an element), the gate and the branch.
 
     Args:
@@ -84,12 +86,12 @@ def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, dropout: float, ke
         branch: (B, L, D), kept in its own dtype.
         gate: (B, 1, D) or (B, L, D), or None for 1.
         dropout: the probability of an element of the branch to count 0; the others are divided by the rest.
-        keys: (B,) int64, what chooses the elements of each row (`sedd_nets.fast.dropout`); None: torch's generator.
+        words: what chooses the elements of each row (`sedd_nets.fast.dropout`); None: torch's generator.
 
     Returns:
         (B, L, D) in h's dtype.
     """
-    kept = None if dropout == 0 else _kept(branch, dropout, keys)
+    kept = None if dropout == 0 else _kept(branch, dropout, words)
     if gate is None or torch.compiler.is_compiling():
         return functional.add_gated(h, branch, gate, kept, dropout)
     out: Tensor = _AddGated.apply(h, branch, gate, kept, dropout)  # type: ignore[no-untyped-call]
@@ -112,15 +114,15 @@ class _AddGated(torch.autograd.Function):
         return grad, by_branch.to(branch.dtype), by_gate.sum_to_size(gate.shape) / (1 - ctx.dropout), None, None
 
 
-def _kept(branch: Tensor, dropout: float, keys: Tensor | None) -> Tensor:
+def _kept(branch: Tensor, dropout: float, words: Words | None) -> Tensor:
     """What dropout keeps, in branch's shape: bool, on CPUs uint8, whose product is faster than masked_fill."""
-    if keys is None and branch.device.type == "cpu":  # whose generator takes longer than a hash of one draw
-        keys = torch.randint(-(2**63), 2**63 - 1, branch.shape[:1])
-    if keys is not None:
-        kept = dropped(keys, branch.shape[1], branch.shape[2], dropout).logical_not_()
+    if words is None and branch.device.type == "cpu":  # whose generator takes longer than a hash of one draw
+        words = words_of(torch.randint(-(2**63), 2**63 - 1, branch.shape[:1]), branch.shape[1], branch.shape[2])
+    if words is not None:
+        kept = dropped(words, dropout).logical_not_()
     else:  # bfloat16 knows too few numbers between 0 and 1 for probabilities
         kept = torch.rand(branch.shape, dtype=torch.float32, device=branch.device) >= dropout
-    return kept if torch.compiler.is_compiling() else kept.view(torch.uint8)
+    return kept.view(torch.uint8) if branch.device.type == "cpu" and not torch.compiler.is_compiling() else kept
 
 
 def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
