@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sedd_nets.checks import on_host
 from sedd_nets.documents import Documents
 
 __all__ = ["Attention", "Rotary", "ScaledDotProduct", "sdpa"]
@@ -76,14 +77,14 @@ class ScaledDotProduct:
 
     def prepare(self, documents: Documents) -> None:
         """Make the mask outside of compiled code."""
-        if documents.ids.device.type != "cpu":
+        if not on_host(documents.ids):
             _ = documents.mask
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         """(B, L, H, d) each, and so is the output; the kernels take strided heads, so nothing is copied."""
         if documents is None:
             return self.rows(q, k, v)
-        if v.device.type != "cpu":
+        if not on_host(v):
             return self.masked(q, k, v, documents)
         flat_q, flat_k, flat_v = (a.flatten(0, 1)[None] for a in (q, k, v))
         out, end = [], 0

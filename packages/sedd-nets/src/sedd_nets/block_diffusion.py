@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sedd_nets.attention import sdpa
-from sedd_nets.checks import check_sizes, check_states, over_last_axis
+from sedd_nets.checks import check_sizes, check_states, on_host, over_last_axis
 from sedd_nets.config import boolean, integer, section
 from sedd_nets.documents import Documents
 from sedd_nets.families import ConditionalTransformer, mask_of
@@ -192,7 +192,7 @@ class BD3LM(ConditionalTransformer):
             f"masks in several blocks of {self.block_size} positions: BD3LM knows a block given clean ones before it. "
             "Sample block by block, or give clean="
         )
-        if x.device.type != "cpu":
+        if not on_host(x):
             torch._assert_async((last <= first).all(), told)
         elif bool((last > first).any()):
             raise ValueError(told)

@@ -9,7 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "check_sizes", "check_states", "check_tokens", "log_expm1", "over_last_axis"]
+__all__ = [
+    "at_least_float32",
+    "check_sizes",
+    "check_states",
+    "check_tokens",
+    "log_expm1",
+    "on_host",
+    "over_last_axis",
+]
+
+
+def on_host(a: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device that computes them."""
+    return a.device.type == "cpu"
 
 
 def at_least_float32(a: Tensor) -> Tensor:
@@ -58,7 +71,7 @@ def check_tokens(x: Tensor, num_states: int) -> None:
     """
     if torch.compiler.is_compiling() or x.is_meta or x.numel() == 0:
         return
-    if x.device.type != "cpu":
+    if not on_host(x):
         torch._assert_async(((x >= 0) & (x < num_states)).all(), f"a token is outside 0..{num_states - 1}")
         return
     low, high = (int(extreme) for extreme in torch.aminmax(x))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sedd_nets.checks import at_least_float32, check_sizes
+from sedd_nets.checks import at_least_float32, check_sizes, on_host
 from sedd_nets.config import integer
 
 __all__ = [
@@ -73,7 +73,7 @@ class LabelCondition(nn.Module):
 
         Raises:
             ValueError: labels has another shape or type.
-            IndexError: a label is out of range (checked on the CPU).
+            IndexError: a label is out of range (CPU); on an accelerator the device's assertion fails.
         """
         check_labels(labels, self.weight.shape[0])
         known = labels >= 0
@@ -135,18 +135,21 @@ class PromptCondition(nn.Module):
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise unless labels are (B,) int64 from -1 to `classes` - 1 (values are looked at on the CPU alone).
+    """Raise unless labels are (B,) int64 from -1 to `classes` - 1.
 
     Raises:
         ValueError: labels has another shape or type.
-        IndexError: a label is out of range.
+        IndexError: a label is out of range (CPU); on an accelerator the device's assertion fails.
     """
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels must be (B,) int64; got {labels.dtype} {tuple(labels.shape)}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = labels[(labels < -1) | (labels >= classes)]
-        if wrong.numel():
-            raise IndexError(f"label {int(wrong[0])} is outside 0..{classes - 1} (-1 means no label)")
+    if torch.compiler.is_compiling() or labels.is_meta:
+        return
+    wrong = (labels < -1) | (labels >= classes)
+    if not on_host(labels):
+        torch._assert_async(~wrong.any(), f"a label is outside 0..{classes - 1} (-1 means no label)")
+    elif bool(wrong.any()):
+        raise IndexError(f"label {int(labels[wrong][0])} is outside 0..{classes - 1} (-1 means no label)")
 
 
 def condition_from_section(section: Mapping[str, Any], cond_dim: int) -> LabelCondition | PromptCondition:

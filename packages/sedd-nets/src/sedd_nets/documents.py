@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from sedd_nets.checks import on_host
+
 __all__ = ["Documents"]
 
 
@@ -35,7 +37,7 @@ class Documents:
         if ids.ndim != 2 or ids.dtype != torch.int64:
             raise ValueError(f"document ids must be (B, L) int64; got {ids.dtype} {tuple(ids.shape)}")
         self.ids = ids
-        if ids.device.type == "cpu" and not bool((ids >= 0).any()):
+        if on_host(ids) and not bool((ids >= 0).any()):
             raise ValueError("every position is padding (a negative id): there is no document")
 
     @classmethod
@@ -46,8 +48,7 @@ class Documents:
             ValueError: a length is not in 1..longest (checked where lengths are not on a GPU).
         """
         sizes = torch.as_tensor(lengths)
-        on_cpu = sizes.device.type == "cpu"
-        if sizes.numel() == 0 or (on_cpu and (int(sizes.min()) < 1 or int(sizes.max()) > longest)):
+        if sizes.numel() == 0 or (on_host(sizes) and (int(sizes.min()) < 1 or int(sizes.max()) > longest)):
             raise ValueError(f"lengths must be in 1..{longest}; got {sizes.tolist()}")
         inside = torch.arange(longest, device=sizes.device) < sizes[:, None]
         return cls(torch.where(inside, 0, -1))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sedd_nets import functional
+from sedd_nets.checks import on_host
 from sedd_nets.fast.dropout import Words, dropped, words_of
 from sedd_nets.functional import EPS
 
@@ -116,13 +117,13 @@ class _AddGated(torch.autograd.Function):
 
 def _kept(branch: Tensor, dropout: float, words: Words | None) -> Tensor:
     """What dropout keeps, in branch's shape: bool, on CPUs uint8, whose product is faster than masked_fill."""
-    if words is None and branch.device.type == "cpu":  # whose generator takes longer than a hash of one draw
+    if words is None and on_host(branch):  # whose generator takes longer than a hash of one draw
         words = words_of(torch.randint(-(2**63), 2**63 - 1, branch.shape[:1]), branch.shape[1], branch.shape[2])
     if words is not None:
         kept = dropped(words, dropout).logical_not_()
     else:  # bfloat16 knows too few numbers between 0 and 1 for probabilities
         kept = torch.rand(branch.shape, dtype=torch.float32, device=branch.device) >= dropout
-    return kept.view(torch.uint8) if branch.device.type == "cpu" and not torch.compiler.is_compiling() else kept
+    return kept.view(torch.uint8) if on_host(branch) and not torch.compiler.is_compiling() else kept
 
 
 def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
