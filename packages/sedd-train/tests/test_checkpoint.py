@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -71,7 +72,7 @@ def published(folder, config, num_states):
     return net.eval()
 
 
-class Tokenizer(list):
+class Tokenizer(list[int]):
     """Seven tokens."""
 
 
@@ -103,7 +104,7 @@ def test_a_schedule_s_numbers_are_those_of_the_config(tmp_path):
 @pytest.fixture
 def disk(monkeypatch):
     """What is synchronised, by name and content, and what is renamed, in order."""
-    done = []
+    done: list[tuple[str, Path, Any]] = []
     fsync, rename, replace = os.fsync, Path.rename, Path.replace
 
     def note_fsync(descriptor):
@@ -188,7 +189,7 @@ def test_the_best_is_kept_besides_the_last(tmp_path):
     (tmp_path / "step-00000009").mkdir()  # torn: no manifest
     (tmp_path / ".step-00000010.123").mkdir()  # killed while it was written
     (tmp_path / ".latest.123").write_text("step-00000001")
-    assert checkpoint.best(tmp_path).name == "step-00000001"
+    assert checkpoint.best(tmp_path) == tmp_path / "step-00000001"
     checkpoint._prune(tmp_path, 2)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-00000001", "step-00000005", "step-00000009"]
     assert checkpoint.best(tmp_path / "none") is None
@@ -200,7 +201,8 @@ def test_the_best_is_kept_besides_the_last(tmp_path):
 @deepspeed
 def test_the_average_stands_still_at_a_step_that_is_skipped(old, process, tmp_path, monkeypatch):
     """The sixth step's loss is NaN: seven updates after eight steps, and only then is the average another."""
-    averages, calls = [], []
+    averages: list[tuple[int, int, dict[str, torch.Tensor]]] = []
+    calls: list[int] = []
 
     class Spoilt(ScoreEntropy):
         def losses(self, net, x0, xt, t, **given):

@@ -66,7 +66,7 @@ def test_blocks_are_the_text_in_order(coder):
 
 
 def test_the_cache_is_read_back_and_rebuilt_when_damaged(folder, tmp_path):
-    said = []
+    said: list[str] = []
     first = token_cache.prepare(str(folder), "bpe:300", tmp_path, said.append)
     again = token_cache.prepare(str(folder), "bpe:300", tmp_path, said.append)
     assert len(said) == 1
@@ -170,7 +170,7 @@ def test_the_speeches_in_text8_s_alphabet(tmp_path, monkeypatch):
     assert not any("  " in part or part != part.strip() for part in (train, valid, test))
     # Every speech is whole, and in one part, with a space between them.
     speeches = {text[:200]: text for text in map(to_text8, openings)}
-    counts = []
+    counts: list[int] = []
     for part in (train, valid, test):
         start, counts = 0, [*counts, 0]
         while start < len(part):
@@ -184,7 +184,9 @@ def test_the_speeches_in_text8_s_alphabet(tmp_path, monkeypatch):
     for tokens, text in [(prepared.train, train), (prepared.valid, valid), (prepared.test, test)]:
         assert len(tokens) == tokens.characters == len(text)
         assert prepared.tokenizer.decode(tokens.flat[-1000:].tolist()) == text[-1000:]
-    assert token_cache.cached("sotu-text8", "characters", tmp_path).fingerprint == prepared.fingerprint
+    again = token_cache.cached("sotu-text8", "characters", tmp_path)
+    assert again is not None
+    assert again.fingerprint == prepared.fingerprint
 
 
 def test_sentences_are_documents_of_whole_speeches_in_three_parts():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from sedd_graphs import Absorbing, LogLinear
 from sedd_train import evaluation
 from sedd_train.evaluation import Evaluation, bounds, by_noise_level, measure
@@ -15,11 +17,14 @@ from torch import nn
 NET = nn.Linear(1, 1)  # whose weights say which device is meant
 
 
-class Recorded:
+class Recorded(ScoreEntropy):
     """An objective whose bound of a sequence is its first token, and that keeps what it was given."""
 
+    given: list[Any]
+
     def __init__(self):
-        self.given = []
+        super().__init__(Absorbing(5), LogLinear())
+        object.__setattr__(self, "given", [])
 
     def bound(self, net, x0, *, num_times, generator, lengths=None):
         self.given.append((x0.clone(), num_times, generator.initial_seed(), lengths))
@@ -124,12 +129,12 @@ def test_a_bound_that_is_nan_is_said(monkeypatch):
 def test_ranks_share_the_chunks(monkeypatch):
     """Of three ranks each measures a third of the chunks, and the sum over ranks is every sequence once."""
     blocks, parts = torch.arange(1, 14).reshape(13, 1).repeat(1, 2), []
-    monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 3)
-    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda values: parts.append(values.clone()))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "all_reduce", lambda values: parts.append(values.clone()))
     monkeypatch.setattr(evaluation, "_raise_together", lambda failure: None)
     for rank in range(3):
-        monkeypatch.setattr(evaluation.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         bounds(NET, Recorded(), blocks, chunk=2)
     assert torch.stack(parts).sum(0).tolist() == blocks[:, 0].tolist()
     assert [int((part > 0).sum()) for part in parts] == [5, 4, 4]

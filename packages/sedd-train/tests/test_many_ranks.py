@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -26,7 +27,7 @@ RESUMED = ("--steps", "24", "--checkpoint-every", "8")
 LONG = 900  # seconds, also where other work shares the cores
 
 
-def how(count: int) -> dict:
+def how(count: int) -> dict[str, Any]:
     return {"launcher": "deepspeed" if count > 1 else "python", "ranks": count}
 
 
@@ -55,6 +56,32 @@ def test_fifty_steps(precision, tolerance, stage, ranks, reference, train, losse
     assert worst <= tolerance
 
 
+def test_four_ranks_under_torchrun(reference, train, losses, tmp_path):
+    train(tmp_path / "run", base=TINY, seconds=LONG, launcher="torchrun", ranks=4)
+    found = losses(tmp_path / "run")
+    assert found.keys() == reference.keys()
+    assert max(abs(found[step][0] / reference[step][0] - 1) for step in reference) <= 1e-5
+
+
+@pytest.mark.parametrize(("before", "stage"), [(2, 2), (2, 3)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["preempted", "killed"])
+def test_stopped_ranks_continue_digit_for_digit(number, before, stage, start, train, losses, tmp_path):
+    options = (*RESUMED, "--zero-stage", str(stage))
+    train(tmp_path / "undisturbed", *options, seconds=LONG, **how(before))
+    run, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
+    with start(run, *options, **how(before)) as process:
+        process.wait_until(lambda: (run / "checkpoints" / "latest").exists() and log.read_text().count('"train"') >= 9)
+        process.signal(number)
+        process.output()
+    assert not (run / "export").exists()
+    train(run, "--resume", seconds=LONG, **how(before))
+    assert losses(run) == losses(tmp_path / "undisturbed")
+    for file in ("export/model.safetensors", "checkpoints/step-00000024/training.safetensors"):
+        left, right = (safetensors.torch.load_file(folder / file) for folder in (tmp_path / "undisturbed", run))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left), file
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_compiled(stage, reference, start, losses, tmp_path):
     """Needs a C++ compiler on a CPU."""
@@ -78,7 +105,9 @@ def test_resumed_with_other_ranks(before, after, stage, folders, start, train, l
         process.wait_until((run / "checkpoints" / "step-00000008").exists)
         process.signal(signal.SIGKILL)
         process.output()
-    done = checkpoint.read(checkpoint.find(run / "checkpoints")).step
+    found_there = checkpoint.find(run / "checkpoints")
+    assert found_there is not None
+    done = checkpoint.read(found_there).step
     assert done < 24
     train(run, "--resume", seconds=LONG, **how(after))
     undisturbed, found = losses(folders / "resumed"), losses(run)
@@ -97,7 +126,7 @@ def test_twenty_kills_at_random_moments(start, tmp_path):
     run, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
     moments, while_saving, while_starting = random.Random(0), 0, 0
     for kill in range(20):
-        left = set(run.glob("checkpoints/.step-*"))  # by the kill before
+        before = set(run.glob("checkpoints/.step-*"))  # by the kill before
         with start(run, *(["--resume"] if list(run.glob("checkpoints/step-*")) else options), **how(2)) as process:
             moment = moments.random()
             if moment < 0.15:  # starting, loading
@@ -107,14 +136,14 @@ def test_twenty_kills_at_random_moments(start, tmp_path):
                 process.wait_until(lambda lines=lines: log.exists() and log.read_text().count("\n") > lines + 1)
                 delay = moments.uniform(0, 0.3)
             else:  # saving
-                process.wait_until(lambda left=left: set(run.glob("checkpoints/.step-*")) - left)
+                process.wait_until(lambda before=before: set(run.glob("checkpoints/.step-*")) - before)
                 delay = moments.uniform(0, 0.05)
             until = time.monotonic() + delay
             process.wait_until(lambda until=until: time.monotonic() > until)
             assert process.process.poll() is None, f"the run was over before kill {kill}"
             process.signal(signal.SIGKILL)
             process.output()
-        while_saving += bool(set(run.glob("checkpoints/.step-*")) - left)
+        while_saving += bool(set(run.glob("checkpoints/.step-*")) - before)
         found = checkpoint.find(run / "checkpoints") if run.exists() else None
         while_starting += found is None
     with start(run, "--resume", **how(2)) as process:

@@ -9,8 +9,8 @@ import pytest
 
 AGAIN = """
 import resource, sys, torch
-from sedd_train.distributed import keep_memory
 if sys.argv[1] == "kept":
+    from sedd_train.distributed import keep_memory
     keep_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -24,7 +24,8 @@ print(*(faults() for _ in range(10)))
 def test_what_is_freed_is_used_again():
     found = {}
     for how in ("kept", "returned"):
-        done = subprocess.run([sys.executable, "-c", AGAIN, how], check=True, capture_output=True, text=True)
+        command = [sys.executable, "-c", AGAIN, how]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[how] = [int(count) for count in done.stdout.split()]
     assert min(found["returned"]) > 20  # pages, huge ones perhaps
     assert found["kept"][0] > 20

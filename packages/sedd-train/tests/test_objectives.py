@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from sedd_nets import MDLM, SEDD, Causal
 from sedd_objectives import lambda_cross_entropy_loss
 from sedd_train import load, load_trained, randomness
 from sedd_train.evaluation import bounds
-from sedd_train.objectives import D3PM, Autoregressive, ScoreEntropy
+from sedd_train.objectives import D3PM, Autoregressive, Objective, ScoreEntropy
 
 NOISE = LogLinear()
-SIZES = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0, "length": 8}
+SIZES: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0, "length": 8}
 
 
 def randomise(net):
@@ -76,19 +77,20 @@ def test_a_document_in_a_padded_row_costs_what_it_costs_alone(kind):
     """In float64: loss, gradient, and bound."""
     graph, x0 = Absorbing(11), torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(1))
     lengths, seeds = torch.tensor([8, 3, 5]), torch.tensor([4, 5, 6])
-    objective = {
+    objectives: dict[str, Objective] = {
         "score-entropy": ScoreEntropy(graph, NOISE),
         "d3pm": D3PM(graph, NOISE, 50),
         "autoregressive": Autoregressive(start=11),
-    }[kind]
+    }
+    objective = objectives[kind]
     sizes = SIZES | {"dropout": 0.5}
     net = Causal(12, **sizes) if kind == "autoregressive" else SEDD(12, cond_dim=8, **sizes)
     net = randomise(net).double().train()
     xt, t = objective.noised(x0, torch.tensor([0.9, 0.8, 0.7]).double(), seed=0, step=0, samples=range(3))
 
     def run(rows, length, given):
-        part = (tensor[rows, :length] for tensor in (x0, xt))
-        total, each = objective.losses(net, *part, t[rows], lengths=given, dropout_seeds=seeds[rows])
+        clean, noised = x0[rows, :length], xt[rows, :length]
+        total, each = objective.losses(net, clean, noised, t[rows], lengths=given, dropout_seeds=seeds[rows])
         return each, torch.autograd.grad(total, list(net.parameters()), allow_unused=True)
 
     padded, slopes = run(slice(0, 3), 8, lengths)
@@ -99,34 +101,32 @@ def test_a_document_in_a_padded_row_costs_what_it_costs_alone(kind):
             torch.testing.assert_close(slope, sum(parts), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("default")  # DeepSpeed warns
 @pytest.mark.parametrize(
-    "options",
+    "values",
     [
-        [
-            "--objective",
-            "d3pm",
-            "--graph",
-            "uniform",
-            "--no-scale-by-sigma",
-            "--no-informed-start",
-            "--d3pm-steps",
-            "20",
-        ],
-        ["--objective", "autoregressive", "--network", "causal"],
-        ["--network", "mdlm", "--no-packing"],
+        {
+            "objective": "d3pm",
+            "graph": "uniform",
+            "scale_by_sigma": False,
+            "informed_start": False,
+            "d3pm_steps": 20,
+        },
+        {"objective": "autoregressive", "network": "causal"},
+        {"network": "mdlm", "packing": False},
     ],
     ids=["d3pm", "autoregressive", "mdlm, padded"],
 )
-def test_a_run_ends_in_a_model_that_is_read_back_as_what_it_is(train, tmp_path, options):
+def test_a_run_ends_in_a_model_that_is_read_back_as_what_it_is(here, tmp_path, values):
     output = tmp_path / "run"
-    train(output, *options, "--steps", "2", "--dropout", "0.1")
+    here(output, **values, steps=2, dropout=0.1)
     summary = json.loads((output / "summary.json").read_text())
     net, objective, tokenizer = load_trained(output)
     text = objective.sample(net, (2, 8), steps=2, generator=torch.Generator().manual_seed(0), device="cpu")
     assert text.shape == (2, 8)
     assert len(tokenizer.decode(text[0].tolist())) > 0
     assert 0 < summary["nats_per_token"] < 12
-    if "mdlm" in options:
+    if "mdlm" in values.values():
         assert isinstance(load(output).net, MDLM)
     else:
         with pytest.raises(ValueError, match="is no score model: read it by"):

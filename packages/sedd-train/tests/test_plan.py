@@ -51,13 +51,16 @@ def test_the_published_ones_have_the_published_values(name):
         assert (recipe.sigma_min, recipe.sigma_max) == (1e-4, 20.0)
 
 
-def test_a_plan(train, tmp_path, text):
-    printed = train(tmp_path / "run", "--plan", "2", "--zero-stage", "2")
+def test_a_plan(script, small, tmp_path, text, cache):
+    options = [*small, "--corpus", text, "--output", tmp_path / "run", "--cache", cache]
+    code, printed = script("train_owt.py", *options, "--plan", "2", "--zero-stage", "2")
+    assert code == 0
     assert "56,621 parameters" in printed
     assert "step         8 sequences of 32 = 2 ranks x 1 micro-batches x 4; 256 tokens" in printed
     assert "ZeRO 2" in next(line for line in printed.splitlines() if line.endswith("<- this run"))
     assert not (tmp_path / "run").exists()
-    wrong = train(tmp_path / "run", "--plan", "3", code=2)
+    code, wrong = script("train_owt.py", *options, "--plan", "3")
+    assert code == 2
     assert "cannot be divided over 3 ranks" in wrong
 
 

@@ -1,51 +1,113 @@
-"""Any launcher, any ZeRO stage, one rank, two or four: the same training run: the tiny recipe's own first steps.
+"""Two ranks, any ZeRO stage: the same run as in one process, what it measures included; left, continued, and handed on.
 
 With dropout, to see that this too is a sample's own, whichever rank runs it. AdamW divides a gradient by its size:
 where that is a rounding error, so is the step's sign, and weights would part by whole steps. A larger epsilon keeps
 such gradients small, so that weights can be compared as closely as losses.
+
+What one process does is done in this one, and what two do by one program (`two_ranks.py`).
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
+from sedd_train import distributed, recipes, train
+from sedd_train.engine import train_step
 
-TINY = (
-    *("--recipe", "tiny", "--steps", "20", "--warmup", "4", "--log-every", "1", "--dropout", "0.1", "--eps", "1e-4"),
-    *("--evaluate-blocks", "2", "--evaluate-times", "2"),
-    *("--sample-steps", "2"),
-)
+pytestmark = pytest.mark.filterwarnings("default")  # DeepSpeed warns
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return tmp_path_factory.mktemp("alone") / "run"
+def runs(tmp_path_factory, text, cache, world, values):
+    """A folder of runs: `alone` and `other` by this process, the rest by two ranks under the deepspeed launcher."""
+    folder = tmp_path_factory.mktemp("runs")
+    more = {"corpus": str(text), "steps": STEPS, "dropout": 0.1, "eps": 1e-4, "checkpoint_every": 1000}
+    recipe = recipes.override(recipes.read_recipe("tiny"), values | more)
+    (folder / "recipe.toml").write_text(recipes.to_toml(recipe))
+    taken: list[None] = []
+
+    def left(*args, **given):
+        taken.append(None)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in world.items():
+            patch.setenv(name, value)
+        train(recipe, output=folder / "alone", cache=cache, tensorboard=False)
+        patch.setattr("sedd_train.training.train_step", left)
+        without = recipes.override(recipe, {"zero_stage": 0})
+        found = train(without, output=folder / "other", cache=cache, tensorboard=False)
+    assert (found.step, found.stopped) == (4, True)
+    program = Path(__file__).parent / "two_ranks.py"
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2"]
+    port = ["--master_port", str(distributed.free_port())]
+    command = [*launcher, *port, program, folder / "recipe.toml", folder, cache]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO,STRICT"},
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    for stage in (1, 2, 3):
+        assert f"on 2 x cpu, ZeRO {stage}, fp32" in done.stdout
+    return folder
 
 
-@pytest.fixture
-def undisturbed(alone, train, losses):
-    """The losses of one process under plain python."""
-    if not alone.exists():
-        train(alone, base=TINY)
-    return losses(alone)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_train_as_one_process_does(stage, runs, losses, measured):
+    one, many = losses(runs / "alone"), losses(runs / f"stage-{stage}")
+    assert one.keys() == many.keys() == set(range(1, STEPS + 1))
+    for step, (loss, norm, lr) in one.items():
+        assert many[step][0] == pytest.approx(loss, rel=1e-5), step
+        assert many[step][1] == pytest.approx(norm, rel=1e-3), step
+        assert many[step][2] == lr
+    weights = [
+        safetensors.torch.load_file(runs / run / "export" / "model.safetensors") for run in ("alone", f"stage-{stage}")
+    ]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
+    assert weights[0]["output_layer.linear.weight"].abs().max() > 1e-3  # where it began at 0: they did train
 
 
-@pytest.mark.parametrize(
-    ("launcher", "stage", "ranks"),
-    [("deepspeed", 1, 2), ("deepspeed", 2, 2), ("deepspeed", 3, 2), ("torchrun", 1, 4)],
-    ids=str,
-)
-def test_many_ranks_train_as_one_process_does(launcher, stage, ranks, undisturbed, alone, train, losses, tmp_path):
-    printed = train(tmp_path / "run", "--zero-stage", stage, base=TINY, launcher=launcher, ranks=ranks)
-    assert f"on {ranks} x cpu, ZeRO {stage}" in printed
-    found = losses(tmp_path / "run")
-    assert found.keys() == undisturbed.keys() == set(range(1, 21))
-    for step, (loss, norm, lr) in undisturbed.items():
-        assert found[step][0] == pytest.approx(loss, rel=1e-5), step
-        assert found[step][1] == pytest.approx(norm, rel=1e-3), step
-        assert found[step][2] == lr
-    one, many = (safetensors.torch.load_file(run / "export" / "model.safetensors") for run in (alone, tmp_path / "run"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(many[name], tensor, rtol=0, atol=1e-5)
-    assert one["output_layer.linear.weight"].abs().max() > 1e-3  # where it began at 0: they did train
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_measure_what_one_process_does(stage, runs, measured):
+    """Each sequence once, whichever rank it falls to: the bound, its error, and every noise level."""
+    one, many = measured(runs / "alone"), measured(runs / f"stage-{stage}")
+    assert [line["kind"] for line in one] == [line["kind"] for line in many] == ["levels", "valid"]
+    for names, before, after in [
+        (("nats_per_token", "standard_error", "t"), one[0], many[0]),
+        (("nats_per_token", "standard_error", "perplexity", "bits_per_character"), one[1], many[1]),
+    ]:
+        for name in names:
+            assert after[name] == pytest.approx(before[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_that_one_rank_was_asked_to_leave_goes_on_to_the_same_weights(stage, runs, losses):
+    """Every digit. That it saved when it left, and left nothing finished, `two_ranks.py` has seen."""
+    undisturbed, left = runs / f"stage-{stage}", runs / f"left-{stage}"
+    assert losses(left) == losses(undisturbed)
+    for file in ("export/model.safetensors", f"checkpoints/step-{STEPS:08d}/training.safetensors"):
+        one, other = (safetensors.torch.load_file(run / file) for run in (undisturbed, left))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), file
+
+
+def test_a_run_goes_on_with_other_ranks_and_another_stage(runs, losses):
+    """From one rank without ZeRO to two with: not bit for bit, but the same run."""
+    alone, other = losses(runs / "alone"), losses(runs / "other")
+    assert alone.keys() == other.keys()
+    for step, line in alone.items():
+        assert other[step][0] == pytest.approx(line[0], rel=1e-5)

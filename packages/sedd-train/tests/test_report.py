@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_a_full_disk_costs_the_log_alone(tmp_path, recwarn):
 def test_the_picture_is_drawn_of_whatever_there_is(tmp_path):
     path = tmp_path / "log.jsonl"
     log = loggers.Log(path)
-    how = {"title": "a run", "unigram_entropy": 3.0, "characters_per_token": 1.0}
+    how: dict[str, Any] = {"title": "a run", "unigram_entropy": 3.0, "characters_per_token": 1.0}
     plotting.loss_curve(path, tmp_path / "empty.png", **how)
     for step in range(1, 50):
         log.write("train", step=step, loss=math.nan if step == 7 else 3 + 1 / step)
@@ -86,9 +87,10 @@ def test_levels_of_a_network_that_knows_nothing():
         by_noise_level(_Broken(), graph, noise, blocks)
 
 
-class _Broken(torch.nn.Linear):
+class _Broken(torch.nn.Module):
     def __init__(self):
-        super().__init__(1, 1)
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, x, sigma):
         return torch.full((*x.shape, 21), math.nan)

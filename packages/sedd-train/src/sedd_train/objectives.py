@@ -50,7 +50,7 @@ A sequence whose loss is NaN does not raise: on one of several ranks the others 
 class Objective(Protocol):
     """What a run trains for. Any object with these methods will do; the three below are those of the paper."""
 
-    def noised(self, x0: Tensor, t: Tensor, seed: int, step: int, samples: Sequence[int], /) -> tuple[Tensor, Tensor]:
+    def noised(self, x0: Tensor, t: Tensor, seed: int, step: int, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """x_t (B, L) int64 of x0 at times t (B,), and the times that it is noised to, a function of the last three."""
 
     def losses(
