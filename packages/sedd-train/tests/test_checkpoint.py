@@ -65,7 +65,7 @@ def published(folder, config, num_states):
     torch.manual_seed(0)
     net = SEDD(num_states, width=16, depth=1, heads=2, cond_dim=8, dropout=0.0, length=8, scale_by_sigma=False)
     torch.nn.init.normal_(net.output_layer.linear.weight)
-    net.save_pretrained(folder)
+    net.save_pretrained(folder, sections=config)
     written = json.loads((folder / "config.json").read_text())
     del written["model"]["scale_by_sigma"]
     (folder / "config.json").write_text(json.dumps(written | config))

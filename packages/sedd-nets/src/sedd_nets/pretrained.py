@@ -250,8 +250,9 @@ net, graph, noise, tokenizer = load("{name}")  # or sedd_nets.from_pretrained("{
 
 def _unsaid(config: Mapping[str, Any]) -> list[str]:
     """Which of the sections that make a score model usable the config lacks."""
-    if config["model"].get("type") == "causal":
-        return []
+    objective = config.get("objective", {})
+    if config["model"].get("type") == "causal" or objective.get("type", "score-entropy") != "score-entropy":
+        return []  # another model than a score, which its writer has named
     return [name for name in ("graph", "noise") if name not in config]
 
 

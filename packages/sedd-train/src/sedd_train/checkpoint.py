@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from sedd_nets.pretrained import read_json
 from torch import Tensor, nn
 
 from sedd_train import storage, zero_shards
@@ -223,10 +225,10 @@ def best(run: Path) -> Path | None:
     scores = {}
     for folder in _folders(run):
         try:
-            score = json.loads((folder / "manifest.json").read_text()).get("bound")
+            score = read_json(folder / "manifest.json").get("bound")
         except (OSError, ValueError):  # damaged: `find` says so
             continue
-        if score is not None:
+        if isinstance(score, int | float):
             scores[folder] = float(score)
     return min(scores, key=lambda folder: scores[folder], default=None)
 
@@ -234,11 +236,18 @@ def best(run: Path) -> Path | None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as it was written."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name, digest in manifest["files"].items():
+        manifest = read_json(folder / "manifest.json")
+        files = manifest.get("files")
+        for name in ("step", "adam_steps", "ema_updates"):
+            count = manifest.get(name)
+            if isinstance(count, bool) or not isinstance(count, int | float) or not 0 <= count < 1 << 53:
+                raise ValueError(f"manifest.json: {name} must be a number of at least 0; got {count!r:.100}")
+        if not isinstance(files, dict) or not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in files):
+            raise ValueError(f"manifest.json: files must name files of the folder and their sums; got {files!r:.200}")
+        for name, digest in files.items():
             if _sha256(folder / name) != digest:
                 return f"{folder / name} is not as it was written (its checksum differs)"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         return f"{folder} is incomplete ({type(error).__name__}: {error})"
     return None
 
@@ -273,7 +282,7 @@ def read(folder: Path) -> Checkpoint:
 
     moments = {moment: values for moment in MOMENTS if (values := part(moment))}
     average = safetensors.torch.load_file(folder / "model.safetensors")
-    return Checkpoint(folder, json.loads((folder / "manifest.json").read_text()), part("weights"), moments, average)
+    return Checkpoint(folder, read_json(folder / "manifest.json"), part("weights"), moments, average)
 
 
 def last(run: Path, fingerprint: str) -> Checkpoint:

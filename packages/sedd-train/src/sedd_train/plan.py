@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sedd_train import flops, pretrained, token_cache, tokenizers
 from sedd_train.recipes import Recipe
+from sedd_train.sections import make_noise
 
 __all__ = ["memory", "activations", "describe", "STAGES"]
 
@@ -116,7 +117,7 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
     micro_batch = recipe.batch_size // micro_batches
     graph = pretrained.make_graph(recipe.graph, tokenizers.vocab_size(recipe.tokenizer))
     sections = pretrained.sections(recipe, tokens=graph.num_states)
-    objective = pretrained.make_objective(sections["objective"], graph, pretrained.make_noise(sections["noise"]))
+    objective = pretrained.make_objective(sections["objective"], graph, make_noise(sections["noise"]))
     with torch.device("meta"):
         net = pretrained.make_net(recipe, graph.num_states)
     counts = net.parameter_counts()

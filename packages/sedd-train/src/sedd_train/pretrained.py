@@ -6,32 +6,74 @@ made, baselines included, as a network and its objective.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
-from sedd_graphs import Absorbing, Geometric, LogLinear, Uniform
+from sedd_graphs import Absorbing, Uniform
 from sedd_nets import MDLM, RADD, SEDD, Causal, from_pretrained
+from sedd_nets.config import integer, section, text
+from sedd_nets.families import ConditionalTransformer
+from sedd_nets.files import HubOptions, Source
 from sedd_nets.loading import Network
 
 from sedd_train import tokenizers
 from sedd_train.objectives import D3PM, Autoregressive, ScoreEntropy
 from sedd_train.recipes import Recipe
+from sedd_train.sections import graph_section, make_noise, noise_section, read_graph
 
 __all__ = [
     *("Model", "load", "Trained", "load_trained"),
     *("make_graph", "make_net", "make_noise", "make_objective", "sections"),
 ]
 
-GPT2_SIZE = 50257
+GPT2_PADDED = 50258  # with the [PAD] that Duo's trainer adds
+BY_SIZE = {50257: "gpt2", GPT2_PADDED: "gpt2", 30522: "bert-base-uncased", 28996: "bert-base-cased"}
 
 
 class Model(NamedTuple):
-    """What `load` gives: the network in evaluation mode, and what it was trained with."""
+    """A network and what it was trained with: what `load` gives, and what can be written for it to read."""
 
     net: Network
     graph: Any
     noise: Any
     tokenizer: Any
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `load` reads: config.json with graph and schedule, weights, and the tokenizer.
+
+        Raises:
+            ValueError: the graph has another number of states than the network, or another mask.
+            OSError: the folder cannot be written.
+        """
+        self.net.save_pretrained(folder, sections=self.sections())
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(folder))
+
+    def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload that folder with a model card to the hub repository "owner/name", created if need be.
+
+        Args:
+            name: of the repository.
+            private: whether a new repository is private; None leaves it to the owner's default.
+            token: a token with write access; the one of `hf auth login` unless given.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ValueError: as `save_pretrained`.
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+        """
+        given: dict[str, Any] = {"private": private, "token": token}
+        return self.net.push_to_hub(name, tokenizer=self.tokenizer, sections=self.sections(), **given)
+
+    def sections(self) -> dict[str, Any]:
+        """What config.json says beside the network's sizes. Raises ValueError where graph and network do not fit."""
+        if self.graph.num_states != self.net.num_states:
+            raise ValueError(f"{self.graph} has {self.graph.num_states} states, and the network {self.net.num_states}")
+        tokens = self.graph.num_states - (self.graph.mask_id is not None)
+        return {"tokens": tokens, "graph": graph_section(self.graph), "noise": noise_section(self.noise)}
 
 
 class Trained(NamedTuple):
@@ -42,63 +84,74 @@ class Trained(NamedTuple):
     tokenizer: Any
 
 
-def load(folder_or_name: str | Path, *, tokenizer: Any = None) -> Model:
-    """Read a checkpoint: a folder of this package, a folder in the published format, or a name on the hub.
+def load(
+    folder_or_name: str | Path,
+    *,
+    tokenizer: Any = None,
+    graph: Any = None,
+    noise: Any = None,
+    **hub: Unpack[HubOptions],
+) -> Model:
+    """Read a checkpoint: a folder of this package, a folder in a published layout, or a name on the hub.
 
-    A run's folder stands for its `export`, or for its last checkpoint while it has none.
+    A run's folder stands for its `export`, or for its last checkpoint while it has none. No code of a checkpoint runs.
 
     Args:
-        folder_or_name: for instance "runs/tiny/export" or "louaaron/sedd-small", or a RADD or MDLM one.
-        tokenizer: to use in place of the folder's. A published folder has none, and GPT-2's is taken where the
-            vocabulary has GPT-2's size.
+        folder_or_name: for instance "runs/tiny/export" or "louaaron/sedd-small", or a RADD, MDLM, UDLM, Duo or BD3LM
+            one.
+        tokenizer: to use in place of the checkpoint's. Where it has none, GPT-2's or BERT's is taken by the size of the
+            vocabulary.
+        graph: for a checkpoint that was made with a graph that config.json cannot describe.
+        noise: the same of its schedule.
+        hub: revision, token, cache_dir, local_files_only; see `sedd_nets.files.HubOptions`.
 
     Raises:
         FileNotFoundError, ConnectionError: no such folder, and no such name on the hub or no hub.
-        ValueError: the config, the weights and the tokenizer do not fit each other, or the network is no score model.
+        ValueError: config.json holds a wrong value; config, weights and tokenizer do not fit each other; or the network
+            is no score model.
     """
-    net, objective, tokenizer = load_trained(folder_or_name, tokenizer=tokenizer)
+    net, objective, tokenizer = load_trained(folder_or_name, tokenizer=tokenizer, graph=graph, noise=noise, **hub)
     if isinstance(net, Causal) or not isinstance(objective, ScoreEntropy):
         raise ValueError(
-            f"{folder_or_name} was trained for {net.sections['objective']['type']}, and is no score model: read it by "
+            f"{folder_or_name} was trained for {type(objective).__name__}, and is no score model: read it by "
             "sedd_train.load_trained"
         )
     return Model(net, objective.graph, objective.noise, tokenizer)
 
 
-def load_trained(folder_or_name: str | Path, *, tokenizer: Any = None) -> Trained:
+def load_trained(
+    folder_or_name: str | Path,
+    *,
+    tokenizer: Any = None,
+    graph: Any = None,
+    noise: Any = None,
+    **hub: Unpack[HubOptions],
+) -> Trained:
     """Read any checkpoint: those that `load` reads, and those of other objectives that the training script wrote.
 
     Args and errors are those of `load`.
     """
-    source = _folder(Path(folder_or_name)) if Path(folder_or_name).is_dir() else folder_or_name
-    net = from_pretrained(source)
-    config = net.sections
-    for name in ("graph", "noise"):
-        if not isinstance(config.get(name), dict) or "type" not in config[name]:
-            raise ValueError(f"{source}: config.json does not say which {name} the network was trained with")
-    graph = make_graph(config["graph"]["type"], int(config.get("tokens", 0)) or net.num_states)
-    if graph.num_states != net.num_states:
-        raise ValueError(
-            f"{source}: config.json names {config.get('tokens')} tokens and the {config['graph']['type']} graph, which "
-            f"makes {graph.num_states} states, but the weights have {net.num_states}"
-        )
-    objective = make_objective(config.get("objective", {"type": "score-entropy"}), graph, make_noise(config["noise"]))
-    vocabulary = graph.num_states - (graph.mask_id is not None)
+    source = Source(_folder(Path(folder_or_name)) if Path(folder_or_name).is_dir() else folder_or_name, **hub)
+    net = from_pretrained(source.name, **hub)
     if tokenizer is None:
-        if isinstance(source, Path) and (source / "tokenizer.json").exists():
-            tokenizer = tokenizers.load_tokenizer(str(source))
-        elif vocabulary == GPT2_SIZE:
-            tokenizer = tokenizers.load_tokenizer("gpt2")
-        else:
+        tokenizer = tokenizers.read_tokenizer(source) or _tokenizer_by_size(net, source)
+    _take_mask_of(tokenizer, net)
+    config = net.sections
+    for name, given in (("graph", graph), ("noise", noise)):
+        if given is None and name not in config:
             raise ValueError(
-                f"{source} has no tokenizer.json and {vocabulary} tokens, which is not GPT-2's {GPT2_SIZE}: give the "
-                "tokenizer it was trained with, load(..., tokenizer=...)"
+                f"{source.name}: config.json does not say which {name} the network was trained with; give it: "
+                f"load(..., {name}=...)"
             )
-    if len(tokenizer) != vocabulary:
-        raise ValueError(
-            f"{source} was trained on a vocabulary of {vocabulary} tokens, and the tokenizer has {len(tokenizer)}: it "
-            "is another model's; give the one it was trained with"
-        )
+    graph = read_graph(section(config, "graph"), net.num_states) if graph is None else graph
+    noise = make_noise(section(config, "noise")) if noise is None else noise
+    if graph.num_states != net.num_states:
+        raise ValueError(f"{graph} has {graph.num_states} states, and the network of {source.name} {net.num_states}")
+    own_mask = getattr(net, "mask_id", graph.mask_id)
+    if own_mask != graph.mask_id:
+        raise ValueError(f"{graph} has its mask at {graph.mask_id}, and the network of {source.name} at {own_mask}")
+    objective = make_objective(section(config, "objective", default={"type": "score-entropy"}), graph, noise)
+    _check_vocabulary(tokenizer, graph, source)
     return Trained(net, objective, tokenizer)
 
 
@@ -109,7 +162,54 @@ def _folder(folder: Path) -> Path:
     if (folder / "export" / "config.json").exists():
         return folder / "export"
     latest = folder / "checkpoints" / "latest"
-    return latest.parent / latest.read_text().strip() if latest.exists() else folder
+    if not latest.exists():
+        return folder
+    name = latest.read_bytes()[:100].decode(errors="replace").strip()
+    if not re.fullmatch(r"step-[\w.-]+", name):
+        raise ValueError(f"{latest} names {name!r}, and a run's checkpoints are folders step-... beside it")
+    return latest.parent / name
+
+
+def _tokenizer_by_size(net: Network, source: Source) -> Any:
+    """The tokenizer that a published checkpoint without one was trained with, by the size of its vocabulary."""
+    graph, last = net.sections.get("graph", {}), net.num_states - 1
+    all_tokens = graph.get("type") == "uniform" or graph.get("mask_id", last) != last
+    size = net.num_states if all_tokens else last
+    if size not in BY_SIZE:
+        sizes = ", ".join(f"{name}'s {size}" for size, name in BY_SIZE.items())
+        raise ValueError(
+            f"{source.name} has no tokenizer.json and {size} tokens, which is none of {sizes}: give the tokenizer it "
+            "was trained with, load(..., tokenizer=...)"
+        )
+    if size == GPT2_PADDED:
+        padded = tokenizers.load_tokenizer("gpt2")
+        padded.add_special_tokens({"pad_token": "[PAD]"})
+        return padded
+    return tokenizers.load_tokenizer(BY_SIZE[size])
+
+
+def _take_mask_of(tokenizer: Any, net: Network) -> None:
+    """The mask is the tokenizer's own where the states are its tokens and config.json says nothing else."""
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if isinstance(net, ConditionalTransformer) and mask is not None and len(tokenizer) == net.num_states:
+        net.mask_id = net.sections["graph"].setdefault("mask_id", mask)
+
+
+def _check_vocabulary(tokenizer: Any, graph: Any, source: Source) -> None:
+    """A tokenizer has a token for each state: for the mask, too, where that is none of its last."""
+    vocabulary = graph.num_states - (graph.mask_id is not None)
+    inside = len(tokenizer) == graph.num_states and getattr(tokenizer, "mask_token_id", None) == graph.mask_id
+    if len(tokenizer) != vocabulary and not (inside and graph.mask_id is not None):
+        raise ValueError(
+            f"{source.name} was trained on a vocabulary of {vocabulary} tokens, and the tokenizer has "
+            f"{len(tokenizer)}: it is another model's; give the one it was trained with"
+        )
+    middle = graph.mask_id is not None and graph.mask_id < vocabulary
+    if middle and len(tokenizer) == vocabulary and graph.mask_id in tokenizer.get_vocab().values():
+        raise ValueError(
+            f"the mask of {source.name} is state {graph.mask_id}, and the tokenizer has a token there: it is another "
+            "model's, or the mask is; give graph= or tokenizer="
+        )
 
 
 def make_graph(kind: str, vocab_size: int) -> Absorbing | Uniform:
@@ -137,32 +237,20 @@ def make_net(recipe: Recipe, num_states: int) -> SEDD | RADD | MDLM | Causal:
     return SEDD(num_states, cond_dim=recipe.cond_dim, scale_by_sigma=recipe.scale_by_sigma, **sizes)
 
 
-def make_objective(section: dict[str, Any], graph: Any, noise: Any) -> ScoreEntropy | D3PM | Autoregressive:
+def make_objective(described: dict[str, Any], graph: Any, noise: Any) -> ScoreEntropy | D3PM | Autoregressive:
     """The objective that a config's `objective` section describes.
 
     Raises:
-        ValueError: another kind.
+        ValueError: another kind, or a wrong value.
     """
-    if section["type"] == "score-entropy":
+    kind = text(described, "type")
+    if kind == "score-entropy":
         return ScoreEntropy(graph, noise)
-    if section["type"] == "d3pm":
-        return D3PM(graph, noise, int(section["steps"]))
-    if section["type"] == "autoregressive":
+    if kind == "d3pm":
+        return D3PM(graph, noise, integer(described, "steps"))
+    if kind == "autoregressive":
         return Autoregressive(start=graph.mask_id)
-    raise ValueError(f"objective {section['type']!r}: expected 'score-entropy', 'd3pm' or 'autoregressive'")
-
-
-def make_noise(section: dict[str, Any]) -> LogLinear | Geometric:
-    """The schedule that a published config's `noise` section describes.
-
-    Raises:
-        ValueError: another kind.
-    """
-    if section["type"] == "loglinear":
-        return LogLinear(eps=float(section.get("eps", 1e-3)))
-    if section["type"] == "geometric":
-        return Geometric(sigma_min=float(section["sigma_min"]), sigma_max=float(section["sigma_max"]))
-    raise ValueError(f"noise type {section['type']!r}: expected 'loglinear' or 'geometric'")
+    raise ValueError(f"objective {kind!r:.100}: expected 'score-entropy', 'd3pm' or 'autoregressive'")
 
 
 def sections(recipe: Recipe, *, tokens: int) -> dict[str, Any]:

@@ -140,7 +140,11 @@ def _open(folder: Path) -> Corpus | None:
             if len(ends) != meta[name]["documents"] or _checksum(ends) != meta[name]["ends_crc32"]:
                 return None
             splits[name] = Tokens(flat, ends, meta[name]["characters"])
-        return Corpus(**splits, tokenizer=AutoTokenizer.from_pretrained(folder), fingerprint=str(meta["fingerprint"]))
+        return Corpus(
+            **splits,
+            tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+            fingerprint=str(meta["fingerprint"]),
+        )
     except (OSError, ValueError, KeyError):
         return None
 

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sedd_nets.files import Source
+from sedd_nets.pretrained import read_json
+
 from sedd_train.text8 import CHARACTERS, character_tokenizer
 
-__all__ = ["load_tokenizer", "vocab_size", "identity", "pieces"]
+__all__ = ["load_tokenizer", "read_tokenizer", "vocab_size", "identity", "pieces"]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -50,7 +53,7 @@ def load_tokenizer(name: str, train: Callable[[], Iterable[str]] | None = None) 
         gpt2: Any = transformers.GPT2TokenizerFast  # type: ignore[attr-defined,unused-ignore]
         return gpt2(*files)  # positional: the keywords give an empty tokenizer in transformers 5
     try:
-        found = AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # as above: offline has many names
         if Path(name).exists():
             raise ValueError(f"{name} holds no tokenizer: {error}") from error
@@ -64,6 +67,44 @@ def load_tokenizer(name: str, train: Callable[[], Iterable[str]] | None = None) 
     if found.eos_token is None and set(found.get_vocab()) != set(CHARACTERS):
         raise ValueError(f"tokenizer {name!r} has no end-of-text token, which is put after every document")
     return found
+
+
+def read_tokenizer(source: Source) -> Any | None:
+    """The tokenizer of a checkpoint, from its tokenizer.json and the names of its special tokens; None if it has none.
+
+    Both are data: no class that a file names is looked for, and no code of a checkpoint runs.
+
+    Raises:
+        ValueError: tokenizer.json is no tokenizer, or tokenizer_config.json is damaged.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        path = source.file("tokenizer.json")
+    except (FileNotFoundError, ConnectionError):  # the latter: not among what was downloaded
+        return None
+    try:
+        told = read_json(source.file("tokenizer_config.json"))
+    except (FileNotFoundError, ConnectionError):
+        told = {}
+    options: dict[str, Any] = {"clean_up_tokenization_spaces": told.get("clean_up_tokenization_spaces") is True}
+    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+        token = told.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            options[name] = token
+    fast: Any = PreTrainedTokenizerFast
+    try:
+        found = fast(tokenizer_file=str(path), **options)
+        if found.eos_token is None:
+            found.eos_token = found.sep_token
+        return found
+    except (
+        BaseException
+    ) as error:  # a file that tokenizers cannot take ends in an Exception, or in a panic, which is none
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
+            raise
+        raise ValueError(f"{path} holds no tokenizer: {error!s:.300}") from error
 
 
 def vocab_size(name: str) -> int:

@@ -43,6 +43,7 @@ from sedd_train.loading import Batches, ahead
 from sedd_train.objectives import Objective, has_head
 from sedd_train.progress import Progress, introduce, measure_and_sample, tell_skipped
 from sedd_train.recipes import Recipe
+from sedd_train.sections import make_noise
 from sedd_train.token_cache import Corpus
 from sedd_train.tokenizers import identity
 from sedd_train.tokens import unigram_entropy
@@ -126,7 +127,7 @@ def train(
         own_net, sections = net is not None, pretrained.sections(recipe, tokens=len(text.tokenizer))
         graph = pretrained.make_graph(recipe.graph, len(text.tokenizer))
         if objective is None:
-            noise = pretrained.make_noise(sections["noise"])
+            noise = make_noise(sections["noise"])
             objective = pretrained.make_objective(sections["objective"], graph, noise)
         else:
             sections = {"tokens": len(text.tokenizer), "objective": {"type": type(objective).__qualname__}}

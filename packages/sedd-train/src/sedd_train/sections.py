@@ -1,0 +1,121 @@
+"""Graphs and schedules as config.json names them, and back; every value is checked where it is read.
+
+    {"type": "absorb", "mask_id": 103}                                  the mask is the last state unless said
+    {"type": "uniform"}    {"type": "ordinal"}
+    {"type": "hybrid", "uniform_rate": 1.0, "mask_rate": 1.0}           with a mask_id, too
+    {"type": "masked", "tokens": {"type": "ordinal"}, "rate": 1.0, "mask_rate": 1.0}
+    {"type": "loglinear", "eps": 0.001}    cosine    polynomial         each with its eps
+    {"type": "geometric", "sigma_min": 0.0001, "sigma_max": 20}    linear
+
+Of others a checkpoint keeps the name alone, {"type": "Dense", "is": "Dense(Q of 4 states)"}: whoever loads it brings
+the graph or the schedule itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sedd_graphs import (
+    Absorbing,
+    Cosine,
+    Geometric,
+    Hybrid,
+    Linear,
+    LogLinear,
+    Masked,
+    Ordinal,
+    Polynomial,
+    Uniform,
+)
+from sedd_nets.config import integer, number, section, text
+
+__all__ = ["graph_section", "make_noise", "noise_section", "read_graph"]
+
+NOISES: dict[str, tuple[Any, dict[str, float | None]]] = {
+    "loglinear": (LogLinear, {"eps": 1e-3}),
+    "cosine": (Cosine, {"eps": 1e-3}),
+    "polynomial": (Polynomial, {"power": 2.0, "eps": 1e-3}),
+    "geometric": (Geometric, {"sigma_min": None, "sigma_max": None}),
+    "linear": (Linear, {"sigma_max": None, "sigma_min": 0.0}),
+}
+GRAPHS: dict[str, Any] = {
+    "absorb": Absorbing,
+    "uniform": Uniform,
+    "ordinal": Ordinal,
+    "hybrid": Hybrid,
+    "masked": Masked,
+}
+
+
+def read_graph(described: Mapping[str, Any], num_states: int) -> Any:
+    """The graph over so many states that a `graph` section describes.
+
+    Raises:
+        ValueError: another type, or a value that makes no such graph.
+    """
+    kind = text(described, "type")
+    if kind == "uniform":
+        return Uniform(num_states)
+    if kind == "ordinal":
+        return Ordinal(num_states)
+    if kind not in GRAPHS:
+        raise ValueError(_unknown("graph", described, GRAPHS))
+    mask_id = integer(described, "mask_id", default=num_states - 1, least=0, most=num_states - 1)
+    if kind == "absorb":
+        return Absorbing(num_states - 1, mask_id)
+    mask_rate = number(described, "mask_rate")
+    if kind == "hybrid":
+        uniform_rate = number(described, "uniform_rate")
+        return Hybrid(num_states - 1, uniform_rate=uniform_rate, mask_rate=mask_rate, mask_id=mask_id)
+    of_tokens = section(described, "tokens")
+    if text(of_tokens, "type") not in ("uniform", "ordinal"):
+        raise ValueError(f"config.json: the tokens of a masked graph are uniform or ordinal; got {of_tokens!r:.100}")
+    tokens = read_graph(of_tokens, num_states - 1)
+    return Masked(tokens, rate=number(described, "rate"), mask_rate=mask_rate, mask_id=mask_id)
+
+
+def make_noise(described: Mapping[str, Any]) -> Any:
+    """The schedule that a `noise` section describes.
+
+    Raises:
+        ValueError: another type, or a value that makes no such schedule.
+    """
+    kind = text(described, "type")
+    if kind not in NOISES:
+        raise ValueError(_unknown("noise", described, NOISES))
+    schedule, values = NOISES[kind]
+    return schedule(**{name: number(described, name, default=default) for name, default in values.items()})
+
+
+def graph_section(graph: Any) -> dict[str, Any]:
+    """The `graph` section of a graph: as the table above, or by its name alone."""
+    kind = next((kind for kind, known in GRAPHS.items() if type(graph) is known), None)
+    if kind is None:
+        return {"type": type(graph).__name__, "is": repr(graph)}
+    found: dict[str, Any] = {"type": kind}
+    if kind == "masked":
+        found |= {"tokens": graph_section(graph.tokens), "rate": graph.rate, "mask_rate": graph.mask_rate}
+        if found["tokens"]["type"] not in ("uniform", "ordinal"):
+            return {"type": "Masked", "is": repr(graph)}
+    if kind == "hybrid":
+        found |= {"uniform_rate": graph.rate, "mask_rate": graph.mask_rate}
+    if graph.mask_id is not None:
+        found["mask_id"] = graph.mask_id
+    return found
+
+
+def noise_section(noise: Any) -> dict[str, Any]:
+    """The `noise` section of a schedule: as the table above, or by its name alone."""
+    for kind, (schedule, values) in NOISES.items():
+        if type(noise) is schedule:
+            return {"type": kind} | {name: getattr(noise, name) for name in values}
+    return {"type": type(noise).__name__, "is": repr(noise)}
+
+
+def _unknown(what: str, described: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    told = described.get("is", described["type"])
+    return (
+        f"config.json: {what}.type {described['type']!r:.100} is none of {', '.join(known)}. If the checkpoint was "
+        f"made with a {what} of one's own ({told!r:.200}), give it: load(..., {what}=...)"
+    )
