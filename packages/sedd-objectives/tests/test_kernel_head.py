@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sedd_objectives import fused_denoising_loss
+from sedd_objectives import cross_entropy_loss, fused_cross_entropy_loss, fused_denoising_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -134,6 +134,49 @@ def test_goes_backward_only_once_and_finds_a_nan(make_graphs, generator):
     assert fused_denoising_loss(*arguments, refuse_nan=False).per_sequence.isnan().tolist() == [False, True, False]
 
 
+def cross_entropy_and_gradients(made, arguments, **how):
+    loss = fused_cross_entropy_loss(*arguments, **how)
+    return loss.per_sequence, torch.autograd.grad(2.5 * loss.total, [v for v in made.values() if v is not None])
+
+
+def plain_cross_entropy(made, arguments, *, weight=None):
+    hidden, head, graph, x, x0, sigma, dsigma = arguments
+    logits = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+    loss = cross_entropy_loss(lambda x, sigma: logits, graph, lambda t: (sigma, dsigma), x0, sigma, xt=x, weight=weight)
+    return loss, torch.autograd.grad(2.5 * loss.sum(), [v for v in made.values() if v is not None])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["absorbing", "dense absorbing"])
+def test_head_and_cross_entropy_are_the_plain_ones(kind, weighted, bias, make_graphs, generator, monkeypatch, request):
+    """In float64 without a kernel, several chunks of it, and in float32 with one."""
+    made, arguments = batch(make_graphs(5)[kind], generator, bias=bias)
+    weight = torch.rand(3, 7, generator=generator).masked_fill(arguments[4] == 2, 0) if weighted else None
+    wide = in_float64(made, arguments)
+    expected, slopes = plain_cross_entropy(*wide, weight=weight)
+    monkeypatch.setattr(kernel_head, "LEAST_ROWS", 4)
+    found, ours = cross_entropy_and_gradients(*wide, weight=weight)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # the rates are float32
+    assert_near(ours, slopes)
+    request.getfixturevalue("as_on_a_gpu")
+    found, ours = cross_entropy_and_gradients(made, arguments, weight=weight)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
+    assert_near(ours, slopes, tolerance=2e-6)
+
+
+def test_cross_entropy_refuses_what_is_not_absorbing_and_a_nan(make_graphs, generator):
+    _, arguments = batch(make_graphs(5)["uniform"], generator)
+    with pytest.raises(ValueError, match="the graph is not one that absorbs every token at one rate"):
+        fused_cross_entropy_loss(*arguments)
+    made, arguments = batch(make_graphs(5)["absorbing"], generator)
+    with torch.no_grad():
+        made["hidden"].fill_(float("nan"))
+    with pytest.raises(ValueError, match="the loss is NaN"):
+        fused_cross_entropy_loss(*arguments)
+    assert fused_cross_entropy_loss(*arguments, refuse_nan=False).total.isnan()
+
+
 class Reads(TorchDispatchMode):
     """The operations that read a value back, or whose output's size is one."""
 
@@ -187,6 +230,17 @@ def test_a_step_reads_back_one_number(mask_id, weighted, generator):
         loss = fused_denoising_loss(
             *(hidden, head, Plain(9, mask_id), x, x0, sigma, dsigma), weight=weight, refuse_nan=False
         )
+        loss.total.backward()
+    assert reads.seen == ["aten.nonzero"]
+    assert made["weight"].grad is not None
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_step_of_cross_entropy_reads_back_one_number(generator):
+    made, (hidden, head, _, x, x0, sigma, dsigma) = batch(SimpleNamespace(num_states=9, sample=_keep), generator)
+    x = torch.where(torch.rand(3, 7, generator=generator) < 0.7, 8, x0)
+    with Reads() as reads:
+        loss = fused_cross_entropy_loss(hidden, head, Plain(9, 8), x, x0, sigma, dsigma, refuse_nan=False)
         loss.total.backward()
     assert reads.seen == ["aten.nonzero"]
     assert made["weight"].grad is not None

@@ -179,6 +179,10 @@ class ConditionalTransformer(Transformer, ABC):
         logits[..., self.mask_id] = -torch.inf
         return logits
 
+    def posterior_head(self) -> LinearHead:
+        """The logits of the clean token as weight and bias, for a loss that joins head and cross-entropy."""
+        return LinearHead(self.output_layer.linear.weight, self.output_layer.linear.bias, None)
+
     def head(self, hidden: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The log-score of the given rows, log c_y - log(e^sigma - 1).
 

@@ -15,7 +15,7 @@ from .denoising import (
     score_entropy_constant,
 )
 from .estimate import Estimate, monte_carlo
-from .fast.fused import FusedLoss, fused_denoising_loss
+from .fast.fused import FusedLoss, fused_cross_entropy_loss, fused_denoising_loss
 from .implicit import enumerated_implicit_score_entropy_loss, implicit_score_entropy_loss
 from .masked_bound import masked_likelihood_bound
 from .score_entropy import (
@@ -45,6 +45,7 @@ __all__ = [
     "enumerated_implicit_score_entropy_loss",
     "denoising_loss",
     "fused_denoising_loss",
+    "fused_cross_entropy_loss",
     "FusedLoss",
     "likelihood_bound",
     "masked_likelihood_bound",

@@ -17,6 +17,7 @@ __all__ = [
     "check_weight",
     "check_not_nan",
     "reading_waits",
+    "require",
     "expand_leading",
     "arithmetic_dtype",
     "sum_dtype",
@@ -32,7 +33,7 @@ def check_states(name: str, states: Tensor, num_states: int, shape: torch.Size |
     if states.numel():
         low, high = states.aminmax()
         expected = f"{name} must lie in [0, {num_states}) (the graph's num_states)"
-        _require((low >= 0) & (high < num_states), expected, lambda: f"got values in [{int(low)}, {int(high)}]")
+        require((low >= 0) & (high < num_states), expected, lambda: f"got values in [{int(low)}, {int(high)}]")
 
 
 def check_sigma(name: str, sigma: Tensor) -> None:
@@ -40,16 +41,16 @@ def check_sigma(name: str, sigma: Tensor) -> None:
     if not sigma.is_floating_point():
         raise ValueError(f"{name} must be a floating tensor, got dtype {sigma.dtype}")
     expected = f"{name} is a total noise and must be >= 0 everywhere"
-    _require((sigma >= 0).all(), expected, lambda: f"got a minimum of {float(sigma.min())}")
+    require((sigma >= 0).all(), expected, lambda: f"got a minimum of {float(sigma.min())}")
 
 
 def check_weight(weight: Tensor, x: Tensor) -> Tensor:
     """The weights spread over x's shape, (...) float; raises where they are negative or leave no position at all."""
     weight = expand_leading("weight", weight if weight.is_floating_point() else weight.to(torch.float32), x)
     expected = "weight must be >= 0 everywhere"
-    _require((weight >= 0).all(), expected, lambda: f"got a minimum of {float(weight.min())}")
+    require((weight >= 0).all(), expected, lambda: f"got a minimum of {float(weight.min())}")
     expected = "weight is 0 at every position: nothing is left to average over"
-    _require(weight.any(), expected, lambda: "drop such batches")
+    require(weight.any(), expected, lambda: "drop such batches")
     return weight
 
 
@@ -58,7 +59,7 @@ def reading_waits(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _require(right: Tensor, expected: str, found: Callable[[], str]) -> None:
+def require(right: Tensor, expected: str, found: Callable[[], str]) -> None:
     """Raise a ValueError that says what was expected and found unless `right`, () bool."""
     if reading_waits(right.device):
         torch._assert_async(right, expected)

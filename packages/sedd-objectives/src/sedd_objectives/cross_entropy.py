@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 
 from . import fast
 from .batch import check_clean, noised, score_rows, spread
-from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading
+from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, require
 from .interfaces import Graph, MaskGraph, Noise, PosteriorModel
 from .jumps import can_move, merge
 from .times import stratified_times
@@ -66,7 +66,7 @@ def denoising_cross_entropy(logits: Tensor, graph: Graph, x: Tensor, x0: Tensor,
     live = can_move(graph.rates_into(x), x, num_states)
     positions = None if bool(live.all()) else live.flatten().nonzero()[:, 0]
     surprise = _surprise(logits, positions, x[live], x0[live])
-    return spread(surprise * _rate_back(graph, x[live], x0[live], sigma[live]).to(surprise.dtype), live)
+    return spread(surprise * rate_back(graph, x[live], x0[live], sigma[live]).to(surprise.dtype), live)
 
 
 def cross_entropy_loss(
@@ -110,7 +110,7 @@ def cross_entropy_loss(
         factor, live = dsigma * weight, live & (weight > 0)
     logits, positions = score_rows(model, xt, sigma, live, graph.num_states, demand=DEMAND)
     surprise = _surprise(logits.reshape(-1, graph.num_states), positions, xt[live], x0[live])
-    rate = factor[live] * _rate_back(graph, xt[live], x0[live], per_position[live])
+    rate = factor[live] * rate_back(graph, xt[live], x0[live], per_position[live])
     return spread(surprise * rate.to(surprise.dtype), live).sum(-1)
 
 
@@ -232,7 +232,7 @@ def _negative_log(logits: Tensor, x: Tensor, x0: Tensor) -> Tensor:
     return logits.logsumexp(-1) - logits.gather(-1, x0[:, None])[:, 0]
 
 
-def _rate_back(graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+def rate_back(graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     """Q[x, x0] p(x0|x0) / p(x|x0), (M,): the reverse rate given x0. Raises if there is one to another state."""
     with torch.autocast(x.device.type, enabled=False):
         ratio = graph.ratio(x, x0, sigma)
@@ -245,12 +245,13 @@ def _rate_back(graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     elsewhere = torch.cat([(jumps.base_weight * jumps.base_ratio)[:, None], back.masked_fill(clean, 0)], -1)
     even = (weight == 0) | ((weight - forward).abs() <= ROUNDING * forward)
     absorbing = (even & ((weight == 0) | (elsewhere <= ROUNDING * rate))).all(-1) & (rate[:, 0] > 0)
-    if not bool(absorbing.all()):
-        raise ValueError(
-            f"at {int((~absorbing).sum())} of {len(x)} positions the graph is not one that absorbs every token at one "
-            "rate, or x cannot have come from its x0: in the reverse process x may become a state other than x0. "
-            "Cross-entropy is the diffusion loss of absorbing processes only; use denoising_loss"
-        )
+    require(
+        absorbing.all(),
+        "cross-entropy is the diffusion loss of absorbing processes only (use denoising_loss for others): the graph is "
+        "not one that absorbs every token at one rate, or x cannot have come from its x0, for in the reverse process x "
+        "may become a state other than x0",
+        lambda: f"at {int((~absorbing).sum())} of {len(x)} positions",
+    )
     return rate[:, 0]
 
 

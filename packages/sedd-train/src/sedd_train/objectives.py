@@ -28,6 +28,7 @@ from sedd_objectives import (
     d3pm_bound,
     d3pm_loss,
     denoising_loss,
+    fused_cross_entropy_loss,
     fused_denoising_loss,
     likelihood_bound,
 )
@@ -109,6 +110,9 @@ class ScoreEntropy:
             return loss.sum(), loss.detach()
         hidden = net.hidden(xt, sigma, documents=_documents(lengths, x0), dropout_seeds=dropout_seeds)
         weight = _inside(lengths, x0)
+        if hidden.is_cuda and hasattr(net, "posterior_head"):  # the same number of a normalised network, by one kernel
+            given = hidden, net.posterior_head(), self.graph, xt, x0, sigma, dsigma
+            return fused_cross_entropy_loss(*given, weight=weight, refuse_nan=False)
         head = net.linear_head(xt, sigma) if hasattr(net, "linear_head") else None
         if head is None:
             head = net.head

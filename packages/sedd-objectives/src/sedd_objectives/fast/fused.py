@@ -31,14 +31,15 @@ from ..checks import (
     check_weight,
     expand_leading,
 )
+from ..cross_entropy import rate_back
 from ..denoising import denoising_jumps
 from ..interfaces import Graph, Head, LinearHead
-from ..jumps import RatesInto
+from ..jumps import RatesInto, can_move
 from .any_head import any_head_and_loss
-from .kernel_head import kernel_head_and_loss, kernel_serves
+from .kernel_head import kernel_head_and_loss, kernel_serves, of_cross_entropy, of_score_entropy
 from .linear_head import check_head, linear_head_and_loss
 
-__all__ = ["FusedLoss", "fused_denoising_loss"]
+__all__ = ["FusedLoss", "fused_denoising_loss", "fused_cross_entropy_loss"]
 
 CHUNK_ELEMENTS = 1 << 25
 """Log-scores at a time, at most: 128 MiB of float32, and their slopes as much again.
@@ -124,11 +125,71 @@ def fused_denoising_loss(
         shift = _shift(head, x).to(dtype).flatten().index_select(0, positions)
         if kernel_serves(rows, dtype, levels, shift):
             dense = rates.rows.index.shape[-1] == graph.num_states
-            total, loss = kernel_head_and_loss(*(head.weight, head.bias, jumps_at, dense, rows, shift, levels, factors))
+            slopes_of = of_score_entropy(jumps_at, dense, shift, levels, graph.num_states)
+            total, loss = kernel_head_and_loss(head.weight, head.bias, slopes_of, rows, factors)
             if refuse_nan:
                 check_not_nan(loss, rows)
         else:
             total, loss = linear_head_and_loss(head, jumps_at, size, refuse_nan, rows, shift, levels, factors)
+    per_position = loss.new_zeros(live.numel()).index_copy(0, positions, loss)
+    return FusedLoss(total, per_position.view(live.shape).sum(-1))
+
+
+def fused_cross_entropy_loss(
+    hidden: Tensor,
+    head: LinearHead,
+    graph: Graph,
+    x: Tensor,
+    x0: Tensor,
+    sigma: Tensor,
+    dsigma: Tensor,
+    *,
+    weight: Tensor | None = None,
+    refuse_nan: bool = True,
+) -> FusedLoss:
+    """`cross_entropy_loss` from the hidden states on: the same number and gradients, one chunk of logits at a time.
+
+    That is the diffusion loss of a network of the clean token, such as RADD and MDLM, under an absorbing process.
+    Gradients reach hidden, the head, dsigma and weight; not sigma.
+
+    Args:
+        hidden: (B, L, D) float, what the head takes, for all positions.
+        head: weight and bias of the logits of the clean state; its shift does not count.
+        graph: the forward process, absorbing.
+        x: (B, L) int64, the noised states.
+        x0: (B, L) int64, the clean states.
+        sigma: (B,) or (B, L) total noise.
+        dsigma: (B,) or (B, L), its derivative by time.
+        weight: (B,) or (B, L) factor >= 0 of each position's loss, as for `fused_denoising_loss`.
+        refuse_nan: whether to raise where a loss is NaN.
+
+    Returns:
+        The sum over the batch and its parts, float32, or float64 if hidden is.
+
+    Raises:
+        ValueError: as `fused_denoising_loss`, and for a process that is not absorbing.
+    """
+    if hidden.ndim != 3 or hidden.shape[:-1] != x.shape:
+        raise ValueError(f"hidden must have shape (B, L, D) for x of shape (B, L), got {tuple(hidden.shape)}")
+    check_states("x", x, graph.num_states)
+    check_states("x0", x0, graph.num_states, x.shape)
+    check_sigma("sigma", sigma)
+    check_head(head, graph.num_states, hidden.shape[-1])
+    sigma, factor = expand_leading("sigma", sigma, x), expand_leading("dsigma", dsigma, x)
+    live = can_move(graph.rates_into(x), x, graph.num_states)
+    if weight is not None:
+        weight = check_weight(weight, x)
+        factor, live = factor * weight, live & (weight > 0)
+    dtype = arithmetic_dtype(hidden)
+    positions = live.flatten().nonzero()[:, 0]  # the one time that a GPU is waited for
+    rows, states, clean, levels, factors = (
+        value.flatten(0, 1).index_select(0, positions) for value in (hidden, x, x0, sigma.detach(), factor)
+    )
+    factors = (factors * rate_back(graph, states, clean, levels)).to(dtype)
+    slopes_of = of_cross_entropy(states, clean, graph.num_states, kernel=kernel_serves(rows, dtype))
+    total, loss = kernel_head_and_loss(head.weight, head.bias, slopes_of, rows, factors)
+    if refuse_nan:
+        check_not_nan(loss, rows)
     per_position = loss.new_zeros(live.numel()).index_copy(0, positions, loss)
     return FusedLoss(total, per_position.view(live.shape).sum(-1))
 

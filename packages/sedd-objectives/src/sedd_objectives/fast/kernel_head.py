@@ -1,15 +1,16 @@
-"""A linear head and score entropy on a GPU: a product, one kernel over the logits, two products.
+"""A linear head and a loss on a GPU: a product, one kernel over the logits, two products.
 
-As `linear_head.py`, of which this is the fast way where triton is: the same loss and the same gradients. A chunk's
-logits are made in one room, in the products' dtype, and become its slopes in the same room (`triton_kernel.py`), so
-that nothing of their size exists twice or in float32. The weight's copy in that dtype has a multiple of 64 rows, the
-last of them 0: matrix products are several times faster than with a vocabulary of 50,258. Its gradient is summed in
-float32. Nothing is read back from the device.
+For score entropy as `linear_head.py`, of which this is the fast way where triton is: the same loss and gradients. A
+chunk's logits are made in one room, in the products' dtype, and become its slopes in the same room
+(`triton_kernel.py`), so that nothing of their size exists twice or in float32. The weight's copy in that dtype has a
+multiple of 64 rows, the last of them 0: matrix products are several times faster than with a vocabulary of 50,258. Its
+gradient is summed in float32. Nothing is read back from the device.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,16 +18,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import arithmetic_dtype, sum_dtype
-from ..jumps import Jumps
 from .linear_head import add_product, linear, product_dtype
 from .rows import JumpsAt, equal_parts
 
-__all__ = ["kernel_head_and_loss", "kernel_serves"]
+__all__ = ["kernel_head_and_loss", "kernel_serves", "of_score_entropy", "of_cross_entropy", "SlopesOf"]
 
 ALIGNED = 64
 """Rows of the weight's copy come in this number: 128 bytes of bfloat16."""
 LEAST_ROWS = 4096
 """Rows at a time, at least: fewer cost a GPU time."""
+SlopesOf = Callable[[slice, Tensor, Tensor], Tensor]
+"""(rows `part` of all, their logits (m, W), their factor (m,)) -> their losses (m,); the slopes of factor * loss by the
+logits, 0 in the columns from N on, are written over these."""
+
 SHARE = 64
 """A chunk's logits take a 64th of the device's memory, if that is more: 1.25 GB of 80."""
 
@@ -39,32 +43,52 @@ def kernel_serves(hidden: Tensor, dtype: torch.dtype, *inputs: Tensor) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def kernel_head_and_loss(
-    weight: Tensor,
-    bias: Tensor | None,
-    jumps_at: JumpsAt,
-    dense: bool,
-    hidden: Tensor,
-    shift: Tensor,
-    sigma: Tensor,
-    factor: Tensor,
+    weight: Tensor, bias: Tensor | None, slopes_of: SlopesOf, hidden: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The sum of factor * loss, (), and factor * loss, (M,) float32, of the M rows of `hidden`.
+    """The sum of factor * loss, (), and factor * loss, (M,), of the M rows of `hidden`.
 
     Args:
         weight: (N, D).
         bias: (N,) or None.
-        jumps_at: see `rows.JumpsAt`; of the noise at the rows.
-        dense: whether the jumps list every state.
+        slopes_of: see `SlopesOf`.
         hidden: (M, D).
-        shift: (M,), what is added to each row's logits.
-        sigma: (M,) total noise.
-        factor: (M,) of each row's loss.
+        factor: (M,) of each row's loss; its dtype is the losses'.
     """
     parts = equal_parts(len(hidden), rows_at_a_time(hidden.device, len(weight), product_dtype(hidden)))
     both: tuple[Tensor, Tensor] = _KernelHeadAndLoss.apply(  # type: ignore[no-untyped-call]
-        jumps_at, parts, dense, shift, sigma, hidden, weight, bias, factor
+        slopes_of, parts, hidden, weight, bias, factor
     )
     return both
+
+
+def of_score_entropy(jumps_at: JumpsAt, dense: bool, shift: Tensor, sigma: Tensor, num_states: int) -> SlopesOf:
+    """Score entropy of rows with the shift (M,), of the jumps at the noise sigma (M,); `dense` if all are listed."""
+    from .triton_kernel import score_entropy_slopes_
+
+    def slopes_of(part: slice, logits: Tensor, factor: Tensor) -> Tensor:
+        jumps = jumps_at(part, sigma[part].to(sum_dtype(sigma.device))).detach()
+        return score_entropy_slopes_(logits, shift[part], jumps, factor, num_states, dense=dense)
+
+    return slopes_of
+
+
+def of_cross_entropy(x: Tensor, x0: Tensor, num_states: int, *, kernel: bool) -> SlopesOf:
+    """-log p(x0), normalised over all states but x, of the states x, x0 (M,)."""
+    if kernel:
+        from .triton_kernel import cross_entropy_slopes_
+
+        return lambda part, logits, factor: cross_entropy_slopes_(logits, x[part], x0[part], factor, num_states)
+
+    def slopes_of(part: slice, logits: Tensor, factor: Tensor) -> Tensor:
+        others = logits[:, :num_states].to(factor.dtype).scatter_(1, x[part, None], -torch.inf)
+        log_p = others.log_softmax(-1)
+        clean = x0[part, None]
+        loss: Tensor = -log_p.gather(1, clean)[:, 0]
+        slope = log_p.exp_().scatter_add_(1, clean, log_p.new_full(clean.shape, -1.0)).mul_(factor[:, None])
+        logits[:, :num_states] = slope
+        return loss
+
+    return slopes_of
 
 
 def rows_at_a_time(device: torch.device, num_states: int, dtype: torch.dtype) -> int:
@@ -84,19 +108,14 @@ class _KernelHeadAndLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        jumps_at: JumpsAt,
+        slopes_of: SlopesOf,
         parts: list[slice],
-        dense: bool,
-        shift: Tensor,
-        sigma: Tensor,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         factor: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        from .triton_kernel import score_entropy_slopes_
-
-        by_hidden, by_weight, by_bias, by_factor = ctx.needs_input_grad[5:]
+        by_hidden, by_weight, by_bias, by_factor = ctx.needs_input_grad[2:]
         dtype, num_states = product_dtype(hidden), len(weight)
         rows, matrix = hidden.to(dtype), _padded(weight, dtype)
         vector = None if bias is None else _padded(bias, dtype)
@@ -110,9 +129,7 @@ class _KernelHeadAndLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part in parts:
                 slopes = linear(rows[part], matrix, vector, out=room[: part.stop - part.start])
-                jumps: Jumps = jumps_at(part, sigma[part].to(sum_dtype(sigma.device)))
-                how = slopes, shift[part], jumps.detach(), factor[part], num_states
-                loss[part] = score_entropy_slopes_(*how, dense=dense)
+                loss[part] = slopes_of(part, slopes, factor[part])
                 if hidden_slope is not None:
                     torch.mm(slopes, matrix, out=hidden_slope[part])
                 if weight_slope is not None:
@@ -133,9 +150,9 @@ class _KernelHeadAndLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.slopes is None:
-            raise RuntimeError("the gradients of fused_denoising_loss have been handed out: it goes backward only once")
+            raise RuntimeError("the gradients of this loss have been handed out: it goes backward only once")
         slopes, ctx.slopes = ctx.slopes, None
-        return (None,) * 5 + tuple(None if slope is None else slope.mul_(grad) for slope in slopes)
+        return None, None, *tuple(None if slope is None else slope.mul_(grad) for slope in slopes)
 
 
 def _padded(value: Tensor, dtype: torch.dtype) -> Tensor:
