@@ -340,6 +340,12 @@ def hybrid_graph():
 
 
 @pytest.fixture
+def graph_of():
+    """The chain of a generator matrix."""
+    return DenseGraph
+
+
+@pytest.fixture
 def enumerated():
     return Enumerated
 

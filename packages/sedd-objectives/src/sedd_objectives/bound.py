@@ -5,14 +5,8 @@
                  + E_{x ~ p(. | x0), t = t_min} [ -log p(x0 | x) ]
 
 Leaving out the last two gives a number, not a bound: the integral starts at t_min > 0, and the process has not reached
-its prior at t = 1. The decoder p(x0 | x) may be any distribution over tokens, one for each position; here it is
-Tweedie's, the posterior of one denoising step from t_min to clean tokens,
-
-    p(y | x) proportional to ( exp(-sigma Q) s )_y exp(sigma Q)[x, y].                                   (eq. 18)
-
-A score that is not exact can make entries of it negative: they are set to 0, the mask state is left out, the rest is
-normalised, and a share of 1e-6 is spread evenly over the tokens, so that what remains is a distribution and no token is
-impossible. The bound then holds for any score.
+its prior at t = 1. The decoder p(x0 | x) may be any distribution over tokens, one for each position, so that the bound
+holds for any score; see `decoder.py` for this one.
 """
 
 from __future__ import annotations
@@ -25,15 +19,13 @@ from torch import Generator, Tensor
 from . import fast
 from .batch import check_clean, noised, score_rows, spread
 from .checks import check_not_nan, check_weight, sum_dtype
+from .decoder import log_decoder
 from .denoising import denoising_loss
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
 from .jumps import RatesInto
 from .times import NoiseTimes
 
 __all__ = ["Bound", "likelihood_bound", "reconstruction_loss"]
-
-EVEN_SHARE = 1e-6
-"""Probability that the decoder gives away evenly: costs 1e-6 nats a token at most, and bounds the loss of any token."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,6 @@ def likelihood_bound(
     return Bound(diffusion + prior + reconstruction, variance.sqrt(), diffusion, prior, reconstruction)
 
 
-@torch.no_grad()
 def reconstruction_loss(
     score: ScoreModel,
     graph: LikelihoodGraph,
@@ -139,7 +130,7 @@ def reconstruction_loss(
     weight: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
-    """-log p(x0 | x_t), summed over positions, by one Tweedie step from t to clean tokens (eq. 18).
+    """-log p(x0 | x_t), summed over positions, of the decoder from t to clean tokens (eq. 18). Differentiable.
 
     Args:
         score: the score model; called once.
@@ -163,31 +154,13 @@ def reconstruction_loss(
     if factor is not None:
         live = live & (factor > 0)
     log_score, positions = score_rows(score, xt, sigma, live, graph.num_states)
-    x, clean, sigma = xt[live], x0[live], per_position[live]
-    log_score = log_score.reshape(-1, graph.num_states)
-    loss = x0.new_zeros(len(x), dtype=sum_dtype(x0.device))
-    with torch.autocast(x0.device.type, enabled=False):
-        for chunk in fast.chunks_of(len(x), graph.num_states):
-            rows = log_score[chunk] if positions is None else log_score[positions[chunk]]
-            loss[chunk] = -_log_decoder(rows.to(loss.dtype), graph, x[chunk], clean[chunk], sigma[chunk].to(loss.dtype))
+    dtype, rows = sum_dtype(x0.device), log_score.reshape(-1, graph.num_states)
+
+    def surprise(log_score: Tensor, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+        return -log_decoder(log_score, graph, x, x0, sigma)
+
+    fields = xt[live], x0[live], per_position[live].to(dtype)
+    loss = fast.each_row(surprise, rows, positions, *fields, dtype=dtype)
     check_not_nan(loss, log_score)
     full = spread(loss, live)
     return (full if factor is None else full * factor).sum(-1)
-
-
-def _log_decoder(log_score: Tensor, graph: LikelihoodGraph, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    """Log p(x0 | x) of the decoder, (m,), from log_score (m, N)."""
-    log_score = log_score.scatter(-1, x[:, None], 0)
-    score = (log_score - log_score.amax(-1, keepdim=True)).exp()  # the decoder does not depend on the score's scale
-    into = graph.transition_into(x, sigma)
-    before = graph.propagate(score, -sigma)
-    listed = before.gather(-1, into.index) * into.value
-    joint = (before * into.base[:, None]).scatter_(-1, into.index, listed).clamp_min_(0)
-    tokens = graph.num_states
-    if graph.mask_id is not None:
-        joint[:, graph.mask_id] = 0
-        tokens -= 1
-    total = joint.sum(-1)
-    at_x0 = joint.gather(-1, x0[:, None])[:, 0]
-    share = torch.where(total == 0, 1 / tokens, at_x0 / total)
-    return torch.log((1 - EVEN_SHARE) * share + EVEN_SHARE / tokens)
