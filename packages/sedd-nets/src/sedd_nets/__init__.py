@@ -7,6 +7,7 @@ log p_t(y) / p_t(x) for every state y at every position, (B, L, N).
 from importlib.metadata import version
 
 from sedd_nets.attention import Attention, sdpa
+from sedd_nets.binding import bind
 from sedd_nets.block_diffusion import BD3LM
 from sedd_nets.causal import Causal
 from sedd_nets.conditioning import LabelCondition, PromptCondition
@@ -34,6 +35,7 @@ __all__ = [
     "FlashAttention",
     "attention_named",
     "Documents",
+    "bind",
     "LabelCondition",
     "PromptCondition",
     "__version__",

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sedd_nets.transformer import Block, Transformer
 from torch import Tensor, nn
 
 from sedd_train.objectives import Objective, has_head
 
-__all__ = ["Batch", "Loss", "start_engine", "learning_rate", "Step", "train_step"]
+__all__ = ["Batch", "Loss", "compile_network", "start_engine", "learning_rate", "Step", "train_step"]
 
 Batch = tuple[Tensor, ...]
 """A micro-batch: the arguments of `Loss.forward`."""
@@ -119,6 +120,25 @@ def start_engine(
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config)
     engine.clip_without_zero = clip
     return engine
+
+
+def compile_network(net: nn.Module, stage: int) -> None:
+    """Compile the blocks of a network of sedd_nets one by one, any other network as a whole; before the engine starts.
+
+    In stage 3 a block's weights are gathered together, before it runs, so that what is compiled has no hook inside.
+
+    Args:
+        net: the network; its weights and keys stay.
+        stage: ZeRO stage.
+    """
+    if not isinstance(net, Transformer):
+        net.compile()
+        return
+    net.compile_blocks()
+    if stage == 3:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(net, [Block])
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, decay_to: float = 1.0) -> float:

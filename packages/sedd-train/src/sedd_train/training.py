@@ -37,7 +37,7 @@ from sedd_train.checkpoint import CheckpointError
 from sedd_train.corpora import Texts
 from sedd_train.distributed import say
 from sedd_train.ema import EMA
-from sedd_train.engine import Loss, learning_rate, start_engine, train_step
+from sedd_train.engine import Loss, compile_network, learning_rate, start_engine, train_step
 from sedd_train.evaluation import Evaluation
 from sedd_train.loading import Batches, ahead
 from sedd_train.objectives import Objective, has_head
@@ -148,6 +148,8 @@ def train(
     with distributed.Preemption() as preemption:
         device = distributed.start()
         averaged.to(device)
+        if recipe.compile:
+            compile_network(net, recipe.zero_stage)
         engine = start_engine(
             Loss(net, objective),
             batch_size=recipe.batch_size,
@@ -160,8 +162,6 @@ def train(
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
         )
-        if recipe.compile:
-            engine.compile()
         ema = EMA(engine, recipe.ema)
         if saved:
             checkpoint.restore(saved, engine, ema)

@@ -1,0 +1,61 @@
+"""A network with what belongs to the sequences of one batch, as a score model of their states alone.
+
+Samplers call `score(x, sigma, where=, rows=)`, where `rows` says which sequences of the run those of x are: finished
+ones leave the batch. What a network is told besides, the length or condition of each sequence, must leave with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sedd_nets.documents import Documents
+from sedd_nets.transformer import Transformer
+
+__all__ = ["bind"]
+
+ScoreModel = Callable[..., Tensor]
+
+
+def bind(
+    net: Transformer, *, lengths: Sequence[int] | Tensor | None = None, condition: Tensor | None = None
+) -> ScoreModel:
+    """A score model of one run's sequences, each of a length and under a condition of its own.
+
+        x, given = pad_prompts(prompts, lengths, pad_id=0)
+        x = infill(bind(net, lengths=lengths), graph, noise, x=x, given=given)
+
+    What stands behind a sequence's length is seen by nothing, whatever its tokens: a sequence's sample is the one that
+    it would have alone.
+
+    Args:
+        net: a network of this package.
+        lengths: (B,) of the run's sequences, which are padded at their ends; None: no padding.
+        condition: (B,) labels or (B, P) prompt embeddings; None: none.
+
+    Returns:
+        `score(x, sigma, where=None, rows=None)`, the log-score as the network gives it; rows (b,) int64 says which of
+        the B sequences the b rows of x are, all of them in order unless given.
+
+    Raises:
+        ValueError: lengths and condition are of different numbers of sequences; when called, x has not as many rows as
+            there are sequences, and no `rows`, or is shorter than a length.
+    """
+    sizes = None if lengths is None else torch.as_tensor(lengths)
+    numbers = {len(a) for a in (sizes, condition) if a is not None}
+    if len(numbers) > 1:
+        raise ValueError(f"lengths and condition are of different numbers of sequences: {sorted(numbers)}")
+
+    def score(x: Tensor, sigma: Tensor, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        if rows is None and numbers and len(x) not in numbers:
+            raise ValueError(f"x has {len(x)} rows, and {max(numbers)} sequences were bound: say which they are, rows=")
+        of_rows = [None if a is None else a.to(x.device) for a in (sizes, condition)]
+        if rows is not None:
+            of_rows = [None if a is None else a[rows] for a in of_rows]
+        documents = None if of_rows[0] is None else Documents.padded(of_rows[0], x.shape[1])
+        log_score: Tensor = net(x, sigma, where, condition=of_rows[1], documents=documents)
+        return log_score
+
+    return score
