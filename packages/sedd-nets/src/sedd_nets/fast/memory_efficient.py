@@ -152,33 +152,30 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        q, k, v = qkv.unbind(2)
-        out_q, out_k, out_v = q.new_empty(q.shape), k.new_empty(k.shape), v.contiguous()
-        _turn_into(out_q, q, cos, sin)
-        _turn_into(out_k, k, cos, sin)
-        return out_q, out_k, out_v
+        out = qkv.clone()
+        _turn(out[:, :, :2], cos, sin)
+        q, k, v = out.unbind(2)
+        return q, k, v
 
     @staticmethod
     def backward(ctx: Any, by_q: Tensor, by_k: Tensor, by_v: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives
-            turned = [functional.rotate(by_q, cos, -sin), functional.rotate(by_k, cos, -sin)]
-            return torch.stack([*turned, by_v], dim=2), None, None
-        batch, length, *rest = by_v.shape
-        grad = by_v.new_empty(batch, length, 3, *rest)
-        _turn_into(grad[:, :, 0], by_q, cos, -sin)
-        _turn_into(grad[:, :, 1], by_k, cos, -sin)
-        grad[:, :, 2] = by_v
+            by_q, by_k = (functional.rotate(grad, cos, -sin) for grad in (by_q, by_k))
+            return torch.stack([by_q, by_k, by_v], dim=2), None, None
+        grad = torch.stack([by_q, by_k, by_v], dim=2)
+        _turn(grad[:, :, :2], cos, -sin)
         return grad, None, None
 
 
-def _turn_into(out: Tensor, a: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Write `functional.rotate(a, cos, sin)` into `out`, half by half: fewer passes than joining the halves."""
-    dtype = torch.promote_types(a.dtype, cos.dtype)
-    work = out if dtype == out.dtype else torch.empty(a.shape, dtype=dtype, device=a.device)
-    (u, v), (turned_u, turned_v) = a.chunk(2, dim=-1), work.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    torch.mul(u, cos, out=turned_u).addcmul_(v, sin, value=-1)
-    torch.mul(v, cos, out=turned_v).addcmul_(u, sin)
-    if work is not out:
-        out.copy_(work)
+def _turn(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`functional.rotate` of queries and keys (B, L, 2, H, d), in place: half the passes of joining new halves."""
+    dtype = torch.promote_types(qk.dtype, cos.dtype)
+    work = qk if dtype == qk.dtype else qk.to(dtype)
+    u, v = work.chunk(2, dim=-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    u_sin = u * sin
+    u.mul_(cos).addcmul_(v, sin, value=-1)
+    v.mul_(cos).add_(u_sin)
+    if work is not qk:
+        qk.copy_(work)
