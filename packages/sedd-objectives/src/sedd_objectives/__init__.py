@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from .autoregressive import autoregressive_loss
 from .bound import Bound, likelihood_bound, reconstruction_loss
+from .corpus import CorpusLikelihood, corpus_likelihood
 from .cross_entropy import any_order_loss, cross_entropy_loss, denoising_cross_entropy, lambda_cross_entropy_loss
 from .d3pm import d3pm_bound, d3pm_loss
 from .denoising import (
@@ -14,6 +15,7 @@ from .denoising import (
     denoising_score_entropy_without_constant,
     score_entropy_constant,
 )
+from .elbo import elbo_loss
 from .estimate import Estimate, monte_carlo
 from .fast.fused import FusedLoss, fused_cross_entropy_loss, fused_denoising_loss
 from .implicit import enumerated_implicit_score_entropy_loss, implicit_score_entropy_loss
@@ -49,8 +51,11 @@ __all__ = [
     "FusedLoss",
     "likelihood_bound",
     "masked_likelihood_bound",
+    "elbo_loss",
     "reconstruction_loss",
     "Bound",
+    "corpus_likelihood",
+    "CorpusLikelihood",
     "denoising_cross_entropy",
     "cross_entropy_loss",
     "lambda_cross_entropy_loss",

@@ -43,6 +43,12 @@ class Bound:
     reconstruction: Tensor
     """Expected -log-probability of the clean tokens given those at t_min."""
 
+    def __repr__(self) -> str:
+        parts = (f"{name} {float(getattr(self, name).mean()):.2f}" for name in ("diffusion", "prior", "reconstruction"))
+        error = float(self.standard_error.square().sum().sqrt()) / max(1, len(self.value))
+        mean = f"{float(self.value.mean()):.2f} +- {error:.2f} nats on average"
+        return f"Bound({len(self.value)} sequences: {mean}, {', '.join(parts)})"
+
 
 @torch.no_grad()
 def likelihood_bound(
