@@ -1,4 +1,4 @@
-"""A learned schedule and a network in one backward pass: the loss is the network's, its second moment the schedule's."""
+"""A learned schedule and a network in one backward pass: the loss is the network's, its square the schedule's."""
 
 from __future__ import annotations
 

@@ -103,6 +103,17 @@ def test_improbable_states_of_reversible_chains_keep_their_digits(sigma):
         torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-6, atol=0)  # rates came in float32
 
 
+@pytest.mark.parametrize("sigma", [1e-2, 1.0, 20.0])
+def test_very_uneven_limits_cost_no_digits(sigma):
+    """A walk whose limit spans 24 orders of magnitude is reversible, but its eigenvectors are no help."""
+    rates = torch.diag(torch.ones(6, dtype=DOUBLE), 1) + torch.diag(torch.full((6,), 1e-4, dtype=DOUBLE), -1)
+    graph, level = Dense(generator_of(rates)), torch.tensor(sigma, dtype=DOUBLE)
+    exact = torch.matrix_exp(sigma * generator_of(rates))
+    torch.testing.assert_close(graph.propagate(torch.eye(7, dtype=DOUBLE), level), exact.T, rtol=0, atol=1e-12)
+    row = graph.transition_from(torch.arange(7), level)
+    torch.testing.assert_close(graph.propagate(torch.eye(7, dtype=DOUBLE), level), row.dense(), rtol=1e-9, atol=0)
+
+
 def test_infinite_noise_is_the_limit(Q):
     prior = Dense(Q).prior(torch.tensor(torch.inf, dtype=DOUBLE)).dense()
     expected = torch.matrix_exp(1e3 * Q).mean(1)
