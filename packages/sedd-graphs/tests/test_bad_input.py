@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from sedd_graphs import Absorbing, Clustered, Dense, Hybrid, LogLinear, Masked, Ordinal, Uniform
+from sedd_graphs import Absorbing, Clustered, Dense, Hybrid, LogLinear, Masked, Ordinal, PacedAbsorbing, Uniform
 
 GRAPHS = [
     Absorbing(5, mask_id=2),
@@ -21,6 +21,7 @@ GRAPHS = [
     Dense(torch.eye(6).roll(1, 0) - torch.eye(6)),
     Ordinal(6),
     Clustered([0, 0, 1, 1, 1, 2], within=1.0, between=0.3),
+    PacedAbsorbing(torch.tensor([0.5, 1.0, 3.0, 1.0, 2.0]), mask_id=2),
 ]
 X = torch.ones(2, 3, dtype=torch.int64)
 SIGMA = torch.tensor([0.5, 1.0])
@@ -187,6 +188,18 @@ def test_vectors_must_be_over_the_states(graph):
             ValueError,
             "labels must be one integer a state, got shape (2, 1) of torch.int64",
         ),
+        (
+            lambda: PacedAbsorbing(torch.tensor([1.0, 0.0])),
+            ValueError,
+            "rates must be finite and above 0, found 0.0",
+        ),
+        (
+            lambda: PacedAbsorbing(torch.ones(2, 2)),
+            ValueError,
+            "rates must be (V,), one for each token, got shape (2, 2)",
+        ),
+        (lambda: PacedAbsorbing(torch.ones(2).long()), TypeError, "rates must be a floating-point tensor"),
+        (lambda: PacedAbsorbing(torch.ones(2), mask_id=3), ValueError, "mask_id must be between 0 and 2, got 3"),
         (lambda: Clustered.kimura(0.5), ValueError, "kappa must be at least 1 and finite, got 0.5"),
         (lambda: Dense([[0.0]]), TypeError, "Q must be a floating-point tensor, got list [[0.0]]"),  # type: ignore[arg-type]
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sedd_graphs import Absorbing, Clustered, Hybrid, Masked, Uniform
+from sedd_graphs import Absorbing, Clustered, Hybrid, Masked, PacedAbsorbing, Uniform
 
 GRAPHS = [
     Absorbing(5),
@@ -166,3 +166,18 @@ def test_kimura_has_its_transitions_and_its_pace(kappa):
     expected = torch.full((4, 4), transversion)
     expected[torch.arange(4), partner] = kappa * transversion
     torch.testing.assert_close(Q, expected.fill_diagonal_(-1.0), rtol=0, atol=1e-14)
+    assert repr(Clustered.kimura(kappa)) == f"Clustered.kimura(kappa={kappa:.6g})"
+
+
+def test_equal_rates_are_the_absorbing_graph():
+    """At rates w all alike, exp(sQ) is that of the absorbing graph at noise w s."""
+    graph, same = PacedAbsorbing(torch.full((5,), 2.0), mask_id=3), Absorbing(5, mask_id=3)
+    x, x0, s = torch.tensor([3, 1, 3, 5]), torch.tensor([0, 1, 5, 5]), torch.tensor([0.4, 1e-6, 3.0, 20.0])
+    for found, expected in [
+        (graph.transition_from(x0, s), same.transition_from(x0, 2 * s)),
+        (graph.transition_into(x, s), same.transition_into(x, 2 * s)),
+        (graph.ratio(x, x0, s), same.ratio(x, x0, 2 * s)),
+        (graph.prior(s), same.prior(2 * s)),
+    ]:
+        torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(graph.prior_kl(x0, s), same.prior_kl(x0, 2 * s), rtol=1e-10, atol=0)

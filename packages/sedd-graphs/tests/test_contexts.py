@@ -22,6 +22,7 @@ from sedd_graphs import (
     Masked,
     MaskProbability,
     Ordinal,
+    PacedAbsorbing,
     Polynomial,
     Uniform,
 )
@@ -46,6 +47,7 @@ GRAPHS = [
     chain(6, reversible=True),
     Ordinal(6),
     Clustered([0, 0, 1, 1, 1, 2], within=1.0, between=0.3),
+    PacedAbsorbing(torch.tensor([0.5, 1.0, 3.0, 1.0, 2.0]), mask_id=2),
 ]
 SCHEDULES = [
     *(LogLinear(), Cosine(), Polynomial(), Geometric(), Linear(), MaskProbability(smooth_step), Learned(Cosine())),
@@ -222,6 +224,23 @@ def test_schedules_under_functional_transforms(noise):
     torch.testing.assert_close(torch.func.vmap(noise)(t), noise(t))
     slope = torch.func.vmap(torch.func.grad(lambda t: noise(t)[0]))(t)
     torch.testing.assert_close(slope, noise(t)[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [pytest.param(g, marks=() if i in (0, 4) else pytest.mark.slow) for i, g in enumerate(GRAPHS)],
+    ids=lambda graph: type(graph).__name__,
+)
+def test_whole_graphs_compile(graph):
+    """One graph of torch.compile, without a break, in which everything is what it is outside."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, x0, sigma: everything(graph, x, x0, sigma), fullgraph=True, backend="eager")
+    found, expected = compiled(X, X0, SIGMA), everything(graph, X, X0, SIGMA)
+    for name, values in expected.items():
+        if name in DRAWS:
+            assert found[name].shape == values.shape
+        else:
+            torch.testing.assert_close(found[name], values)
 
 
 @pytest.mark.parametrize("of", ["states", "noise"])

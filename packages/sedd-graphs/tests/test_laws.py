@@ -6,7 +6,19 @@ import math
 
 import pytest
 import torch
-from sedd_graphs import Absorbing, Clustered, Dense, Graph, Hybrid, Masked, Ordinal, Row, Uniform, testing
+from sedd_graphs import (
+    Absorbing,
+    Clustered,
+    Dense,
+    Graph,
+    Hybrid,
+    Masked,
+    Ordinal,
+    PacedAbsorbing,
+    Row,
+    Uniform,
+    testing,
+)
 from sedd_graphs.testing import GRAPH_LAWS
 
 
@@ -99,6 +111,8 @@ GRAPHS = [
     Clustered.kimura(2.5),
     Clustered([0, 0, 0, 1, 1, 2], within=1.0, between=0.05),
     Clustered([5, 2, 5, 5, 2], within=1.0, between=0.0),
+    PacedAbsorbing(torch.tensor([0.5, 1.0, 3.0, 1.0]), mask_id=1),
+    PacedAbsorbing(torch.tensor([0.2])),
     Masked(Ordinal(8), mask_rate=0.5, mask_id=4),
     Masked(Clustered.kimura(4.0), rate=0.3, mask_id=0),
     Masked(Dense(generator_matrix(5)), mask_id=2),

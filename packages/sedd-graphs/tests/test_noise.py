@@ -79,6 +79,13 @@ def test_a_learned_schedule_learns():
     assert (LogLinear().sigma(t).log() - target.sigma(t).log()).square().mean() > 0.5
 
 
+@pytest.mark.parametrize("noise", SCHEDULES[:8], ids=repr)
+def test_the_inverse_takes_rounding_at_the_ends(noise):
+    low, high = noise.sigma(torch.tensor([0.0, 1.0]))
+    assert float(noise.inverse(high * (1 + 5e-6))) == pytest.approx(1, abs=1e-6)
+    assert float(noise.inverse(low - 5e-6 * high)) == pytest.approx(0, abs=0.05)
+
+
 def test_half_precision_times_are_raised():
     sigma, dsigma = LogLinear()(torch.tensor([0.5], dtype=torch.bfloat16))
     assert sigma.dtype == dsigma.dtype == torch.float32

@@ -36,6 +36,30 @@ def test_distinct_agrees_with_assignment_in_turn(num_states, count):
     assert int(row.index.max()) < num_states
 
 
+@pytest.mark.parametrize(("num_states", "count"), [(3, 2), (4, 3), (5, 4), (7, 6)])
+def test_distinct_takes_every_coincidence(num_states, count):
+    """All ways in which states can coincide, with hardly a state left that is not named."""
+    index = torch.cartesian_prod(*[torch.arange(num_states)] * count)
+    index = index[:: max(1, len(index) // 4000)]
+    value = (torch.arange(count) + 1.0).expand(index.shape)
+    row = Row.distinct(torch.zeros(len(index)), index, value, num_states)
+    expected = torch.zeros(len(index), num_states)
+    for k in range(count):
+        expected[torch.arange(len(index)), index[:, k]] = value[:, k]
+    torch.testing.assert_close(row.dense(), expected, rtol=0, atol=0)
+    assert (row.index.sort().values.diff() > 0).all()
+    assert int(row.index.max()) < num_states
+
+
+def test_what_has_no_chance_is_never_drawn():
+    """Not even by the least and the greatest number that a uniform draw can give."""
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    for values, certain in (([0.0, 0.7, 0.0], 1), ([0.0, 0.0, 3.0], 2), ([0.1, 0.0, 0.0], 0)):
+        assert (Row.full(torch.tensor(values, dtype=torch.float64)).quantile(ends) == certain).all()
+    row = Row(torch.tensor(1.0).double(), torch.tensor([0, 3]), torch.zeros(2, dtype=torch.float64), 5)
+    assert row.quantile(ends).tolist() == [1, 4]
+
+
 def test_quantiles_cover_every_state_in_proportion():
     base, value = torch.tensor([0.1, 0.0]).double(), torch.tensor([[0.5, 0.2], [0.0, 4.0]]).double()
     row = Row(base, torch.tensor([[3, 0], [2, 1]]), value, 5)

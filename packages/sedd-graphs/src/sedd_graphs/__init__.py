@@ -21,6 +21,7 @@ from sedd_graphs.noise import (
     Polynomial,
 )
 from sedd_graphs.ordinal import Ordinal
+from sedd_graphs.paced import PacedAbsorbing
 from sedd_graphs.row import Row
 from sedd_graphs.uniform import Uniform
 
@@ -28,6 +29,7 @@ __all__ = [
     "Graph",
     "Row",
     "Absorbing",
+    "PacedAbsorbing",
     "Uniform",
     "Hybrid",
     "Masked",

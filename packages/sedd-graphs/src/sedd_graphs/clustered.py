@@ -50,6 +50,7 @@ class Clustered(Graph):
         self.num_clusters = len(names)
         self.within = check_rate("within", within)
         self.between = check_rate("between", between)
+        self._kappa: float | None = None
         self._cluster = Constant(cluster)
         self._sizes = Constant(sizes)
         self._members = Constant(_members(cluster, sizes))
@@ -58,15 +59,22 @@ class Clustered(Graph):
     def kimura(cls, kappa: float) -> Clustered:
         """Nucleotides A, C, G, T = 0, 1, 2, 3 at one substitution a unit of noise.
 
+        An unknown base, N, is none of the four: give its position weight 0 in the loss, whatever letter stands there.
+        As a fifth letter that the model writes, too, it is a cluster of its own, `Clustered([0, 1, 0, 1, 2], ...)`.
+
         Args:
             kappa: rate of the transitions A-G and C-T over the rate of each transversion, at least 1.
         """
         if not 1 <= kappa < float("inf"):
             raise ValueError(f"kappa must be at least 1 and finite, got {kappa}")
         transversion = 1 / (kappa + 2)
-        return cls([0, 1, 0, 1], within=2 * (kappa - 1) * transversion, between=4 * transversion)
+        graph = cls([0, 1, 0, 1], within=2 * (kappa - 1) * transversion, between=4 * transversion)
+        graph._kappa = float(kappa)
+        return graph
 
     def __repr__(self) -> str:
+        if self._kappa is not None:
+            return f"Clustered.kimura(kappa={self._kappa:.6g})"
         rates = f"within={self.within:.6g}, between={self.between:.6g}"
         return f"Clustered({self.num_states} states in {self.num_clusters} clusters, {rates})"
 

@@ -176,6 +176,9 @@ def _generator(Q: Tensor) -> Tensor:
 
 def _exponential(Q: Tensor, fastest: float, levels: Tensor) -> Tensor:
     """exp(sigma Q) for levels (S,) >= 0 by the positive series, (S, N, N); `fastest` is the largest rate of leaving."""
+    if torch.compiler.is_compiling():
+        opaque: Tensor = _opaque_exponential(Q, fastest, levels)
+        return opaque
     identity = torch.eye(len(Q), dtype=Q.dtype, device=Q.device)
     if fastest == 0:
         return identity.expand(len(levels), -1, -1)
@@ -192,6 +195,18 @@ def _exponential(Q: Tensor, fastest: float, levels: Tensor) -> Tensor:
         squared = squared / squared.sum(-2, keepdim=True)  # lest rounding add up over 60 squarings
         matrices = torch.where((halvings > i)[:, None, None], squared, matrices)
     return matrices
+
+
+@torch.library.custom_op("sedd_graphs::exponential", mutates_args=())
+def _opaque_exponential(Q: Tensor, fastest: float, levels: Tensor) -> Tensor:
+    """The same as one operation of a compiled graph, which would else hold every round of squaring."""
+    own: Tensor = _exponential(Q, fastest, levels).clone()
+    return own
+
+
+@_opaque_exponential.register_fake
+def _(Q: Tensor, fastest: float, levels: Tensor) -> Tensor:
+    return Q.new_empty(len(levels), *Q.shape)
 
 
 def _rounds(halvings: Tensor) -> int:

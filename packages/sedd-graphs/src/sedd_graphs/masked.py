@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sedd_graphs._checks import check_integer, check_rate, check_states, spread, times, widen
+from sedd_graphs._checks import at_least_float32, check_integer, check_rate, check_states, spread, times, widen
 from sedd_graphs.graph import Graph, _check_possible, _level, _vectors
 from sedd_graphs.row import Row
 from sedd_graphs.uniform import Uniform
@@ -68,7 +68,7 @@ class Masked(Graph):
     def transition_from(self, x: Tensor, sigma: Tensor) -> Row:
         """Unmasked with probability B, and then where the graph takes it."""
         token, level = self._token(x), spread(sigma, x.shape)
-        row = self.tokens.transition_from(token, times(self.rate, sigma))
+        row = self.tokens.transition_from(token, times(self.rate, at_least_float32(sigma)))
         masked = x == self.mask_id
         row = row.scale(self._kept(level).expand(x.shape))
         return self._join(row, masked, 0.0, torch.where(masked, 1, self._lost(level)))
@@ -76,7 +76,9 @@ class Masked(Graph):
     def transition_into(self, x: Tensor, sigma: Tensor) -> Row:
         """Into a token B times the graph's probability; into the mask 1 - B from every token."""
         token, level = self._token(x), spread(sigma, x.shape)
-        row = self.tokens.transition_into(token, times(self.rate, sigma)).scale(self._kept(level).expand(x.shape))
+        row = self.tokens.transition_into(token, times(self.rate, at_least_float32(sigma))).scale(
+            self._kept(level).expand(x.shape)
+        )
         masked = x == self.mask_id
         return self._join(row, masked, self._lost(level), masked.to(level.dtype))
 
@@ -99,7 +101,7 @@ class Masked(Graph):
         v, level = _vectors(v, sigma, self.num_states)
         m = self.mask_id
         tokens = torch.cat([v[..., :m], v[..., m + 1 :]], -1)
-        moved = self.tokens.propagate(tokens, times(self.rate, sigma)) * self._kept(level)[..., None]
+        moved = self.tokens.propagate(tokens, times(self.rate, at_least_float32(sigma))) * self._kept(level)[..., None]
         at_mask = v[..., m] + self._lost(level) * tokens.sum(-1)
         return torch.cat([moved[..., :m], at_mask[..., None], moved[..., m:]], -1)
 

@@ -391,7 +391,7 @@ def _reached(noise: Noise | Learned, sigma: Tensor) -> Tensor:
             f"sigma must lie between {low:.6g} and {high:.6g}, which this schedule spans, found {sigma}"
         ),
     )
-    return sigma
+    return torch.minimum(torch.maximum(sigma, low), high)  # beyond the ends there may be no time at all
 
 
 def _float(name: str, values: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from sedd_graphs.row import Row
 
 __all__ = ["Ordinal"]
 
+_ONE_JUMP = 1e-150  # z up to which z^2, the chance of two jumps, is none in float64
 _FEW_IMAGES = 0.3  # total noise up to which six images are all of C(n) in float64, and from which Fourier is
 
 
@@ -130,7 +131,7 @@ def _line(z: Tensor, most: int) -> Tensor:
     z^2), on which the trapezoidal rule converges geometrically.
     """
     n = torch.arange(most + 1, device=z.device, dtype=z.dtype)
-    safe = torch.where(z > 0, z, 1)[:, None]
+    safe = torch.where(z > _ONE_JUMP, z, 1)[:, None]
     alpha = (n / safe).asinh()
     width = (n**2 + safe**2).sqrt()
     points = 48
@@ -141,4 +142,5 @@ def _line(z: Tensor, most: int) -> Tensor:
         weight = 0.5 if j == points else 1.0
         total += weight * (-2 * width * (phi / 2).sin() ** 2).exp() * (n * (phi.sin() - phi)).cos()
     line = (2 * safe * (alpha / 2).sinh() ** 2 - n * alpha).exp() * total * half_range / (math.pi * points)
-    return torch.where(z[:, None] > 0, line, (n == 0).to(z.dtype))
+    one_jump = torch.where(n == 0, 1, torch.where(n == 1, z[:, None] / 2, 0))
+    return torch.where(z[:, None] > _ONE_JUMP, line, one_jump)
