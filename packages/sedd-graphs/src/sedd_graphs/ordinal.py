@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from sedd_graphs._checks import check_integer, check_states, distinct, rate_dtype, spread, widen
+from sedd_graphs._checks import check_integer, check_states, distinct, rate_dtype, readable, spread, widen
 from sedd_graphs.graph import Graph, _flow, _uniform_prior, _vectors
 from sedd_graphs.row import Row
 
@@ -117,10 +117,21 @@ def _ring(levels: Tensor, num_states: int, rate: float) -> Tensor:
     modes = _modes(num_states, rate, levels.device)
     late = torch.where(modes > 0, -levels[:, None] * modes, 0).exp()
     ring: Tensor = torch.fft.irfft(late, n=2 * num_states)
-    line = _line(2 * rate * levels.clamp(max=_FEW_IMAGES), 6 * num_states)
+    early = levels < _FEW_IMAGES
+    if readable(levels):
+        ring[early] = _images(levels[early], num_states, rate)
+        return ring
+    return torch.where(early[:, None], _images(levels.clamp(max=_FEW_IMAGES), num_states, rate), ring)
+
+
+def _images(levels: Tensor, num_states: int, rate: float) -> Tensor:
+    """The same from six images, for levels up to _FEW_IMAGES."""
+    if len(levels) == 0:
+        return levels.new_zeros(0, 2 * num_states)
+    line = _line(2 * rate * levels, 6 * num_states)
     laps = line[:, :-1].reshape(-1, 3, 2 * num_states)  # T at n, n + 2N, n + 4N
     back = line[:, 1:].flip(-1).reshape(-1, 3, 2 * num_states)  # T at 6N - n, 4N - n, 2N - n
-    return torch.where((levels < _FEW_IMAGES)[:, None], laps.sum(-2) + back.sum(-2), ring)
+    return laps.sum(-2) + back.sum(-2)
 
 
 def _line(z: Tensor, most: int) -> Tensor:
