@@ -257,7 +257,8 @@ def find(run: Path) -> Path | None:
     folders = _folders(run)
     latest = run / "latest"
     if latest.is_file():  # what was published; a folder after it was renamed by a process that died right then
-        folders.sort(key=lambda folder: folder.name != latest.read_text().strip())
+        published = latest.read_bytes().decode(errors="replace").strip()
+        folders.sort(key=lambda folder: folder.name != published)
     for folder in folders:
         wrong = damage(folder)
         if wrong is None:
