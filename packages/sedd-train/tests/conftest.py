@@ -195,7 +195,7 @@ def here(text, cache, process):
     def _here(output: Path, **values: Any) -> Result:
         ours = {name: values.pop(name) for name in list(values) if name not in recipes.Recipe.__dataclass_fields__}
         resume = ours.get("resume", False)
-        fresh = {} if resume else VALUES | {"corpus": str(text)}
+        fresh = {} if resume is True else VALUES | {"corpus": str(text)}
         recipe = recipes.for_run(output, "tiny", fresh | values, resume=resume)
         return sedd_train.train(recipe, output=output, **{"cache": cache, "tensorboard": False} | ours)
 

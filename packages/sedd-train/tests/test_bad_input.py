@@ -62,18 +62,6 @@ def test_text_that_is_not_utf8(refused, tmp_path):
     assert "is not UTF-8 (byte 1 is 0xe9)" in refused("--corpus", tmp_path / "latin.txt")
 
 
-def test_a_batch_the_ranks_cannot_divide(refused, monkeypatch):
-    """Both ranks see it, one says it."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    said = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        said.append(refused("--batch-size", "7"))
-    assert said[0].count("batch_size = 7 cannot be divided over 2 ranks") == 1
-    assert "a multiple of 2, for instance --batch-size" in said[0]
-    assert said[1] == ""
-
-
 def test_without_the_hub_the_paper_s_recipe_says_what_to_do(script, cache, tmp_path):
     code, printed = script("train_owt.py", "--output", tmp_path / "run", "--cache", cache)
     assert code == 2

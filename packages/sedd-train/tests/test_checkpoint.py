@@ -68,7 +68,7 @@ def published(folder, config, num_states):
     net.save_pretrained(folder, sections=config)
     written = json.loads((folder / "config.json").read_text())
     del written["model"]["scale_by_sigma"]
-    (folder / "config.json").write_text(json.dumps(written | config))
+    (folder / "config.json").write_text(json.dumps(written))
     return net.eval()
 
 
@@ -178,6 +178,21 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 # What is kept, and which one is used
+
+
+def test_milestones_and_what_others_put_there_are_left_alone(tmp_path):
+    for step in range(1, 8):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / "step-00000001-mine").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step-00000000").symlink_to(tmp_path / "elsewhere")
+    checkpoint._prune(tmp_path, 1, keep_every=3)
+    left = [f"step-{step:08d}" for step in (0, 3, 6, 7)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", left[0], "step-00000001-mine", *left[1:]]
+    assert checkpoint.exist(tmp_path)
+    for path in tmp_path.glob("step-0*[367]"):
+        path.rmdir()
+    assert not checkpoint.exist(tmp_path)  # a copy and a link are no checkpoints of this run
 
 
 def test_the_best_is_kept_besides_the_last(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 
 import numpy as np
@@ -236,6 +237,54 @@ def test_a_data_set_from_files_here(kind, tmp_path):
     assert again.identity == corpus.identity
     (tmp_path / f"more-train.{kind}").write_text("{}")
     assert corpora.load_texts(f"lm1b:{tmp_path}").identity != corpus.identity
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train/data.jsonl", "test/data.jsonl", "dev/data.jsonl"), ("train", "test", "validation")),
+        (("train.jsonl", "dev.jsonl", "eval.jsonl"), ("train", "validation", "test")),
+        (("part-train-00000.jsonl", "latest.jsonl", "contest-val-1.jsonl"), ("train", "train", "validation")),
+        (("corpus_training.jsonl", "Test-00001-of-00002.jsonl", "valid2.jsonl"), ("train", "test", "validation")),
+    ],
+)
+def test_a_split_is_a_word_of_a_file_s_name_or_its_folder_s(names, splits, tmp_path):
+    """Not a part of a word: `latest` is no test. And what is to be measured is never trained on."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": f"of {name}"}))
+    found = corpora._data_files(tmp_path)
+    assert {split: sorted(str(file.relative_to(tmp_path)) for file in files) for split, files in found.items()} == {
+        split: sorted(name for name, of in zip(names, splits, strict=True) if of == split) for split in set(splits)
+    }
+    texts = corpora.load_texts(f"lm1b:{tmp_path}")
+    assert not set(texts.train()) & {*texts.valid(), *texts.test()}
+
+
+def test_a_name_that_says_two_splits_is_refused(tmp_path):
+    (tmp_path / "train-test.jsonl").write_text('{"text": "one"}')
+    with pytest.raises(ValueError, match="of two splits by its name, train and test"):
+        corpora.load_texts(f"lm1b:{tmp_path}")
+
+
+def test_identity_is_content(tmp_path):
+    """The same size, the same time of change, other text; and a tokenizer trained anew in its place."""
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps({"text": "a first text " * 50}) + "\n" + json.dumps({"text": "held out"}))
+    before, stat = corpora.load_texts(f"lm1b:{file}").identity, file.stat()
+    assert corpora.load_texts(f"lm1b:{file}").identity == before
+    file.write_text(file.read_text().replace("first", "other"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size
+    assert corpora.load_texts(f"lm1b:{file}").identity != before
+
+    folder, cache = tmp_path / "tokenizer", tmp_path / "cache"
+    sizes = []
+    for size in ("bpe:257", "bpe:270"):
+        tokenizers.load_tokenizer(size, lambda: TEXTS).save_pretrained(folder)
+        found = token_cache.prepare(corpora.Texts("one", *[lambda: TEXTS] * 3), str(folder), cache)
+        sizes.append(len(found.tokenizer))
+    assert sizes == [257, 270]
 
 
 def test_wikitext_s_lines_are_put_together_to_articles(tmp_path):

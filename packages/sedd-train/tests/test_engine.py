@@ -9,7 +9,7 @@ from sedd_nets import SEDD
 from sedd_objectives import denoising_loss
 from sedd_train import zero_shards
 from sedd_train.ema import EMA
-from sedd_train.engine import Loss, learning_rate, start_engine, train_step
+from sedd_train.engine import LINEAR, Loss, learning_rate, start_engine, train_step
 from sedd_train.objectives import ScoreEntropy
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("process")]  # DeepSpeed warns
@@ -83,6 +83,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(stage):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert train_step(engine, [batch(2)], 1e-2).applied
     assert not torch.equal(zero_shards.gather(engine)["vocab_embed.embedding"], before["vocab_embed.embedding"])
+
+
+def test_an_engine_of_stage_3_changes_no_later_one():
+    """DeepSpeed puts a function of its own in the place of torch's linear layer, and leaves it there."""
+    start_engine(Loss(network(), ScoreEntropy(GRAPH, NOISE)), batch_size=4, micro_batches=1, stage=3)
+    start_engine(Loss(network(), ScoreEntropy(GRAPH, NOISE)), batch_size=4, micro_batches=1, stage=1)
+    assert torch.nn.functional.linear is LINEAR
+    assert LINEAR.__module__ == "torch._C._nn"
 
 
 def test_the_learning_rate():

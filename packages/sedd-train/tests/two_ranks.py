@@ -37,12 +37,18 @@ def run(name: str, *, resume: bool = False, signal_at: int = 0, **values: Any) -
         return train(recipe, output=folder / name, resume=resume, cache=cache, tensorboard=False)
 
 
+def left(stage: int) -> None:
+    """A run left at its sixth step, and continued."""
+    name = f"left-{stage}"
+    assert run(name, zero_stage=stage, checkpoint_every=1000, signal_at=5).stopped
+    assert (folder / name / "checkpoints" / "step-00000006").is_dir()
+    assert not (folder / name / "export").exists()
+    assert not run(name, resume=True, checkpoint_every=1000).stopped
+
+
 for stage in (1, 2, 3):
     run(f"stage-{stage}", zero_stage=stage)
 for stage in (2, 3):
-    assert run(f"left-{stage}", zero_stage=stage, checkpoint_every=1000, signal_at=5).stopped
-    assert (folder / f"left-{stage}" / "checkpoints" / "step-00000006").is_dir()
-    assert not (folder / f"left-{stage}" / "export").exists()
-    assert not run(f"left-{stage}", resume=True, checkpoint_every=1000).stopped
+    left(stage)
 run("other", resume=True, zero_stage=2)
 distributed.finish()

@@ -36,9 +36,10 @@ from sedd_train.loggers import to_json
 
 __all__ = [
     *("CheckpointError", "Checkpoint", "save", "export", "set_weights"),
-    *("find", "best", "last", "read", "restore", "check_space"),
+    *("exist", "find", "best", "last", "read", "restore", "check_space"),
 ]
 
+NAME = re.compile(r"step-\d{8,}")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -79,6 +80,7 @@ def save(
     step: int,
     sections: dict[str, Any],
     keep: int,
+    keep_every: int = 0,
     bound: float | None = None,
     **more: Any,
 ) -> Path:
@@ -92,6 +94,7 @@ def save(
         step: how many steps have been taken.
         sections: what config.json says about graph and noise.
         keep: how many of the last checkpoints to keep.
+        keep_every: of which multiples of steps to keep the checkpoint for ever; 0 for none.
         bound: what the averaged weights were measured to score on held-out text, less being better; None if they were
             not. The checkpoint that scores best of all is kept besides the last ones.
         more: further JSON values for the manifest.
@@ -115,7 +118,7 @@ def save(
         counters = {"step": step, "adam_steps": adam_steps, "ema_updates": ema.updates, "bound": bound}
         try:
             _write(folder, engine.module.net, average, tensors, tokenizer, sections, counters | more)
-            _prune(run, keep)
+            _prune(run, keep, keep_every)
         except Exception as error:  # of any type, or the other ranks would wait for a word that never comes
             failure = [str(error)]
     dist.broadcast_object_list(failure, src=0)
@@ -203,15 +206,22 @@ def _sha256(path: Path) -> str:
 
 
 def _folders(run: Path) -> list[Path]:
-    """The checkpoints' folders, last step first."""
-    return sorted((path for path in run.glob("step-*") if path.is_dir()), reverse=True)
+    """The checkpoints' folders, last step first; whatever else lies there, a copy or a link, is its owner's."""
+    found = (path for path in run.glob("step-*") if NAME.fullmatch(path.name) and not path.is_symlink())
+    return sorted((path for path in found if path.is_dir()), reverse=True)
 
 
-def _prune(run: Path, keep: int) -> None:
-    """Remove old checkpoints but the best, and what processes that were killed while they wrote have left."""
+def exist(run: Path) -> bool:
+    """Whether there is any checkpoint in the folder, whole or not."""
+    return bool(_folders(run))
+
+
+def _prune(run: Path, keep: int, keep_every: int = 0) -> None:
+    """Remove old checkpoints but the best and milestones, and what processes killed while they wrote have left."""
     kept = {*_folders(run)[:keep], best(run)}
     for folder in [*_folders(run), *run.glob(".step-*")]:
-        if folder not in kept:
+        milestone = keep_every and not folder.name.startswith(".") and int(folder.name[5:]) % keep_every == 0
+        if folder not in kept and not milestone:
             shutil.rmtree(folder)
     for file in run.glob(".latest.*"):
         file.unlink()

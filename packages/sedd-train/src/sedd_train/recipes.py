@@ -15,7 +15,9 @@ import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
+
+from sedd_train import checkpoint
 
 __all__ = ["Recipe", "recipe_names", "read_recipe", "for_run", "check_run", "add_arguments", "override", "to_toml"]
 
@@ -96,6 +98,7 @@ class Recipe:
     evaluate_times: int = _value(16, "noise levels for each of these blocks")
     checkpoint_every: int = _value(5000, "steps between checkpoints")
     keep: int = _value(2, "checkpoints kept, besides the best")
+    keep_every: int = _value(0, "keep the checkpoint of every multiple of so many steps for ever; 0: none")
     sample_steps: int = _value(128, "steps of the sampler for samples while training")
 
     def check(self) -> Recipe:
@@ -111,7 +114,7 @@ class Recipe:
             _require(not isinstance(value, float) or math.isfinite(value), name, value, "a finite number")
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ["micro_batch_size", "warmup", "clip", "weight_decay", "seed"]:
+        for name in ["micro_batch_size", "keep_every", "warmup", "clip", "weight_decay", "seed"]:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ["dropout", "ema", "beta1", "beta2"]:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
@@ -136,6 +139,10 @@ class Recipe:
         _require(not (normalised and self.graph != "absorb"), "graph", self.graph, f"absorb for {self.network}")
         informed = self.informed_start and self.graph != "absorb"
         _require(not informed, "informed_start", True, "false for another graph than absorb")
+        scaled = self.scale_by_sigma and self.graph != "absorb"
+        _require(
+            not scaled, "scale_by_sigma", True, f"false for the graph {self.graph}, whose scores have no such factor"
+        )
         _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads = {self.heads}")
         return self
 
@@ -148,13 +155,24 @@ class Recipe:
         micro = self.micro_batch_size or self.batch_size // world_size
         if micro == 0 or self.batch_size % (micro * world_size):
             size = f"micro-batches of {micro}" if self.micro_batch_size else "equal shares"
-            suggested = world_size * (self.micro_batch_size or 1)
-            near = suggested * max(1, round(self.batch_size / suggested))
             raise ValueError(
-                f"batch_size = {self.batch_size} cannot be divided over {world_size} ranks in {size}; choose a "
-                f"multiple of {suggested}, for instance --batch-size {near}, or another number of ranks"
+                f"batch_size = {self.batch_size} cannot be divided over {world_size} ranks in {size}; "
+                f"{self._division(world_size)}"
             )
         return self.batch_size // micro
+
+    def _division(self, world_size: int) -> str:
+        """What makes the batch divisible: first what leaves the experiment as it is."""
+        share, rest = divmod(self.batch_size, world_size)
+        if share and not rest:
+            micro = max(size for size in range(1, share + 1) if share % size == 0 and size <= self.micro_batch_size)
+            return f"choose --micro-batch-size {micro}, which changes no number of the run"
+        ranks = max(count for count in range(1, world_size) if self.batch_size % count == 0)
+        near = world_size * max(1, round(self.batch_size / world_size))
+        return (
+            f"start {ranks} ranks, or choose a multiple of {world_size}, for instance --batch-size {near}, which is "
+            "another experiment"
+        )
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -215,18 +233,19 @@ FIXED = (  # what a run keeps to its end: another value would make it another ru
 )
 
 
-def for_run(output: Path, name: str | Path, values: dict[str, Any], *, resume: bool) -> Recipe:
+def for_run(output: Path, name: str | Path, values: dict[str, Any], *, resume: bool | Literal["auto"]) -> Recipe:
     """The recipe of a run: a new one's by name, a resumed one's as it was started, each with values replaced.
 
     Args:
         output: the run's folder, where a run that has started has its `recipe.toml`.
         name: the recipe of a new run.
         values: what the command line replaces.
-        resume: whether to continue the run in `output`.
+        resume: whether to continue the run in `output`; "auto": if it has a checkpoint.
 
     Raises:
         ValueError: as `check_run`; or a value is wrong.
     """
+    resume = checkpoint.exist(output / "checkpoints") if resume == "auto" else resume
     recipe = override(_started(output) if resume else read_recipe(name), values)
     check_run(recipe, output, resume=resume)
     return recipe
@@ -240,9 +259,10 @@ def check_run(recipe: Recipe, output: Path, *, resume: bool) -> None:
             was started with, and one that a run cannot change on its way.
     """
     if not resume:
-        if any((output / "checkpoints").glob("step-*")):
+        if checkpoint.exist(output / "checkpoints"):
             raise ValueError(
-                f"{output} holds a run with checkpoints: continue it with --resume, or give another --output"
+                f"{output} holds a run with checkpoints: continue it with --resume, or give another --output; "
+                "--resume auto begins where there is none and goes on where there is one"
             )
         return
     started = _started(output)
@@ -261,12 +281,15 @@ def _started(output: Path) -> Recipe:
 
 
 def override(recipe: Recipe, values: dict[str, Any], source: str = "command line") -> Recipe:
-    """The recipe with some values replaced.
+    """The recipe with some values replaced. With another graph come its scale_by_sigma and informed_start.
 
     Raises:
         ValueError: an unknown name or a value of the wrong type.
     """
     types = get_type_hints(Recipe)
+    if values.get("graph", recipe.graph) != recipe.graph:  # what depends on the graph follows it, unless it is told
+        absorbing = values["graph"] == "absorb"
+        values = {"scale_by_sigma": absorbing, "informed_start": recipe.informed_start and absorbing} | values
     for name, value in values.items():
         if name not in types:
             close = difflib.get_close_matches(name, types, n=1)
@@ -298,6 +321,6 @@ def to_toml(recipe: Recipe) -> str:
     """The recipe as a TOML text that `read_recipe` reads back."""
     lines = []
     for name, value in dataclasses.asdict(recipe).items():
-        text = repr(value) if isinstance(value, float) else json.dumps(value)  # both are TOML
+        text = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)  # both are TOML
         lines.append(f"{name} = {text}")
     return "\n".join(lines) + "\n"

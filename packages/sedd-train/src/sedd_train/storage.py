@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["publish", "write_text"]
+from filelock import FileLock, Timeout
+
+__all__ = ["publish", "write_text", "owned"]
 
 
 def publish(scratch: Path, folder: Path) -> None:
@@ -34,6 +38,27 @@ def write_text(path: Path, text: str) -> None:
         _synchronise(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Hold a folder that one process at a time may write to; the system lets go of it when this process dies.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another process is at work in {folder}: wait for it to end, stop it, or give another --output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _synchronise(path: Path) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sedd_train import corpora, storage
-from sedd_train.corpora import Texts, load_texts
+from sedd_train.corpora import Texts, content_of, load_texts
 from sedd_train.tokenizers import identity, load_tokenizer
 from sedd_train.tokens import Tokens, coded
 
@@ -113,6 +113,8 @@ def cached(corpus: str, tokenizer_name: str, cache: Path) -> Corpus | None:
 
 def _folder(source: Texts, tokenizer: Any, cache: Path) -> Path:
     name = tokenizer if isinstance(tokenizer, str) else identity(tokenizer)
+    if isinstance(tokenizer, str) and Path(tokenizer).is_dir():  # which may be trained anew in its place
+        name = content_of(sorted(path for path in Path(tokenizer).iterdir() if path.is_file()))
     sources = [FORMAT, source.identity, name, corpora.HELD_OUT, corpora.HELD_OUT_HUB]
     return cache / hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
 

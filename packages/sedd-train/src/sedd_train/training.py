@@ -11,11 +11,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sedd_nets import init_local_attention, init_unigram_bias
@@ -39,6 +39,7 @@ from sedd_train.distributed import say
 from sedd_train.ema import EMA
 from sedd_train.engine import Loss, compile_network, learning_rate, start_engine, train_step
 from sedd_train.evaluation import Evaluation
+from sedd_train.launchers import Preemption
 from sedd_train.loading import Batches, ahead
 from sedd_train.objectives import Objective, has_head
 from sedd_train.progress import Progress, introduce, measure_and_sample, tell_skipped
@@ -84,7 +85,7 @@ def train(
     tokenizer: Any = None,
     net: nn.Module | None = None,
     objective: Objective | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     cache: str | Path = "runs/cache",
     tensorboard: bool = True,
     wandb: str = "",
@@ -102,7 +103,7 @@ def train(
         net: the network to train, in place of a fresh one of the recipe's sizes: any module that, called with states
             (B, L) int64 and total noise (B,), gives log-scores (B, L, N); or whatever the objective asks for.
         objective: what to train for, in place of the recipe's; see `sedd_train.objectives.Objective`.
-        resume: whether to continue the run in the folder from its last checkpoint.
+        resume: whether to continue the run in the folder from its last checkpoint; "auto": if it has one.
         cache: the folder of tokenised text, which runs share.
         tensorboard: whether to write the log's numbers for TensorBoard, too, if it is installed.
         wandb: a project of Weights & Biases to send them to, or nothing.
@@ -113,39 +114,44 @@ def train(
             does not fit, the disk is too small, there is no run to continue or one that would be overwritten.
         TrainingError: the run cannot go on: step after step is not finite, or a checkpoint could not be written.
     """
-    rank, world_size = distributed.place()
     output = Path(output)
-    with _setup_errors():
-        recipe = _recipe(recipe, output, corpus, tokenizer, resume=resume)
-        recipe.micro_batches(world_size)
-        _check_packing(net, recipe)
-        _check_loggers(wandb, peak_tflops)
-        text = token_cache.prepare(
-            corpus or recipe.corpus, tokenizer or recipe.tokenizer, Path(cache), say, streaming=recipe.streaming
-        )
-        text.check_length(recipe.length, packing=recipe.packing)
-        own_net, sections = net is not None, pretrained.sections(recipe, tokens=len(text.tokenizer))
-        graph = pretrained.make_graph(recipe.graph, len(text.tokenizer))
-        if objective is None:
-            noise = make_noise(sections["noise"])
-            objective = pretrained.make_objective(sections["objective"], graph, noise)
-        else:
-            sections = {"tokens": len(text.tokenizer), "objective": {"type": type(objective).__qualname__}}
-        if net is None:
-            net = _new_net(recipe, graph.num_states, text, fresh=not resume)
-        end = None if recipe.packing else text.tokenizer.eos_token_id  # what rows are filled up with
-        batches = Batches(text.train, recipe, objective, rank, world_size, end)
-        if own_net:
-            _check_net(net, objective, batches)
-        parameters = sum(p.numel() for p in net.parameters())
-        checkpoint.check_space(output / "checkpoints", parameters, recipe.keep)
-        saved = checkpoint.last(output / "checkpoints", text.fingerprint) if resume else None
-        averaged = copy.deepcopy(net).eval().requires_grad_(False)  # holds the average, to measure and to sample
-        if saved:
-            checkpoint.set_weights(net, saved.weights)
-        first = saved.step if saved else 0
+    with ExitStack() as held, Preemption() as preemption:
+        with _setup_errors():
+            rank, world_size = distributed.place()
+            goes_on = checkpoint.exist(output / "checkpoints") if resume == "auto" else resume
+            recipe = _recipe(recipe, output, corpus, tokenizer, resume=goes_on)
+            recipe.micro_batches(world_size)
+            _check_packing(net, recipe)
+            _check_loggers(wandb, peak_tflops)
+            text = token_cache.prepare(
+                corpus or recipe.corpus, tokenizer or recipe.tokenizer, Path(cache), say, streaming=recipe.streaming
+            )
+            text.check_length(recipe.length, packing=recipe.packing)
+            own_net, sections = net is not None, pretrained.sections(recipe, tokens=len(text.tokenizer))
+            graph = pretrained.make_graph(recipe.graph, len(text.tokenizer))
+            if objective is None:
+                noise = make_noise(sections["noise"])
+                objective = pretrained.make_objective(sections["objective"], graph, noise)
+            else:
+                sections = {"tokens": len(text.tokenizer), "objective": {"type": type(objective).__qualname__}}
+            if net is None:
+                net = _new_net(recipe, graph.num_states, text, fresh=not goes_on)
+            end = None if recipe.packing else text.tokenizer.eos_token_id  # what rows are filled up with
+            batches = Batches(text.train, recipe, objective, rank, world_size, end)
+            if own_net:
+                _check_net(net, objective, batches)
+            parameters = sum(p.numel() for p in net.parameters())
+            checkpoint.check_space(output / "checkpoints", parameters, recipe.keep)
+            if rank == 0:
+                held.enter_context(storage.owned(output))
+            saved = checkpoint.last(output / "checkpoints", text.fingerprint) if goes_on else None
+            averaged = copy.deepcopy(net).eval().requires_grad_(False)  # holds the average, to measure and to sample
+            if saved:
+                checkpoint.set_weights(net, saved.weights)
+            first = saved.step if saved else 0
+            if first > recipe.steps:
+                raise ValueError(f"steps = {recipe.steps}, but the run in {output} has taken {first} already")
 
-    with distributed.Preemption() as preemption:
         device = distributed.start()
         averaged.to(device)
         if recipe.compile:
@@ -229,11 +235,17 @@ def train(
 
 @contextmanager
 def _setup_errors() -> Iterator[None]:
-    """Errors of the one kind that stands for all that can be wrong before a run."""
+    """Errors of the one kind that stands for all that can be wrong before a run, on all ranks together. Collective."""
+    failure, cause = "", None
     try:
+        if distributed.place()[1] > 1:
+            distributed.start()  # now, when all come: the work before the run may take some of them long
         yield
     except (ValueError, OSError, CheckpointError) as error:
-        raise SetupError(str(error)) from error
+        failure, cause = str(error), error
+    failure = distributed.agree(failure)
+    if failure:
+        raise SetupError(failure) from cause
 
 
 def _recipe(given: Recipe | str | Path, output: Path, corpus: Any, tokenizer: Any, *, resume: bool) -> Recipe:
@@ -317,6 +329,7 @@ def _save(
             sections=sections,
             keep=recipe.keep,
             bound=bound,
+            keep_every=recipe.keep_every,
             fingerprint=text.fingerprint,
             recipe=dataclasses.asdict(recipe),
         )

@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, NoReturn
 
 from sedd_train import SetupError, TrainingError, distributed, plan, recipes, train
 from sedd_train.distributed import say
@@ -25,7 +26,12 @@ __all__ = ["parser", "main"]
 
 def parser(prog: str = "sedd train") -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --checkpoint is an option of other commands, and not short for --checkpoint-every
+    )
     made.add_argument(
         "--recipe",
         default="sedd-small-absorb-owt",
@@ -33,7 +39,14 @@ def parser(prog: str = "sedd train") -> argparse.ArgumentParser:
         help=f"{', '.join(recipes.recipe_names())}, or the path of a .toml file (default: %(default)s)",
     )
     made.add_argument("--output", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE)")
-    made.add_argument("--resume", action="store_true", help="continue the run in that folder from its last checkpoint")
+    made.add_argument(
+        "--resume",
+        nargs="?",
+        const="always",
+        choices=["always", "auto"],
+        help="continue the run in that folder from its last checkpoint; auto: if it has one, else begin. That line a "
+        "scheduler may repeat",
+    )
     made.add_argument(
         "--cache",
         type=Path,
@@ -80,31 +93,39 @@ def run(args: argparse.Namespace, *, prog: str) -> None:
     output = args.output or Path("runs") / Path(args.recipe).stem
     given = {name: value for name, value in vars(args).items() if name in recipes.Recipe.__dataclass_fields__}
 
+    resume: bool | Literal["auto"] = "auto" if args.resume == "auto" else args.resume == "always"
+
     try:
-        recipe = recipes.for_run(output, args.recipe, given, resume=args.resume)
+        recipe = recipes.for_run(output, args.recipe, given, resume=resume)
         if args.plan is not None:
             say(plan.describe(recipe, args.plan or distributed.place()[1], args.cache))
             sys.exit(0)
     except (ValueError, OSError) as error:
-        say(f"{prog}: error: {error}")
-        sys.exit(2)
+        _refuse(f"{prog}: error: {distributed.agree(str(error))}")
 
     try:
         result = train(
             recipe,
             output=output,
-            resume=args.resume,
+            resume=resume,
             cache=args.cache,
             tensorboard=args.tensorboard,
             wandb=args.wandb,
             peak_tflops=args.peak_tflops,
         )
     except SetupError as error:
-        say(f"{prog}: error: {error}")
-        sys.exit(2)
+        _refuse(f"{prog}: error: {error}")
     except TrainingError as error:
         say(f"{prog}: error: {error}")
         distributed.finish(1)
     if recipe.objective == "score-entropy" and not result.stopped:
         say(f"sample from it with     sedd sample --checkpoint {shlex.quote(str(output / 'export'))}")
     distributed.finish()
+
+
+def _refuse(error: str) -> NoReturn:
+    """Say what is wrong, once, and end every rank."""
+    say(error)
+    if distributed.place()[1] > 1:
+        distributed.finish(2)
+    sys.exit(2)

@@ -1,0 +1,221 @@
+"""Launchers: who started a process, when it should leave, whose folder it is, and whose errors are heard."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from sedd_train import SetupError, checkpoint, distributed, launchers, recipes, storage
+from sedd_train.launchers import Preemption, adopt
+
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    """No launcher."""
+    for name in (*PLACE, *SLURM, *OPEN_MPI, "PMI_RANK", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    yield monkeypatch
+    for name in PLACE:
+        os.environ.pop(name, None)
+        if name in before:
+            os.environ[name] = before[name]
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, [None] * 5),
+        (SLURM | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}, ["5", "8", "1", "10.0.0.7", str(20000 + 123456 % 20000)]),
+        (SLURM | {"MASTER_ADDR": "first", "MASTER_PORT": "29"}, ["5", "8", "1", "first", "29"]),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, [None] * 5),  # one process, perhaps with others inside
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ["1", "2", "1", "127.0.0.1", "20000"]),
+        ({"PMI_RANK": "0", "PMI_SIZE": "4", "MASTER_ADDR": "first"}, ["0", "4", "0", "first", "20000"]),
+        (OPEN_MPI | {"RANK": "0", "WORLD_SIZE": "1"}, ["0", "1", None, None, None]),  # torchrun under mpirun
+    ],
+    ids=["nobody", "srun", "srun, told", "srun, one", "mpirun", "mpich", "torchrun"],
+)
+def test_a_launcher_is_known_by_its_variables(variables, place, outside):
+    for name, value in variables.items():
+        outside.setenv(name, value)
+    adopt()
+    assert [os.environ.get(name) for name in PLACE] == place
+    if place[0] is not None:
+        assert distributed.place() == (int(place[0]), int(place[1]))
+
+
+def test_processes_that_cannot_find_each_other_are_refused(outside):
+    """Rather than left to train alone, each of them in the same folder."""
+    for name, value in OPEN_MPI.items():
+        outside.setenv(name, value)
+    with pytest.raises(ValueError, match=r"mpirun .* started 2 processes.* export MASTER_ADDR"):
+        adopt()
+
+
+def test_sigterm_is_heard_however_often_it_comes():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Preemption() as preemption:
+        assert not preemption.requested
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested
+        assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.requested
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends the process
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_launcher_that_is_gone_is_noticed(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    family = [[10, 9], [10, 9], [10, 1]]
+    monkeypatch.setattr(launchers, "_launcher", lambda: family.pop(0))
+    with Preemption() as preemption:
+        assert not preemption.requested
+        assert preemption.requested
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(launchers, "_launcher", lambda: [1])
+    with Preemption() as preemption:  # started by nobody: whose shell may close
+        assert not preemption.requested
+
+
+def family(process) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "whole_group"),
+    [
+        ("deepspeed", True),
+        ("deepspeed", False),
+        pytest.param("torchrun", True, marks=pytest.mark.slow),
+        pytest.param("torchrun", False, marks=pytest.mark.slow),
+    ],
+    ids=["deepspeed, group", "deepspeed, launcher", "torchrun, group", "torchrun, launcher"],
+)
+def test_a_scheduler_s_sigterm_saves_and_ends_every_process(launcher, whole_group, start, losses, tmp_path):
+    """To the whole group, which the launcher then passes on once more; or to the launcher alone."""
+    run, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
+    options = ("--steps", "100000", "--checkpoint-every", "100000", "--zero-stage", "2")
+    with start(run, *options, launcher=launcher, ranks=2) as process:
+        process.wait_until(lambda: log.exists() and log.read_text().count('"train"') >= 5)
+        children = family(process.process)
+        assert len(children) >= 2
+        if whole_group:
+            process.signal(signal.SIGTERM)
+        else:
+            process.process.send_signal(signal.SIGTERM)
+        process.process.wait(60)
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive
+    found = checkpoint.find(run / "checkpoints")
+    assert found is not None
+    assert found.name == f"step-{max(losses(run)):08d}"
+    assert not (run / "export").exists()
+
+
+def test_an_error_of_any_rank_is_said_once_and_by_name(text, cache, values, tmp_path):
+    recipe = recipes.override(recipes.read_recipe("tiny"), values | {"corpus": str(text), "steps": 1})
+    (tmp_path / "recipe.toml").write_text(recipes.to_toml(recipe))
+    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
+    program = Path(__file__).parent / "ranks_that_disagree.py"
+    done = subprocess.run(
+        [str(part) for part in (*torchrun, program, tmp_path / "recipe.toml", tmp_path, cache)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={name: value for name, value in os.environ.items() if name not in PLACE} | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    both, second, each = json.loads(done.stdout.splitlines()[-1])
+    assert both.startswith("batch_size = 7 cannot be divided over 2 ranks")
+    assert both.count("cannot be divided") == 1
+    assert second.startswith("rank 1: no corpus 'no/such/folder'")
+    assert "rank 0: tokenizer 'bpe:3'" in each
+    assert "rank 1: no corpus 'no/such/folder'" in each
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+# One owner of a folder
+
+
+@pytest.mark.filterwarnings("default")  # DeepSpeed warns
+def test_a_folder_has_one_run_at_a_time(here, tmp_path):
+    with storage.owned(tmp_path / "run"):
+        with pytest.raises(SetupError, match="another process is at work in"):
+            here(tmp_path / "run", steps=1)
+        assert not (tmp_path / "run" / "recipe.toml").exists()
+    assert here(tmp_path / "run", steps=1).step == 1
+    with storage.owned(tmp_path / "run"):  # it has let go
+        pass
+
+
+# One line for a scheduler to repeat
+
+
+@pytest.mark.filterwarnings("default")
+def test_resume_auto_begins_goes_on_and_is_done(here, losses, tmp_path):
+    run = tmp_path / "run"
+    values = {"steps": 4, "checkpoint_every": 2}
+    assert here(run, **values, resume="auto").step == 4
+    once = losses(run)
+    assert here(run, **values, resume="auto").step == 4  # nothing is left to do
+    assert losses(run) == once
+    assert here(run, **(values | {"steps": 6}), resume="auto").step == 6
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    summary = (run / "summary.json").read_text()
+    with pytest.raises(SetupError, match=r"steps = 5, but the run .* has taken 6 already"):
+        here(run, steps=5, resume=True)
+    assert (run / "summary.json").read_text() == summary
+
+
+def test_a_path_with_any_character_is_read_back(tmp_path):
+    recipe = recipes.override(recipes.Recipe(), {"corpus": 'my "texts" \\ 🙂/é'})
+    (tmp_path / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
+    assert recipes.read_recipe(tmp_path / "recipe.toml") == recipe
+
+
+# Advice that leaves the experiment as it is
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks", "advice"),
+    [
+        ({"batch_size": 512, "micro_batch_size": 64}, 64, "choose --micro-batch-size 8, which changes no number"),
+        ({"batch_size": 12, "micro_batch_size": 5}, 2, "choose --micro-batch-size 3, which changes no number"),
+        (
+            {"batch_size": 512},
+            48,
+            "start 32 ranks, or choose a multiple of 48, for instance --batch-size 528, which is",
+        ),
+        ({"batch_size": 2}, 4, "start 2 ranks, or choose a multiple of 4, for instance --batch-size 4"),
+    ],
+)
+def test_advice_on_a_batch_that_cannot_be_divided(values, ranks, advice):
+    recipe = recipes.override(recipes.Recipe(), values)
+    with pytest.raises(ValueError, match=advice):
+        recipe.micro_batches(ranks)
+
+
+def test_what_depends_on_the_graph_follows_it():
+    tiny = recipes.read_recipe("tiny")
+    assert (tiny.scale_by_sigma, tiny.informed_start) == (True, True)
+    uniform = recipes.override(tiny, {"graph": "uniform"})
+    assert (uniform.scale_by_sigma, uniform.informed_start) == (False, False)
+    back = recipes.override(uniform, {"graph": "absorb"})
+    assert back.scale_by_sigma
+    with pytest.raises(ValueError, match="scale_by_sigma = True: expected false for the graph uniform"):
+        recipes.override(tiny, {"graph": "uniform", "scale_by_sigma": True})
+    with pytest.raises(ValueError, match="informed_start = True"):
+        recipes.override(tiny, {"graph": "uniform", "informed_start": True})
