@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from judge import load_causal
-from sedd_samplers import Ancestral, Euler, FirstHitting, Method, Tweedie, infill
+from sedd_samplers import Ancestral, Euler, FirstHitting, Method, Tweedie, clamped, infill
 from sedd_samplers.adapters import from_logits
 from sedd_samplers.autoregressive import continue_left_to_right
 from sedd_samplers.controls import Control, top_p
@@ -126,7 +126,9 @@ def read_checkpoint(name: str, source: str) -> Checkpoint:
     score = from_logits(net, graph) if isinstance(objective, D3PM) else net
 
     def fill(x: Tensor, given: Tensor, seeds: Sequence[int], method: Method, steps: int) -> Tensor:
-        return infill(score, graph, noise, x=x, given=given, seeds=seeds, method=method, steps=steps)
+        return infill(
+            score, graph, noise, x=x, given=given, seeds=seeds, method=method, steps=steps, conditioning=clamped
+        )
 
     masks = graph.mask_id is not None
     return Checkpoint(

@@ -15,7 +15,7 @@ import torch
 from sedd_graphs import Absorbing, Clustered, Dense, Geometric, Hybrid, LogLinear, Masked, Ordinal, Uniform
 from sedd_nets import SEDD
 from sedd_objectives import denoising_loss, likelihood_bound, reconstruction_loss
-from sedd_samplers import Euler, Tweedie, infill, sample
+from sedd_samplers import Euler, Tweedie, clamped, infill, sample
 from torch import Tensor
 
 # Statically
@@ -152,7 +152,8 @@ def test_samples_are_tokens_and_prompts_stay(parts: Parts, method: Any) -> None:
     graph, noise, net = parts
     x = _tokens(graph, (5, 4))
     given = torch.rand(5, 4, generator=torch.Generator().manual_seed(5)) < 0.5
-    y = infill(net, graph, noise, x=x, given=given, steps=6, method=method, generator=torch.Generator().manual_seed(6))
+    generator = torch.Generator().manual_seed(6)
+    y = infill(net, graph, noise, x=x, given=given, steps=6, method=method, generator=generator, conditioning=clamped)
     assert torch.equal(y[given], x[given])
     assert graph.mask_id not in y.flatten().tolist()
     assert ((y >= 0) & (y < graph.num_states)).all()

@@ -24,6 +24,7 @@ from sedd_samplers import (
     adaptive_grid,
     at_rate,
     capped,
+    clamped,
     confidence,
     entropy,
     infill,
@@ -106,7 +107,7 @@ def test_given_positions_never_change(ref, data):
         times = {"times": adaptive_grid(lively, graph, noise, x=x, given=fixed, target=5.0, t_min=0.1)}
     states = trajectory(
         lively, graph, noise, x=x, given=fixed, method=METHODS[name], denoise=denoise, generator=rng,
-        until=(lambda state: finished) if stopping else None, **times,
+        until=(lambda state: finished) if stopping else None, conditioning=clamped, **times,
     )  # fmt: skip
     with torch.autocast("cpu", torch.bfloat16, enabled=data.draw(st.booleans())):
         for state in states:
@@ -126,7 +127,7 @@ def test_a_row_depends_on_its_seed_alone(ref, name):
         given = torch.zeros_like(x, dtype=torch.bool)
         given[1::2, free:] = True
         return infill(lively, graph, ref.Linear(3.0), x=x, given=given, steps=4, t_min=0.01, method=METHODS[name],
-                      seeds=seeds)  # fmt: skip
+                      seeds=seeds, conditioning=clamped)  # fmt: skip
 
     together = run(list(range(30)))
     assert torch.equal(together[[7]], run([7]))

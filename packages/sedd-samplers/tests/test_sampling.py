@@ -16,6 +16,7 @@ from sedd_samplers import (
     Tweedie,
     Unmasking,
     cached,
+    clamped,
     infill,
     pad_prompts,
     sample,
@@ -77,6 +78,7 @@ def test_given_positions_never_change(ref, data):
     states = trajectory(
         wrapped(graph, shape)[control], graph, ref.LogLinear(), x=x, given=fixed, steps=data.draw(st.integers(1, 5)),
         method=method, denoise=denoise, generator=rng, until=(lambda state: finished) if stopping else None,
+        conditioning=clamped,
     )  # fmt: skip
     for state in live(states, str, stream=io.StringIO()):
         assert torch.equal(state.x[fixed], x[fixed])

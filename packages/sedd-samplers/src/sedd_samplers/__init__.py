@@ -14,6 +14,7 @@ from . import adapters, autoregressive, controls, guidance, masked, multistage, 
 from .caching import cached
 from .exact import FirstHitting, Uniformization
 from .grids import adaptive_grid, noise_grid, uniform_grid
+from .infilling import Particles, clamped
 from .interfaces import Graph, Noise, Row, RowModel, ScoreModel
 from .masked import (
     ConfidenceUnmasking,
@@ -41,6 +42,8 @@ __all__ = [
     "trajectory",
     "State",
     "pad_prompts",
+    "Particles",
+    "clamped",
     "Method",
     "Euler",
     "TauLeaping",

@@ -21,16 +21,18 @@ from .prompts import check_prompt
 from .reverse import Kernel, Reverse
 from .steps import leap, reverse_rates
 
-__all__ = ["uniform_grid", "noise_grid", "adaptive_grid", "check_times"]
+__all__ = ["uniform_grid", "noise_grid", "adaptive_grid", "check_times", "finite_start"]
 
 
-def uniform_grid(steps: int, t_min: float = 1e-5) -> Tensor:
-    """`steps` steps of equal length from 1 to t_min: (steps + 1,) float64."""
+def uniform_grid(steps: int, t_min: float = 1e-5, t_max: float = 1.0) -> Tensor:
+    """`steps` steps of equal length from t_max to t_min: (steps + 1,) float64. Below 1 a run needs a `start`."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
     if not 0 <= t_min < 1:
         raise ValueError(f"t_min must lie in [0, 1), got {t_min!r}")
-    return torch.linspace(1, t_min, steps + 1, dtype=torch.float64)
+    if not t_min < t_max <= 1:
+        raise ValueError(f"t_max must lie in (t_min, 1], got {t_max!r}")
+    return torch.linspace(t_max, t_min, steps + 1, dtype=torch.float64)
 
 
 def noise_grid(
@@ -137,7 +139,8 @@ def adaptive_grid(
     seeds = seed + torch.arange(len(x), device=x.device)
     pilot = Reverse(score, graph, noise, frozen=given, seeds=seeds)
     x = torch.where(given, x, pilot.prior())
-    times, step = [1.0], (1 - t_min) / 16
+    begin = float(finite_start(noise, torch.tensor([1.0, t_min], dtype=torch.float64))[0])
+    times, step = [begin], (1 - t_min) / 16
     while times[-1] > t_min:
         if len(times) > most:
             raise ValueError(
@@ -152,7 +155,7 @@ def adaptive_grid(
             x = y
             times.append(s)
         step *= min(max(0.9 * (target / max(error, 1e-300)) ** 0.5, 0.2), 2.0)
-    return check_times(torch.tensor(times, dtype=torch.float64))
+    return check_times(torch.tensor([1.0, *times[1:]], dtype=torch.float64))
 
 
 def _try(pilot: Reverse, x: Tensor, t: float, s: float) -> tuple[Tensor, float]:
@@ -183,3 +186,22 @@ def _try(pilot: Reverse, x: Tensor, t: float, s: float) -> tuple[Tensor, float]:
     if len(difference):
         difference = difference - torch.cat(kept)[slot[still]]
     return y, (t - s) / 2 * float(difference.abs().sum(dtype=torch.float64)) / len(x)
+
+
+def finite_start(noise: Noise, times: Tensor) -> Tensor:
+    """The grid with its first time moved to the last at which the noise is finite, by no more than float64 resolves.
+
+    At the end of the natural schedules of masked diffusion, sigma = -log(1 - t), nothing is left of a token. Steps from
+    infinite noise are limits of steps from finite noise; 1 - 1e-16 is as good.
+    """
+    if bool(noise(times[:1])[0].isfinite().all()):
+        return times
+    below, above = times[1].clone(), times[0].clone()
+    for _ in range(60):
+        middle = (below + above) / 2
+        sigma, dsigma = noise(middle[None])
+        finite = bool((sigma.isfinite() & dsigma.isfinite()).all())
+        below, above = (middle, above) if finite else (below, middle)
+    if not bool(noise(below[None])[0].isfinite().all()):
+        raise ValueError(f"the noise is not finite at t = {float(times[1]):.6g}, where the first step ends")
+    return torch.cat([below[None], times[1:]])

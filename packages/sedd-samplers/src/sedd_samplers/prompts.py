@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["pad_prompts", "check_prompt", "check_shape"]
+__all__ = ["pad_prompts", "check_prompt", "check_shape", "check_start"]
 
 
 def pad_prompts(
@@ -74,3 +74,13 @@ def check_shape(shape: tuple[int, int]) -> None:
     """ValueError unless it is two positive integers."""
     if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f"shape must be (batch, length), two positive integers, got {shape!r}")
+
+
+def check_start(start: Tensor, x: Tensor, num_states: int) -> Tensor:
+    """The states to start from, or ValueError: (B, L) int64 as x, of 0..N - 1."""
+    if not isinstance(start, Tensor) or start.shape != x.shape or start.dtype != torch.int64:
+        got = f"{start.dtype} {tuple(start.shape)}" if isinstance(start, Tensor) else repr(start)
+        raise ValueError(f"start must be int64 of x's shape {tuple(x.shape)}, got {got}")
+    if ((start < 0) | (start >= num_states)).any():
+        raise ValueError(f"start holds a state outside 0..{num_states - 1}")
+    return start.to(x.device)

@@ -54,7 +54,9 @@ class Reverse:
         into = graph.rates_into(torch.arange(graph.num_states, device=frozen.device))
         # a jump leads into x where the row Q[x, .] is positive; its one negative entry is the diagonal
         self._enterable = (into.base > 0) | (into.value > 0).any(-1)
-        self._work = working_dtype(fastest_rate(graph, frozen.device), frozen.device)
+        rate = fastest_rate(graph, frozen.device)
+        self.noises_tokens = rate > 0  # else only the mask is jumped to
+        self._work = working_dtype(rate, frozen.device)
 
     def prior(self) -> Tensor:
         """States from the limit of the forward process, independent over positions: (B, L) int64."""

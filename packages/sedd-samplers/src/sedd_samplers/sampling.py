@@ -5,9 +5,8 @@
     infill       its last state, with given tokens
 
 By Bayes' rule the score of the free positions given the others is the unconditional score with the given tokens filled
-in (21, 22), so that a prompt is nothing but a set of positions that never move. That is exact for absorbing graphs.
-Where tokens themselves are noised, as under the uniform graph, the model was never shown clean tokens among noised
-ones: the same rule, an approximation.
+in (21, 22), so that under an absorbing graph a prompt is nothing but a set of positions that never move. Where tokens
+themselves are noised that is an approximation, and `conditioning` has to say what is wanted: see `infilling`.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from .grids import check_times, uniform_grid
+from .grids import check_times, finite_start, uniform_grid
+from .infilling import Clamped, Particles
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import device_of
-from .prompts import check_prompt, check_shape
+from .prompts import check_prompt, check_shape, check_start
 from .randomness import row_seeds
 from .reverse import Reverse
 from .steps import Method, Tweedie, final_denoise
@@ -62,6 +62,8 @@ class TrajectoryOptions(TypedDict, total=False):
     t_min: float | None
     denoise: bool
     until: Callable[[State], Tensor] | None
+    start: Tensor | None
+    conditioning: Clamped | Particles | None
 
 
 def sample(
@@ -84,7 +86,7 @@ def sample(
         device: where the states live; the device of the model's first parameter when None, else the CPU.
         progress: whether to show a bar.
         **options: `steps=128`, `method=Tweedie()`, `generator`, `seeds`, `times`, `t_min=1e-5`, `denoise=True`,
-            `until`; and the errors: see `trajectory`.
+            `until`, `start`, `conditioning`; and the errors: see `trajectory`.
 
     Returns:
         (B, L) int64.
@@ -111,7 +113,8 @@ def infill(
         graph: the forward process the model was trained for.
         noise: its schedule.
         x: (B, L) int64, the given tokens; what it holds at free positions does not matter.
-        given: (B, L) bool, the positions that never move, another set for each sequence if so wished.
+        given: (B, L) bool, the positions that keep their tokens, another set for each sequence if so wished. Exact
+            under absorbing graphs; under others say `conditioning=Particles(64)` or, for an approximation, `clamped`.
         progress: whether to show a bar.
         **options: as for `sample`; and the errors: see `trajectory`.
 
@@ -137,6 +140,8 @@ def trajectory(
     t_min: float | None = None,
     denoise: bool = True,
     until: Callable[[State], Tensor] | None = None,
+    start: Tensor | None = None,
+    conditioning: Clamped | Particles | None = None,
 ) -> Iterator[State]:
     """The states on the way, from the prior (step 0) to the sample; nothing is kept of those that were yielded.
 
@@ -155,38 +160,62 @@ def trajectory(
         times: a grid (steps + 1,) of the caller's own, instead of `steps` and `t_min`.
         t_min: the time at which the last step ends; 1e-5 when None.
         denoise: whether to take the final step to t = 0; without it a mask may be left.
-        until: State -> (B,) bool, which sequences are finished. Asked after every step. A finished sequence does not
+        until: State -> (B,) bool, which sequences are finished. Asked before every step. A finished sequence does not
             change any more, and keeps the masks it still has; when all are finished the loop ends.
+        start: (B, L) int64, states at the time that the grid begins with, to go on with a run, to redo half-noised
+            text, to polish a draft; the prior when None, which is the law at t = 1 of a schedule that ends in noise.
+        conditioning: how given tokens are kept where the graph noises tokens: `Particles(count)`, exact as particles
+            grow, or `clamped`, which is an approximation. Under absorbing graphs None is exact.
 
     Yields:
         `State`, steps + 1 of them, one more with the final denoise; fewer when `until` ends the loop.
 
     Raises:
-        ValueError: for arguments that make no sense, before the first step; for a model that returns the wrong shape,
+        ValueError: for arguments that make no sense, before the first step; for given tokens under a graph that noises
+            tokens without a word on `conditioning`; for a model that returns the wrong shape,
             NaN or infinity, or leaves no state to draw, at the step where it does, which the message names. What else
             the model raises carries the step as a note.
     """
+    check_method(method)
     check_prompt(x, given, graph.num_states, graph.mask_id)
     grid = _grid(steps, t_min, times)
+    if start is None and grid[0] < 1:
+        raise ValueError(f"times begin at {float(grid[0]):.6g}, below 1: say from which states, start= (B, L)")
+    grid = finite_start(noise, grid)
     seeds = row_seeds(seeds, generator, len(x)).to(x.device)
-    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds)
-    x = torch.where(given, x, reverse.prior())
-
     total = len(grid) - 1 + denoise
-    ends = [*itertools.pairwise(grid.to(x.device)), *([(grid[-1], torch.zeros(()))] if denoise else [])]
-    yield State(x, float(grid[0]), 0, total)
+    ends = [*itertools.pairwise(grid.to(x.device)), *([(grid[-1].to(x.device), grid.new_zeros(()))] if denoise else [])]
+    if isinstance(conditioning, Particles):
+        if start is not None or until is not None:
+            raise ValueError("particles begin at noise and end together: neither start nor until goes with them")
+        states = conditioning.run(
+            score, graph, noise, x=x, given=given, seeds=seeds, ends=ends, method=method, denoise=denoise
+        )
+        for step, x in enumerate(states):
+            yield State(x, float(grid[0]) if step == 0 else float(ends[step - 1][1]), step, total)
+        return
+    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds)
+    if conditioning is None and reverse.noises_tokens and bool((given.any(1) & ~given.all(1)).any()):
+        raise ValueError(
+            "this graph noises tokens, and a given token that is held still would be an approximation: choose "
+            "conditioning=Particles(64), which is exact as particles grow, or conditioning=clamped for the "
+            "approximation, and for padding that the model does not look at"
+        )
+    x = torch.where(given, x, reverse.prior() if start is None else check_start(start, x, graph.num_states))
+    state = State(x, float(grid[0]), 0, total)
+    yield state
     for step, (t, s) in enumerate(ends, 1):
-        with _named(step, total, float(t), float(s)):
-            if step <= len(grid) - 1:
-                x = method(reverse, x, t.expand(len(x)), s.expand(len(x)))
-            else:
-                x = final_denoise(reverse, x, t.to(x.device).expand(len(x)))
-        state = State(x, float(s), step, total)
-        yield state
         if until is not None:
             reverse.frozen = reverse.frozen | check_finished(until(state), len(x))[:, None]
             if reverse.frozen.all():
                 return
+        with _named(step, total, float(t), float(s)):
+            if step <= len(grid) - 1:
+                x = method(reverse, x, t.expand(len(x)), s.expand(len(x)))
+            else:
+                x = final_denoise(reverse, x, t.expand(len(x)))
+        state = State(x, float(s), step, total)
+        yield state
 
 
 def _grid(steps: int | None, t_min: float | None, times: Tensor | None) -> Tensor:
@@ -223,3 +252,10 @@ def last_state(states: Iterator[State], progress: bool) -> Tensor:
     shown = tqdm(states, total=first.steps, desc="sampling", unit="step", disable=not progress)
     last: State = deque(itertools.chain([first], shown), maxlen=1).pop()
     return last.x
+
+
+def check_method(method: object) -> None:
+    """ValueError unless it can be called as a step: the usual slip is the class, or its name."""
+    if isinstance(method, type) or not callable(method):
+        got = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        raise ValueError(f"method must be a step such as Tweedie(), an object that can be called, got {got}")

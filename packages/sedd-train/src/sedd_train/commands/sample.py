@@ -30,6 +30,7 @@ from sedd_samplers import (
     Uniformization,
     Unmasking,
     at_rate,
+    clamped,
     trajectory,
 )
 from sedd_samplers.controls import Control, controlled, temperature, top_k, top_p
@@ -59,7 +60,8 @@ EPILOG = """\
 how it works
   A sample begins as noise (all masks, or random tokens: as the model was trained) and is denoised in --steps steps from
   t = 1 to 0. A prompt is a set of positions that hold their tokens all the while; the others are filled in given these,
-  on both sides. --watch shows it happen.
+  on both sides. --watch shows it happen. For a model whose tokens are noised, not masked, a prompt that holds still is
+  an approximation; from Python, sedd_samplers.Particles is exact as particles grow.
 
 methods
   tweedie         each position by its own exact law; what it costs is that positions of one step do not see each other.
@@ -197,6 +199,7 @@ def run(args: argparse.Namespace) -> tuple[Tensor, Any, float]:
         steps=args.steps,
         method=METHODS[args.method],
         seeds=range(args.seed, args.seed + args.num),
+        conditioning=clamped,
     )
 
     def text(token: int) -> str:

@@ -1,0 +1,228 @@
+"""Given tokens where tokens are noised: the conditional law by particles, and plain clamping told for what it is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from sedd_samplers import (
+    Euler,
+    FirstHitting,
+    Particles,
+    TauLeaping,
+    Trapezoidal,
+    Tweedie,
+    Unmasking,
+    clamped,
+    infill,
+    noise_grid,
+    sample,
+    trajectory,
+    uniform_grid,
+)
+from sedd_samplers.grids import finite_start
+
+GRAPHS = {
+    "uniform": lambda ref: ref.uniform_matrix(4),
+    "hybrid": lambda ref: ref.hybrid_matrix(4),
+    "clustered": lambda ref: ref.clustered_matrix((0, 0, 1, 1)),
+    "ordinal": lambda ref: ref.ordinal_matrix(4),
+    "absorbing": lambda ref: ref.absorbing_matrix(4),
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def population(ref, graph, p0, given, tokens, *, sequences, steps, count=64):
+    """The weighted law of all particles of all sequences, over the states of all positions."""
+    noise = ref.Linear(8.0)
+    times = noise_grid(noise, steps, t_min=2e-4)
+    ends = [*itertools.pairwise(times), (times[-1], torch.zeros((), dtype=torch.float64))]
+    x = torch.tensor(tokens).expand(sequences, -1)
+    mask = torch.tensor(given).expand(sequences, -1)
+    *_, (states, weight) = Particles(count).population(
+        ref.ExactScore(p0, graph.Q), graph, noise, x=x, given=mask, seeds=torch.arange(sequences), ends=ends,
+        method=Tweedie(), denoise=True,
+    )  # fmt: skip
+    N, L = p0.shape[0], p0.ndim
+    cell = (states * N ** torch.arange(L - 1, -1, -1)).sum(-1)
+    law = torch.zeros(N**L, dtype=torch.float64)
+    return law.index_add_(0, cell.flatten(), weight.exp().flatten() / sequences).view(p0.shape)
+
+
+def conditional(p0, given, tokens):
+    index = tuple(token if held else slice(None) for token, held in zip(tokens, given, strict=True))
+    law = torch.zeros_like(p0)
+    law[index] = p0[index]
+    return law / law.sum()
+
+
+def distance(ref, name, given, tokens, **effort):
+    """Total variation of the particles' law from the conditional, on tokens that depend on each other."""
+    graph = GRAPHS[name](ref)
+    p0 = ref.random_data(4, len(given), graph.num_states, graph.mask_id)
+    got = population(ref, graph, p0, given, tokens, **effort)
+    return float((got - conditional(p0, given, tokens)).abs().sum()) / 2
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_particles_have_the_conditional_law_under_every_graph(ref, name):
+    """Two positions, one given, 64 steps: total variation at most .04, half the steps', half the measurement's."""
+    assert distance(ref, name, [True, False], [3, 0], sequences=50, steps=64) < 0.04
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRAPHS)
+def test_particles_are_within_a_hundredth_of_the_conditional_law(ref, name):
+    """64 particles, 256 steps, the law measured over 40,000 particles: total variation at most .01."""
+    assert distance(ref, name, [True, False], [3, 0], sequences=640, steps=256) < 0.01
+
+
+@pytest.mark.slow
+def test_several_given_tokens_are_as_exact(ref):
+    assert distance(ref, "uniform", [True, False, True], [1, 0, 2], sequences=320, steps=256, count=128) < 0.01
+
+
+def test_a_sample_by_particles_keeps_what_is_given_and_depends_on_its_seed_alone(ref):
+    graph = GRAPHS["hybrid"](ref)
+    p0 = ref.random_data(4, 3, 5, 4)
+    given = torch.tensor([[True, False, False], [False, False, False], [True, True, True], [False, True, False]])
+    x = torch.tensor([[2, 0, 0], [0, 0, 0], [1, 2, 3], [0, 3, 0]])
+
+    def run(rows):
+        return infill(ref.ExactRows(p0, graph.Q), graph, ref.Linear(4.0), x=x[rows], given=given[rows], steps=6,
+                      seeds=rows, conditioning=Particles(8))  # fmt: skip
+
+    together = run([0, 1, 2, 3])
+    assert torch.equal(together[given], x[given])
+    assert not (together == 4).any()
+    for row in range(4):
+        assert torch.equal(run([row])[0], together[row])
+
+
+def test_a_condition_for_each_sequence_finds_its_particles(ref):
+    """A label a sequence: the model is asked about sequences, not about particles."""
+    graph, seen = ref.uniform_matrix(4), []
+
+    def score(x, sigma, rows):
+        seen.append(rows.unique().tolist())
+        return torch.zeros(*x.shape, 4)
+
+    x = torch.zeros(3, 2, dtype=torch.int64)
+    given = torch.tensor([[True, False]]).expand(3, 2)
+    states = list(trajectory(score, graph, ref.Linear(2.0), x=x, given=given, steps=2, seeds=range(3),
+                             conditioning=Particles(4)))  # fmt: skip
+    assert all(rows == [0, 1, 2] for rows in seen)
+    assert [state.step for state in states] == [0, 1, 2, 3]
+    assert states[-1].t == 0
+
+
+@pytest.mark.parametrize("name", ["uniform", "hybrid", "clustered", "ordinal"])
+def test_a_given_token_that_is_held_still_has_to_be_asked_for(ref, name):
+    graph = GRAPHS[name](ref)
+    x, given = torch.zeros(1, 2).long(), torch.tensor([[True, False]])
+    score = lambda x, sigma: torch.zeros(*x.shape, graph.num_states)  # noqa: E731
+    with pytest.raises(ValueError, match=r"would be an approximation: choose conditioning=Particles\(64\)"):
+        infill(score, graph, ref.Linear(2.0), x=x, given=given, steps=2)
+    infill(score, graph, ref.Linear(2.0), x=x, given=given, steps=2, conditioning=clamped)
+    infill(score, graph, ref.Linear(2.0), x=x, given=given | True, steps=2)  # nothing to infill
+
+
+def test_clamping_is_the_approximation_it_is_said_to_be(ref):
+    """The same problem: clamping is wrong by more than .02 however many steps are made."""
+    graph = GRAPHS["uniform"](ref)
+    p0 = ref.random_data(4, 2)
+    x = torch.zeros(20_000, 2, dtype=torch.int64)
+    given = torch.tensor([[True, False]]).expand(20_000, 2)
+    out = infill(ref.ExactRows(p0, graph.Q), graph, ref.Geometric(0.02, 12.0), x=x, given=given, steps=40, t_min=1e-3,
+                 conditioning=clamped, generator=seeded())  # fmt: skip
+    share = torch.bincount(out[:, 1], minlength=4) / 20_000
+    assert float((share - p0[0] / p0[0].sum()).abs().sum()) / 2 > 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"conditioning": Particles(4), "until": lambda state: state}, "neither start nor until"),
+        ({"conditioning": Particles(4), "start": torch.zeros(1, 2).long()}, "neither start nor until"),
+        ({"start": torch.zeros(1, 3).long()}, r"start must be int64 of x's shape \(1, 2\), got torch.int64 \(1, 3\)"),
+        ({"start": torch.full((1, 2), 9)}, "a state outside 0..3"),
+        ({"times": [0.5, 0.1], "steps": None}, r"times begin at 0.5, below 1: say from which states, start="),
+    ],
+)
+def test_what_makes_no_sense_is_refused(ref, change, told):
+    x, given = torch.zeros(1, 2).long(), torch.zeros(1, 2).bool()
+    with pytest.raises(ValueError, match=told):
+        infill(lambda x, sigma: torch.zeros(*x.shape, 4), GRAPHS["uniform"](ref), ref.Linear(2.0),
+               **{"x": x, "given": given, "steps": 2, **change})  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "threshold"), [(1, 0.5), (True, 0.5), (2.0, 0.5), (4, -0.1), (4, math.nan)])
+def test_particles_out_of_range_are_refused(count, threshold):
+    with pytest.raises(ValueError, match="must"):
+        Particles(count, threshold)
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform", "ordinal"])
+def test_a_run_begins_from_any_states_at_any_time(ref, name):
+    """From true states at t = .6 down to the data: a false alarm once in 10,000 seeds."""
+    graph = GRAPHS[name](ref)
+    p0 = ref.random_data(4, 1, graph.num_states, graph.mask_id)
+    noise, score = ref.Linear(2.0), ref.ExactRows(p0, graph.Q)
+    law = score.marginal(torch.tensor([1.2]).double())[0]
+    start = torch.multinomial(law, 50_000, replacement=True, generator=seeded())[:, None]
+    free = torch.zeros_like(start)
+    x = infill(score, graph, noise, x=free, given=free.bool(), start=start, times=uniform_grid(5, 1e-3, t_max=0.6),
+               generator=seeded(1))  # fmt: skip
+    assert ref.chi_square(x, p0) > 1e-4
+
+
+def test_a_run_that_is_resumed_goes_on(ref):
+    """In two halves with the states handed on: every mask comes to light, and the first half's tokens stay."""
+    graph, x = ref.StructuredAbsorbing(5), torch.zeros(4, 30).long()
+    score = lambda x, sigma: (-sigma.expm1().log() - math.log(5))[:, None, None].expand(*x.shape, 6)  # noqa: E731
+    options = {"x": x, "given": x > 0, "seeds": range(4)}
+    half = infill(score, graph, ref.LogLinear(), times=uniform_grid(4, 0.5), denoise=False, **options)
+    assert (half == 5).any()
+    whole = infill(score, graph, ref.LogLinear(), start=half, times=uniform_grid(4, 1e-5, t_max=0.5), **options)
+    assert not (whole == 5).any()
+    assert torch.equal(whole[half != 5], half[half != 5])
+
+
+class Natural:
+    """Mask probability t: infinite noise at t = 1."""
+
+    def __call__(self, t):
+        return -torch.log1p(-t), 1 / (1 - t)
+
+
+def test_a_schedule_may_end_in_infinite_noise(ref):
+    """For methods that step on a grid, under masks and noise; a false alarm once in 10,000 seeds each."""
+    for name, methods in {
+        "absorbing": [Tweedie(), Euler(), Unmasking(), FirstHitting(), Trapezoidal()],
+        "uniform": [TauLeaping()],
+    }.items():
+        graph = GRAPHS[name](ref)
+        p0 = ref.random_data(4, 1, graph.num_states, graph.mask_id)
+        for method in methods:
+            x = sample(ref.ExactRows(p0, graph.Q), graph, Natural(), shape=(2000, 1), steps=100, method=method,
+                       generator=seeded())  # fmt: skip
+            assert ref.chi_square(x, p0) > 1e-4, (name, method)
+
+
+def test_only_the_first_time_moves_and_by_nothing():
+    times = finite_start(Natural(), uniform_grid(4))
+    assert times[1:].equal(uniform_grid(4)[1:])
+    assert 0 < 1 - float(times[0]) < 1e-15
+    assert finite_start(Natural(), uniform_grid(4, 0.1, 0.9)).equal(uniform_grid(4, 0.1, 0.9))
+
+    class Hopeless:
+        def __call__(self, t):
+            return torch.full_like(t, math.inf), torch.full_like(t, math.inf)
+
+    with pytest.raises(ValueError, match="not finite at t = "):
+        finite_start(Hopeless(), uniform_grid(4))
