@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from sedd_samplers.adapters import (
     from_posterior,
     from_reverse,
     from_velocity,
+    per_sequence,
     to_posterior,
     to_reverse,
     to_velocity,
@@ -273,7 +276,12 @@ class TinyMaskedLM(torch.nn.Module):
         torch.manual_seed(0)
         self.embed = torch.nn.Embedding(vocab_size, 8)
         self.decoder = torch.nn.Linear(8, vocab_size)
-        self.has_head, self.rows = head, 0
+        self.eval()
+        self.has_head, self.seen = head, []
+
+    @property
+    def rows(self):
+        return sum(self.seen)
 
     def get_output_embeddings(self):
         return self.decoder if self.has_head else None
@@ -283,7 +291,7 @@ class TinyMaskedLM(torch.nn.Module):
         context = h.sum(1, keepdim=True) / attention_mask.sum(1)[:, None, None]
         h = (h + context) @ self.embed.weight.T @ self.embed.weight
         logits = self.decoder(h)
-        self.rows += logits.numel() // logits.shape[-1]
+        self.seen.append(logits.numel() // logits.shape[-1])
         return SimpleNamespace(logits=logits)
 
 
@@ -326,8 +334,8 @@ def test_padding_does_not_reach_a_masked_language_model(ref):
             r"the posterior must return a float tensor of shape \(2, 5, 5\), got torch.float32 \(2, 5, 4\)",
         ),
         (
-            lambda graph: from_masked_lm(TinyMaskedLM(7), graph)(states(), SIGMA),
-            r"the logits must return a float tensor of shape \(10, 5\), got torch.float32 \(10, 7\)",
+            lambda graph: from_masked_lm(lambda input_ids: torch.zeros(2, 5, 3), graph)(states(), SIGMA),
+            r"the logits must return a float tensor of shape \(10, 5\), got torch.float32 \(10, 3\)",
         ),
     ],
 )
@@ -339,3 +347,104 @@ def test_what_makes_no_sense_is_refused(ref, make, told):
 def test_a_masked_language_model_needs_a_mask(ref):
     with pytest.raises(ValueError, match="needs a graph with a mask"):
         from_masked_lm(TinyMaskedLM(5), ref.StructuredUniform(5))
+
+
+def masked_x():
+    return torch.tensor([[1, 5, 4, 4, 2, 4], [1, 4, 4, 3, 4, 2]])
+
+
+def posterior_of(score, graph, x):
+    return to_posterior(score, graph)(x, torch.ones(len(x), dtype=torch.float64))
+
+
+def test_shifted_logits_are_those_of_the_token_before(ref):
+    """Dream's: the logits at i are of token i + 1, the first token's its own. Also with the head at some positions."""
+    graph, x = ref.StructuredAbsorbing(9, 4), masked_x()
+    logits = TinyMaskedLM(10)(x, torch.ones_like(x)).logits
+    plain = from_logits(lambda x, sigma: torch.cat([logits[:, :1], logits[:, :-1]], 1), graph)
+    for head in (True, False):
+        model = TinyMaskedLM(10, head=head)
+        got = from_masked_lm(model, graph, shifted=True)
+        torch.testing.assert_close(posterior_of(got, graph, x), posterior_of(plain, graph, x))
+        where = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+        sigma = torch.ones(2)
+        torch.testing.assert_close(got(x, sigma, where=where), plain(x, sigma)[where])
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "object"])
+def test_any_kind_of_answer_will_do(ref, kind):
+    graph, x, model = ref.StructuredAbsorbing(9, 4), masked_x(), TinyMaskedLM(10)
+
+    def called(input_ids, attention_mask):
+        logits = model(input_ids, attention_mask).logits
+        return {"tensor": logits, "tuple": (logits, "hidden states"), "object": SimpleNamespace(logits=logits)}[kind]
+
+    one, other = (posterior_of(from_masked_lm(m, graph), graph, x) for m in (called, model))
+    torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match=r"must return logits .* got a str"):
+        from_masked_lm(lambda input_ids: "logits", graph)(x, torch.ones(2))
+
+
+def test_further_inputs_are_handed_on_with_the_sequences_that_they_are_of(ref):
+    graph, seen = ref.StructuredAbsorbing(9, 4), []
+
+    def model(input_ids, token_type_ids):
+        seen.append(token_type_ids)
+        return torch.zeros(*input_ids.shape, 10)
+
+    x = torch.ones_like(masked_x())
+    score = from_masked_lm(model, graph, inputs=lambda x, rows: {"token_type_ids": rows[:, None].expand_as(x)})
+    infill(score, graph, ref.LogLinear(), x=x, given=torch.tensor([[True], [False]]).expand(2, 6), steps=2)
+    assert all((part == 1).all() for part in seen)
+
+
+@pytest.mark.parametrize(("extra", "mask_id"), [(-1, 4), (-1, 9), (0, 4), (6, 4)])
+def test_heads_of_other_widths_are_taken_as_what_they_are(ref, extra, mask_id):
+    """Without a column for the mask, or padded beyond the vocabulary: what cannot be drawn is not."""
+    graph, x = ref.StructuredAbsorbing(9, mask_id), torch.full((2, 3), mask_id)
+    logits = torch.randn(2, 3, 10 + extra, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = posterior_of(from_logits(lambda x, sigma: logits, graph), graph, x)
+    tokens = [y for y in range(10) if y != mask_id]
+    columns = range(9) if extra == -1 else tokens
+    close(p[..., tokens], logits[..., list(columns)].softmax(-1))
+    assert (p[..., mask_id] == 0).all()
+
+
+def test_threads_share_a_model_and_nothing_of_it_is_touched(ref):
+    """Eight calls at once, each at positions of its own, against the same calls one after the other."""
+    graph, model = ref.StructuredAbsorbing(9, 4), TinyMaskedLM(10)
+    before = dict(model._modules)
+    score = from_masked_lm(model, graph)
+    x = [torch.where(torch.rand(3, 6, generator=torch.Generator().manual_seed(i)) < 0.5, 4, 7) for i in range(8)]
+
+    def call(x):
+        return [score(x, torch.ones(3), where=x == 4) for _ in range(20)]
+
+    alone = [call(each) for each in x]
+    with ThreadPoolExecutor(8) as pool:
+        for one, other in zip(alone, pool.map(call, x), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert model._modules == before
+    assert not model.decoder._forward_pre_hooks
+
+
+def test_logits_are_no_posterior(ref):
+    logits = torch.tensor([0.7, 0.1, 0.1, 0.1]).log()
+    score = from_posterior(lambda x, sigma: logits.expand(*x.shape, 4), ref.StructuredUniform(4))
+    with pytest.raises(ValueError, match=r"holds probabilities, and this one an entry of -2.303.*from_logits"):
+        score(torch.zeros(1, 2).long(), torch.ones(1))
+
+
+def test_conditions_are_looked_up_by_sequence(ref):
+    """Labels for each sequence, of which some are finished early; a partial would not know, and is refused."""
+    graph, label = ref.StructuredAbsorbing(3), torch.tensor([0, 1, 2, 1])
+
+    def net(x, sigma, where, label):
+        return 50.0 * torch.nn.functional.one_hot(label, 4)[:, None].expand(*x.shape, 4).float()[where]
+
+    given = torch.tensor([[True, True], [False, False], [True, False], [False, False]])
+    score = from_logits(per_sequence(net, label=label), graph)
+    out = infill(score, graph, ref.LogLinear(), x=torch.zeros(4, 2).long(), given=given, steps=3)
+    assert out.tolist() == [[0, 0], [1, 1], [0, 2], [1, 1]]
+    with pytest.raises(ValueError, match=r"a partial that holds the tensor 'label' \(4,\).*per_sequence"):
+        from_logits(partial(net, label=label), graph)

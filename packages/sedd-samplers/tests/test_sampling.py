@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 
@@ -23,9 +24,10 @@ from sedd_samplers import (
     trajectory,
     uniform_grid,
 )
-from sedd_samplers.adapters import from_posterior
+from sedd_samplers.adapters import from_logits, from_posterior
 from sedd_samplers.controls import allowed_tokens, controlled, temperature, top_k, top_p
 from sedd_samplers.guidance import classifier_free
+from sedd_samplers.model_calls import device_of
 from sedd_samplers.views import live
 
 METHODS = [Euler(), TauLeaping(), Tweedie()]
@@ -311,6 +313,81 @@ def test_what_makes_no_sense_is_refused(ref, change, told):
     arguments = {"score": flat(6), "shape": (2, 3), "steps": 3, **change}
     with pytest.raises(ValueError, match=told):
         sample(arguments.pop("score"), ref.StructuredAbsorbing(5), ref.LogLinear(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"method": Tweedie}, r"such as Tweedie\(\), an object that can be called, got the class Tweedie"),
+        ({"method": "tweedie"}, r"such as Tweedie\(\).*got 'tweedie'"),
+        ({"noise": 3}, "the noise must be callable"),
+        ({"noise": dict}, r"an object such as LogLinear\(\), got the class dict"),
+        ({"graph": dict}, r"an object such as Absorbing\(50257\), got the class dict"),
+        ({"graph": 3}, "the graph, a int, has no num_states"),
+        ({"seeds": 0}, "seeds must be 2 integers"),
+    ],
+)
+def test_slips_of_a_first_hour_are_told(ref, change, told):
+    arguments = {"score": flat(6), "graph": ref.StructuredAbsorbing(5), "noise": ref.LogLinear(), **change}
+    with pytest.raises(ValueError, match=told):
+        sample(
+            arguments.pop("score"), arguments.pop("graph"), arguments.pop("noise"), shape=(2, 3), steps=2, **arguments
+        )
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [("num_steps", "you may mean steps="), ("seed", "seeds=, one a sequence"), ("temperature", "controls=")],
+)
+def test_options_that_are_none_are_told_with_what_was_meant(ref, option, told):
+    with pytest.raises(TypeError, match=rf"sample has no option '{option}': .*{told}.* Its options are steps, method"):
+        sample(flat(6), ref.StructuredAbsorbing(5), ref.LogLinear(), shape=(2, 3), **{option: 1})
+    with pytest.raises(TypeError, match=f"infill has no option '{option}'"):
+        infill(flat(6), ref.StructuredAbsorbing(5), ref.LogLinear(), x=0, given=0, **{option: 1})
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.dropout = torch.nn.Parameter(torch.zeros(6)), torch.nn.Dropout(0.1)
+
+    def forward(self, x, sigma):
+        return self.weight.expand(*x.shape, 6)
+
+    def answer(self, x, sigma):
+        return self(x, sigma)
+
+
+WRAPPED = {
+    "itself": lambda net, graph: net,
+    "a wrapper": lambda net, graph: from_logits(net, graph),
+    "wrappers of wrappers": lambda net, graph: controlled(from_logits(cached(net), graph), graph, top_k(2)),
+    "guidance": lambda net, graph: classifier_free(net, flat(6), 2.0, num_states=6),
+    "a partial": lambda net, graph: functools.partial(net),
+    "a method": lambda net, graph: net.answer,
+    "a closure": lambda net, graph: lambda x, sigma: net(x, sigma),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_a_module_is_found_whatever_it_is_wrapped_in(ref, how):
+    """Its device is the samples', and in training mode it is named."""
+    graph = ref.StructuredAbsorbing(5)
+    assert device_of(WRAPPED[how](Net().to("meta"), graph), None) == torch.device("meta")
+    assert device_of(WRAPPED[how](Net(), graph), "meta") == torch.device("meta")
+    score = WRAPPED[how](Net().train(), graph)
+    with pytest.warns(UserWarning, match=r"the Net is in training mode.*call \.eval\(\)"):
+        sample(score, graph, ref.LogLinear(), shape=(1, 2), steps=1)
+    sample(WRAPPED[how](Net().eval(), graph), graph, ref.LogLinear(), shape=(1, 2), steps=1)
+
+
+def test_a_sequence_that_is_finished_from_the_start_is_left_alone(ref):
+    graph = ref.StructuredAbsorbing(5)
+    start = torch.full((2, 4), 5)
+    x = infill(flat(6), graph, ref.LogLinear(), x=start, given=start < 0, start=start, steps=3,
+               until=lambda state: torch.tensor([True, False]))  # fmt: skip
+    assert torch.equal(x[0], start[0])
+    assert (x[1] != 5).all()
 
 
 @pytest.mark.parametrize(

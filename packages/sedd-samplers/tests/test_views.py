@@ -232,3 +232,28 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         list(live(course(), TEXT, row=2, stream=io.StringIO()))
     with pytest.raises(ValueError, match="rows must be at least 1"):
         list(record(course(), tmp_path / "p", TEXT, rows=0))
+
+
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_sampled(tmp_path):
+    def never():
+        raise AssertionError("sampled")
+        yield
+
+    with pytest.raises(OSError, match="nowhere"):
+        list(record(never(), tmp_path / "nowhere" / "p", TEXT))
+
+
+def test_what_goes_wrong_with_a_view_costs_no_sample(tmp_path):
+    def text(token):
+        raise RuntimeError("no such token")
+
+    stream = io.StringIO()
+    states = list(live(record(course(), tmp_path / "p", text), text, stream=stream))
+    assert len(states) == 4
+    assert stream.getvalue().splitlines()[-1].endswith("<3><0><1>")
+    views = record(course(), tmp_path / "gone" / "p", TEXT)
+    (tmp_path / "gone").mkdir()
+    next(views)
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.warns(UserWarning, match="could not be written"):
+        assert len(list(views)) == 3

@@ -16,8 +16,7 @@ model, Austin et al. 2021 (arXiv 2107.03006); velocity, Gat et al. 2024 (arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from .controls import Control, apply_controls
 from .fast import Answer, Part
 from .interfaces import Graph, RowModel, ScoreModel
-from .model_calls import ModelCall, Wrapper
+from .model_calls import ModelCall, Wrapper, offers, per_sequence
 from .precision import check_recoverable, fastest_rate, working_dtype
 from .steps import denoise_probs, score_of, tweedie_probs, without_own
 
@@ -39,6 +38,7 @@ __all__ = [
     "to_reverse",
     "from_velocity",
     "to_velocity",
+    "per_sequence",
 ]
 
 Model = Callable[..., Tensor]
@@ -58,9 +58,11 @@ def from_posterior(posterior: Model, graph: Graph, *, controls: Sequence[Control
         (x, sigma) -> log_score (B, L, N), float32 at least; 0 at y = x, -inf where no probability leads.
 
     Raises:
-        ValueError: the posterior is not callable; when called, if it returns another shape.
+        ValueError: the posterior is not callable; when called, if it returns another shape, and if its first answer
+            holds negative numbers, as logits do.
     """
-    return _from_law(ModelCall(posterior, graph.num_states, "posterior"), graph, lambda sigma: sigma, controls)
+    call = ModelCall(posterior, graph.num_states, "posterior")
+    return _from_law(call, graph, lambda sigma: sigma, controls)
 
 
 def to_posterior(score: ScoreModel, graph: Graph) -> RowModel:
@@ -87,13 +89,14 @@ def from_logits(
     graph: Graph,
     *,
     subs: bool = True,
-    banned: Sequence[int] = (),
+    banned: Sequence[int] | None = (),
     controls: Sequence[Control] = (),
 ) -> RowModel:
     """The score model of a network whose logits, normalised, are p(x0 | x_t).
 
     Args:
-        logits: (x (B, L) int64, sigma (B,)) -> (B, L, N). It may offer `where` and `rows`.
+        logits: (x (B, L) int64, sigma (B,)) -> (B, L, N). It may offer `where` and `rows`. A head without a column
+            for the mask, (B, L, N - 1), and one that is padded beyond the N states are taken as what they are.
         graph: the forward process.
         subs: whether the mask is taken out before the softmax, as in the SUBS parametrisation. Its other half, that a
             token once there is carried over, needs no option: nothing leads into a token of an absorbing graph. With
@@ -109,6 +112,7 @@ def from_logits(
         ValueError: logits is not callable, or a banned state is none of the graph's; when called, if it returns
             another shape.
     """
+    banned = () if banned is None else banned
     wrong = [state for state in banned if not 0 <= state < graph.num_states]
     if wrong:
         raise ValueError(f"banned holds the state {wrong[0]}; states are 0..{graph.num_states - 1}")
@@ -116,25 +120,27 @@ def from_logits(
     if len(out | {graph.mask_id}) == graph.num_states + (graph.mask_id is None):
         raise ValueError("banned holds every token: none is left to draw")
     index = torch.tensor(sorted(out), dtype=torch.int64)
-    call = ModelCall(logits, graph.num_states, "logits")
+    call = ModelCall(logits, graph.num_states, "logits", widths=_widths(graph))
 
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
         answer = call(x, sigma, where, rows)
 
         def softmax(part: Tensor, _: Part) -> Tensor:
-            return part.index_fill(1, index.to(part.device), -torch.inf).softmax(-1)
+            return fit(part, graph).index_fill(1, index.to(part.device), -torch.inf).softmax(-1)
 
-        return answer.then(softmax)
+        return answer.then(softmax, width=graph.num_states)
 
-    return from_posterior(Wrapper(at), graph, controls=controls)
+    return from_posterior(Wrapper(at, logits), graph, controls=controls)
 
 
 def from_masked_lm(
     model: Any,
     graph: Graph,
     *,
-    banned: Sequence[int] = (),
+    banned: Sequence[int] | None = (),
     pad_id: int | None = None,
+    shifted: bool = False,
+    inputs: Callable[[Tensor, Tensor], Mapping[str, Any]] | None = None,
     controls: Sequence[Control] = (),
 ) -> RowModel:
     """The score model of a masked language model, such as an `AutoModelForMaskedLM` of transformers.
@@ -142,34 +148,55 @@ def from_masked_lm(
         graph = Absorbing(model.config.vocab_size - 1, mask_id=tokenizer.mask_token_id)
         score = from_masked_lm(model, graph, banned=tokenizer.all_special_ids, pad_id=tokenizer.pad_token_id)
 
+    A tokenizer without a mask token has `mask_token_id` None, which a graph would take for its last state: look at it
+    first. Models that expect [CLS] and [SEP], such as BERT and ESM, get them as given tokens.
+
     Args:
-        model: called as model(input_ids=x, attention_mask=...), its answer's `.logits` are (B, L, N). Where its output
-            embedding can be found by `get_output_embeddings()`, that runs only at the positions asked for. Put it into
-            evaluation mode first.
+        model: called as model(input_ids=x, attention_mask=...), without the latter if it has no such parameter. Its
+            answer is (B, L, W) logits: a tensor, `.logits`, or the first of a tuple. Where its output embedding can be
+            found by `get_output_embeddings()`, that runs only at the positions asked for. Put it into evaluation mode
+            first. It is not changed, and threads may share it.
         graph: an absorbing graph over its vocabulary, the mask where its tokenizer has it.
         banned: states that are never drawn, such as the tokenizer's special tokens; the mask is banned anyway.
         pad_id: the padding token: positions that hold it get an attention mask of 0, and it is banned.
+        shifted: whether the logits at a position are of the token *after* it, as in models that were causal ones
+            (Dream); the first token's are its own position's.
+        inputs: (x (b, L), rows (b,)) -> more inputs by name, such as position or token type ids, or an attention mask
+            of one's own; `rows` are the sequences of the run that x holds.
         controls: as for `from_posterior`.
 
     Returns:
         A score model that does not depend on sigma but by the factor of the graph.
 
     Raises:
-        ValueError: see `from_logits`; the graph has no mask.
+        ValueError: see `from_logits`; the graph has no mask; when called, for an answer of another kind.
     """
     if graph.mask_id is None:
         raise ValueError("a masked language model needs a graph with a mask: its mask_id is None")
     if not callable(model):
         raise ValueError(f"the masked language model must be callable, got a {type(model).__name__}")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    path = next((name for name, part in _named_modules(model) if part is head), None) if head is not None else None
+    takes_mask = offers(model, "attention_mask") or offers(model, "kwargs")
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        attention_mask = torch.ones_like(x) if pad_id is None else (x != pad_id).long()
-        with _only_at(head, where):
-            answer: Tensor = model(input_ids=x, attention_mask=attention_mask).logits
-        return answer[where] if answer.ndim == 3 else answer
+    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
+        further: dict[str, Any] = {}
+        if takes_mask:
+            further["attention_mask"] = torch.ones_like(x) if pad_id is None else (x != pad_id).long()
+        if inputs is not None:
+            further.update(inputs(x, rows))
+        sequence, position = where.nonzero(as_tuple=True)
+        source = (position - 1).clamp(min=0) if shifted else position
+        asked = torch.zeros_like(where).index_put((sequence, source), torch.ones_like(where[sequence, source]))
+        called = model if path is None else with_head_at(model, path, asked)
+        logits = _logits_of(called(input_ids=x, **further))
+        if logits.ndim == 3:
+            return Answer(logits.flatten(0, 1), sequence * x.shape[1] + source)
+        slot = asked.flatten().cumsum(0).view_as(asked) - 1
+        return Answer(logits, slot[sequence, source])
 
-    return from_logits(Wrapper(at), graph, banned=[*banned, *([] if pad_id is None else [pad_id])], controls=controls)
+    banned = [*(banned or ()), *([] if pad_id is None else [pad_id])]
+    return from_logits(Wrapper(at, model), graph, banned=banned, controls=controls)
 
 
 def from_reverse(reverse: Model, graph: Graph, delta_sigma: Levels) -> RowModel:
@@ -233,7 +260,7 @@ def from_velocity(velocity: Model, graph: Graph) -> RowModel:
 
         return answer.then(posterior)
 
-    return from_posterior(Wrapper(at), graph)
+    return from_posterior(Wrapper(at, velocity), graph)
 
 
 def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
@@ -249,14 +276,17 @@ def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
         left = (1 - kappa)[where.nonzero()[:, 0], None]
         return p.scatter_add_(1, x[where][:, None], -torch.ones_like(p[:, :1])).div_(left.to(p.dtype))
 
-    return Wrapper(at)
+    return Wrapper(at, score)
 
 
 def _from_law(call: ModelCall, graph: Graph, delta_sigma: Levels, controls: Sequence[Control] = ()) -> RowModel:
-    rate = fastest_rate(graph)
+    rate, seen = fastest_rate(graph), list[bool]()
 
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
         answer = call(x, sigma, where, rows)
+        if not seen:
+            check_probabilities(answer)
+            seen.append(True)
         index, position = where.nonzero(as_tuple=True)
         here, level, sequence = x[where], delta_sigma(sigma)[index], rows[index]
 
@@ -268,7 +298,17 @@ def _from_law(call: ModelCall, graph: Graph, delta_sigma: Levels, controls: Sequ
 
         return answer.then(convert, working_dtype(rate, answer.device))
 
-    return Wrapper(at)
+    return Wrapper(at, call.model)
+
+
+def check_probabilities(answer: Answer) -> None:
+    """ValueError for negative entries in the first answer of a model of probabilities: those are logits."""
+    least = min((float(answer[part].detach().min()) for part in answer.parts()), default=0.0)
+    if least < -1e-6:
+        raise ValueError(
+            f"a posterior holds probabilities, and this one an entry of {least:.4g}: a network of logits goes through "
+            "from_logits"
+        )
 
 
 def _to_law(call: ModelCall, graph: Graph, delta_sigma: Levels, kernel: Callable[..., Tensor]) -> RowModel:
@@ -285,7 +325,19 @@ def _to_law(call: ModelCall, graph: Graph, delta_sigma: Levels, kernel: Callable
 
         return answer.then(normalised, working_dtype(rate, answer.device))
 
-    return Wrapper(at)
+    return Wrapper(at, call.model)
+
+
+def _widths(graph: Graph) -> tuple[int, ...]:
+    return (graph.num_states - 1,) if graph.mask_id is not None else ()
+
+
+def fit(logits: Tensor, graph: Graph) -> Tensor:
+    """Logits (M, W) over the graph's N states: -inf for a mask that has no column, without columns beyond N."""
+    if logits.shape[-1] >= graph.num_states or graph.mask_id is None:
+        return logits[:, : graph.num_states]
+    none = torch.full_like(logits[:, :1], -torch.inf)
+    return torch.cat([logits[:, : graph.mask_id], none, logits[:, graph.mask_id :]], 1)
 
 
 def _check_path(graph: Graph) -> None:
@@ -300,14 +352,62 @@ def _check_path(graph: Graph) -> None:
         )
 
 
-@contextmanager
-def _only_at(head: Any, where: Tensor) -> Iterator[None]:
-    """While inside, a module sees the positions `where` of its input (B, L, D) only, as (M, D)."""
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][where], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _logits_of(answer: object) -> Tensor:
+    """The logits in what a model of transformers, or of anybody's, returns."""
+    logits = getattr(answer, "logits", answer)
+    if isinstance(logits, tuple | list) and logits:
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(answer).__name__}"
+        raise ValueError(
+            f"the masked language model must return logits (B, L, N), alone, as .logits or first, got {got}"
+        )
+    return logits
+
+
+def _named_modules(model: object) -> Iterator[tuple[str, torch.nn.Module]]:
+    yield from model.named_modules() if isinstance(model, torch.nn.Module) else ()
+
+
+class _HeadAt(torch.nn.Module):
+    """A module that sees the positions `where` of its input (B, L, D) only, as (M, D)."""
+
+    def __init__(self, head: torch.nn.Module, where: Tensor) -> None:
+        super().__init__()
+        self.head, self._where = head, where
+
+    def forward(self, h: Tensor, *further: Any) -> Tensor:
+        """The head's answer, (M, N)."""
+        out: Tensor = self.head(h[self._where] if h.ndim == 3 else h, *further)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("head"), name)
+
+
+def with_head_at(model: torch.nn.Module, path: str, where: Tensor) -> torch.nn.Module:
+    """The same model with its head, the submodule at `path`, run at some positions only.
+
+    The modules on the way to the head are copied, without their parameters; nothing of the model itself is touched, so
+    that other threads may be in the middle of a call of it.
+    """
+    *way, last = path.split(".")
+    root = node = _shallow(model)
+    for name in way:
+        copy = _shallow(node._modules[name])
+        node._modules[name] = copy
+        node = copy
+    head = node._modules[last]
+    assert head is not None
+    node._modules[last] = _HeadAt(head, where)
+    return root
+
+
+def _shallow(module: torch.nn.Module | None) -> torch.nn.Module:
+    assert module is not None
+    copy: torch.nn.Module = object.__new__(type(module))
+    copy.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
+    return copy

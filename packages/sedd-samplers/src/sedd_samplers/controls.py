@@ -81,7 +81,7 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
 
         return answer.then(convert, working_dtype(rate, answer.device))
 
-    return Wrapper(at)
+    return Wrapper(at, score)
 
 
 def apply_controls(controls: Sequence[Control], p: Tensor, sequence: Tensor, position: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def classifier_free(conditional: ScoreModel, unconditional: ScoreModel, weight: 
 
         return plain.then(combine, conditioned.work)
 
-    return Wrapper(at)
+    return Wrapper(at, conditional, unconditional)
 
 
 def classifier_guided(score: ScoreModel, ratios: Callable[..., Tensor], weight: float, *, num_states: int) -> RowModel:
@@ -101,7 +101,7 @@ def classifier_guided(score: ScoreModel, ratios: Callable[..., Tensor], weight: 
 
         return answer.then(add)
 
-    return Wrapper(at)
+    return Wrapper(at, score, ratios)
 
 
 def neighbour_ratios(
@@ -129,7 +129,7 @@ def neighbour_ratios(
             out[flat] = log_prob(changed, sigma[sequence[row]])
         return out.view(-1, num_states) - here[:, None]
 
-    return Wrapper(at)
+    return Wrapper(at, log_prob)
 
 
 def first_order_ratios(log_prob: Callable[[Tensor, Tensor], Tensor], num_states: int) -> RowModel:
@@ -155,7 +155,7 @@ def first_order_ratios(log_prob: Callable[[Tensor, Tensor], Tensor], num_states:
         slope = gradient[where]
         return slope - slope.gather(1, x[where][:, None])
 
-    return Wrapper(at)
+    return Wrapper(at, log_prob)
 
 
 def _check_weight(weight: float) -> None:

@@ -240,7 +240,7 @@ def _by_sequence(score: ScoreModel, graph: Graph, K: int) -> ScoreModel:
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
         return call(x, sigma, where, rows // K)
 
-    return Wrapper(at)
+    return Wrapper(at, score)
 
 
 def _mixed(seed: Tensor, number: Tensor) -> Tensor:

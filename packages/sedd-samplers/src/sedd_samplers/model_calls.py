@@ -11,8 +11,11 @@ The wrappers of this package (adapters, controls, guidance) offer both and hand 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +23,16 @@ from torch import Tensor
 
 from .fast import Answer
 
-__all__ = ["ModelCall", "offers", "Wrapper", "device_of"]
+__all__ = [
+    "ModelCall",
+    "offers",
+    "Wrapper",
+    "modules_in",
+    "device_of",
+    "warn_of_training",
+    "check_conditions",
+    "per_sequence",
+]
 
 
 class ModelCall:
@@ -31,15 +43,19 @@ class ModelCall:
         num_states: N, the width its answers must have.
         name: what errors call it.
         takes: what it is called with.
+        widths: for logits, other widths that will do beside N and what heads are padded to; None for N alone.
 
     Raises:
         ValueError: the model is not callable.
     """
 
-    def __init__(self, model: Any, num_states: int, name: str, takes: str = "x, sigma") -> None:
+    def __init__(
+        self, model: Any, num_states: int, name: str, takes: str = "x, sigma", widths: tuple[int, ...] | None = None
+    ) -> None:
         if not callable(model):
             raise ValueError(f"the {name} must be callable as {name.split()[0]}({takes}), got a {type(model).__name__}")
-        self._model, self._num_states, self._name = model, num_states, name
+        check_conditions(model, name)
+        self.model, self._num_states, self._name, self._widths = model, num_states, name, widths
         self._offers_where, self._offers_rows = offers(model, "where"), offers(model, "rows")
 
     def __call__(self, x: Tensor, sigma: Tensor | None, where: Tensor, rows: Tensor) -> Answer:
@@ -50,16 +66,16 @@ class ModelCall:
         Raises:
             ValueError: the answer has another shape or is no float tensor.
         """
-        if isinstance(self._model, Wrapper) and sigma is not None:
-            made = self._model.answer(x, sigma, where, rows)
+        if isinstance(self.model, Wrapper) and sigma is not None:
+            made = self.model.answer(x, sigma, where, rows)
             self._check(made.shape, made.dtype, (len(made), self._num_states))
             return made
         inputs = (x,) if sigma is None else (x, sigma)
         further = {"rows": rows} if self._offers_rows else {}
         if self._offers_where:
-            answer = self._model(*inputs, where=where, **further)
+            answer = self.model(*inputs, where=where, **further)
             return Answer(self._checked(answer, (int(where.sum()), self._num_states)))
-        answer = self._checked(self._model(*inputs, **further), (*x.shape, self._num_states))
+        answer = self._checked(self.model(*inputs, **further), (*x.shape, self._num_states))
         return Answer(answer.flatten(0, 1), where.flatten().nonzero()[:, 0])
 
     def _checked(self, answer: object, expected: tuple[int, ...]) -> Tensor:
@@ -69,7 +85,12 @@ class ModelCall:
         return answer
 
     def _check(self, shape: tuple[int, ...], dtype: torch.dtype, expected: tuple[int, ...]) -> None:
-        if shape != expected or not dtype.is_floating_point:
+        fits = shape == expected or (
+            self._widths is not None
+            and shape[:-1] == expected[:-1]
+            and (0 < shape[-1] - expected[-1] < 128 or shape[-1] in self._widths)
+        )
+        if not fits or not dtype.is_floating_point:
             raise ValueError(self._told(expected, f"{dtype} {shape}"))
 
     def _told(self, expected: tuple[int, ...], got: str) -> str:
@@ -91,10 +112,11 @@ class Wrapper:
 
     Args:
         at: (x, sigma, where, rows) -> the rows (M, N) at the true positions of `where`, or an `Answer`.
+        *inside: the models that it calls.
     """
 
-    def __init__(self, at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | Answer]) -> None:
-        self._at = at
+    def __init__(self, at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | Answer], *inside: object) -> None:
+        self._at, self.inside = at, inside
 
     def answer(self, x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
         """The rows at the true positions of `where` (B, L)."""
@@ -109,8 +131,79 @@ class Wrapper:
         return out.reshape(*x.shape, -1) if where is None else out
 
 
+def modules_in(model: object) -> Iterator[torch.nn.Module]:
+    """The modules that a callable is made of, as far as one can see: wrapped, partial, bound or closed over."""
+    if isinstance(model, torch.nn.Module):
+        yield model
+    elif isinstance(model, Wrapper):
+        for part in model.inside:
+            yield from modules_in(part)
+    elif isinstance(model, functools.partial):
+        yield from modules_in(model.func)
+    elif inspect.ismethod(model):
+        yield from modules_in(model.__self__)
+    elif inspect.isfunction(model):
+        for cell in model.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a cell that is empty yet
+                if isinstance(cell.cell_contents, (torch.nn.Module, Wrapper, functools.partial)):
+                    yield from modules_in(cell.cell_contents)
+
+
 def device_of(model: object, device: torch.device | str | None) -> torch.device:
-    """The device that was asked for, else that of a module's first parameter, else the CPU."""
-    if device is None and isinstance(model, torch.nn.Module):
-        device = next((p.device for p in model.parameters()), None)
+    """The device that was asked for, else that of the first parameter inside the model, else the CPU."""
+    if device is None:
+        device = next((p.device for module in modules_in(model) for p in module.parameters()), None)
     return torch.device("cpu" if device is None else device)
+
+
+def warn_of_training(model: object) -> None:
+    """A warning for a module in training mode that acts otherwise there: with dropout its samples are others."""
+    for module in modules_in(model):
+        if any(part.training and _acts_in_training(part) for part in module.modules()):
+            warnings.warn(
+                f"the {type(module).__name__} is in training mode, and its dropout or normalisation takes part in the "
+                "samples: call .eval() before",
+                stacklevel=3,
+            )
+            return
+
+
+def _acts_in_training(module: torch.nn.Module) -> bool:
+    shares = (getattr(module, name, None) for name in ("p", "dropout"))
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or any(
+        isinstance(share, float) and share > 0 for share in shares
+    )
+
+
+def check_conditions(model: object, name: str) -> None:
+    """ValueError for a partial that holds a tensor: finished sequences leave the call, and it would not know."""
+    if isinstance(model, functools.partial):
+        for key, value in model.keywords.items():
+            if isinstance(value, Tensor) and value.ndim > 0:
+                raise ValueError(
+                    f"the {name} is a partial that holds the tensor {key!r} {tuple(value.shape)}. Sequences that are "
+                    "finished leave the call, so that a condition for each has to be looked up by `rows`: "
+                    f"per_sequence(model, {key}=...), or lambda x, sigma, rows: model(x, sigma, {key}={key}[rows])"
+                )
+
+
+def per_sequence(model: Callable[..., Tensor], **conditions: Tensor) -> Callable[..., Tensor]:
+    """A model with a condition for each sequence of the run, such as a label, handed on by name.
+
+        score = per_sequence(network, labels=torch.tensor([3, 1, 4]))
+
+    Args:
+        model: (x (b, L), sigma (b,), **conditions) -> (b, L, N); it may offer `where`.
+        **conditions: (B, ...) each, B being the sequences of the run.
+
+    Returns:
+        A model that offers `rows`, and `where` if `model` does.
+    """
+
+    def plain(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        return model(x, sigma, **{key: value[rows] for key, value in conditions.items()})
+
+    def at_positions(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+        return model(x, sigma, where=where, **{key: value[rows] for key, value in conditions.items()})
+
+    return at_positions if offers(model, "where") else plain

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .grids import check_times, finite_start, uniform_grid
 from .infilling import Clamped, Particles
 from .interfaces import Graph, Noise, ScoreModel
-from .model_calls import device_of
+from .model_calls import device_of, warn_of_training
 from .prompts import check_prompt, check_shape, check_start
 from .randomness import row_seeds
 from .reverse import Reverse
@@ -91,6 +91,7 @@ def sample(
     Returns:
         (B, L) int64.
     """
+    check_options(options, "sample")
     check_shape(shape)
     free = torch.zeros(shape, dtype=torch.bool, device=device_of(score, device))
     return last_state(trajectory(score, graph, noise, x=free.long(), given=free, **options), progress)
@@ -121,6 +122,7 @@ def infill(
     Returns:
         (B, L) int64, equal to x at the given positions.
     """
+    check_options(options, "infill")
     return last_state(trajectory(score, graph, noise, x=x, given=given, **options), progress)
 
 
@@ -177,6 +179,8 @@ def trajectory(
             the model raises carries the step as a note.
     """
     check_method(method)
+    check_process(graph, noise)
+    warn_of_training(score)
     check_prompt(x, given, graph.num_states, graph.mask_id)
     grid = _grid(steps, t_min, times)
     if start is None and grid[0] < 1:
@@ -259,3 +263,37 @@ def check_method(method: object) -> None:
     if isinstance(method, type) or not callable(method):
         got = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise ValueError(f"method must be a step such as Tweedie(), an object that can be called, got {got}")
+
+
+def check_process(graph: object, noise: object) -> None:
+    """ValueError unless they are a graph and a schedule: the usual slip is the class for its object."""
+    for name, part, example in (("graph", graph, "Absorbing(50257)"), ("noise", noise, "LogLinear()")):
+        if isinstance(part, type):
+            raise ValueError(f"the {name} must be an object such as {example}, got the class {part.__name__}")
+    missing = [name for name in ("num_states", "mask_id", "rates_into", "propagate") if not hasattr(graph, name)]
+    if missing:
+        raise ValueError(f"the graph, a {type(graph).__name__}, has no {missing[0]}: see sedd_samplers.Graph")
+    if not callable(noise):
+        raise ValueError(f"the noise must be callable as noise(t) -> (sigma, dsigma), got a {type(noise).__name__}")
+
+
+_MEANT = {
+    "num_steps": "steps=",
+    "n_steps": "steps=",
+    "seed": "seeds=, one a sequence, or generator=",
+    "temperature": "a control of the model: from_logits(network, graph, controls=[temperature(0.9)])",
+    "top_k": "a control of the model: from_logits(network, graph, controls=[top_k(50)])",
+    "top_p": "a control of the model: from_logits(network, graph, controls=[top_p(0.95)])",
+    "sampler": "method=",
+    "prompt": "infill, whose x= and given= pad_prompts makes of prompts",
+    "batch_size": "shape=(batch, length)",
+    "num_samples": "shape=(batch, length)",
+}
+
+
+def check_options(options: Mapping[str, object], function: str) -> None:
+    """TypeError for an option that there is not, which says what was meant where that is plain."""
+    for name in options.keys() - TrajectoryOptions.__annotations__.keys():
+        known = ", ".join(TrajectoryOptions.__annotations__)
+        meant = f": you may mean {_MEANT[name]}" if name in _MEANT else ""
+        raise TypeError(f"{function} has no option {name!r}{meant}. Its options are {known}")

@@ -1,6 +1,7 @@
 """Watching a sample come to light: in the terminal while it happens, and as a page to look at afterwards.
 
-Both are wrappers of a generator of states, which they hand on unchanged, and look at some sequences of the batch:
+Both are wrappers of a generator of states, which they hand on unchanged whatever goes wrong with the view, and look at
+some sequences of the batch:
 
     for state in live(trajectory(...), text): ...
     for state in record(trajectory(...), "sample.html", text): ...
@@ -17,6 +18,7 @@ import shutil
 import sys
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -71,7 +73,7 @@ def live(
             shown, drawn_at = tokens, time.monotonic()
         elif not drawing and (last or 10 * state.step // state.steps > tenth):
             tenth = 10 * state.step // state.steps
-            line = "".join(MASK if token == mask_id else _printable(text(token)) for token in tokens)
+            line = "".join(MASK if token == mask_id else _printable(_told(text, token)) for token in tokens)
             stream.write(f"{_place(state)}: {line}\n")
             stream.flush()
         yield state
@@ -98,7 +100,7 @@ def _draw(
     for i, token in enumerate(tokens):
         masked = token == mask_id
         style = _DIM if masked else _FRESH if before is not None and before[i] != token else ""
-        for character in MASK if masked else _printable(text(token)):
+        for character in MASK if masked else _printable(_told(text, token)):
             columns = _columns(character)
             if used + columns > width:
                 frame.append("")
@@ -129,6 +131,14 @@ def _printable(characters: str) -> str:
     """Nothing that would move the cursor: line ends and tabs as signs, other control characters as a question mark."""
     shown = characters.replace("\r\n", "\n").translate({10: "⏎", 13: "⏎", 9: "⇥"})
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
+
+
+def _told(text: Text, token: int) -> str:
+    """A token's characters, or its number where they cannot be had: a view must not lose a sample."""
+    try:
+        return str(text(token))
+    except Exception:
+        return f"<{token}>"
 
 
 def _columns(character: str) -> int:
@@ -172,10 +182,12 @@ def record(
 
     Raises:
         ValueError: `rows` is not positive.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, before anything is sampled. If it cannot be at the end, that is a warning.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
+    with open(path, "a", encoding="utf-8"):  # before anything is sampled
+        pass
     record: dict[str, Any] = {"t": [], "start": [], "changes": [], "mask": mask_id}
     before: Tensor | None = None
     try:
@@ -193,9 +205,12 @@ def record(
         if before is not None:
             seen = {token for row in record["start"] for token in row}
             seen.update(token for _, _, tokens in record["changes"] for token in tokens)
-            record["text"] = {token: text(token) for token in sorted(seen) if token != mask_id}
+            record["text"] = {token: _told(text, token) for token in sorted(seen) if token != mask_id}
             record["given"] = [] if given is None else given[:rows].int().tolist()
-            Path(path).write_text(_page(title, record), encoding="utf-8")
+            try:
+                Path(path).write_text(_page(title, record), encoding="utf-8")
+            except OSError as error:  # the samples are worth more than the page
+                warnings.warn(f"the page {path} could not be written: {error}", stacklevel=2)
 
 
 def _page(title: str, record: dict[str, Any]) -> str:

@@ -27,12 +27,19 @@ class Answer:
         pick: (M,) which of them these are; None when all, as they stand.
         convert: (rows (m, N), the part of 0..M that they are) -> (m, N).
         work: what precision they are converted in; float32 at least.
+        width: N, where the conversion changes it.
     """
 
     def __init__(
-        self, rows: Tensor, pick: Tensor | None = None, convert: Convert | None = None, work: torch.dtype | None = None
+        self,
+        rows: Tensor,
+        pick: Tensor | None = None,
+        convert: Convert | None = None,
+        work: torch.dtype | None = None,
+        width: int | None = None,
     ) -> None:
         self._rows, self._pick, self._convert = rows, pick, convert
+        self._width = rows.shape[-1] if width is None else width
         self.work = torch.promote_types(rows.dtype, torch.float32 if work is None else work)
 
     def __len__(self) -> int:
@@ -41,7 +48,7 @@ class Answer:
     @property
     def shape(self) -> tuple[int, int]:
         """(M, N)."""
-        return len(self), self._rows.shape[-1]
+        return len(self), self._width
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,13 +60,12 @@ class Answer:
         """Where it is."""
         return self._rows.device
 
-    def then(self, convert: Convert, work: torch.dtype | None = None) -> Answer:
+    def then(self, convert: Convert, work: torch.dtype | None = None, width: int | None = None) -> Answer:
         """The answer converted once more, all of it in the more precise of both precisions."""
         before = self._convert
         chain = convert if before is None else lambda rows, part: convert(before(rows, part), part)
-        return Answer(
-            self._rows, self._pick, chain, self.work if work is None else torch.promote_types(self.work, work)
-        )
+        work = self.work if work is None else torch.promote_types(self.work, work)
+        return Answer(self._rows, self._pick, chain, work, self._width if width is None else width)
 
     def __getitem__(self, part: Part) -> Tensor:
         """Rows (m, N) in the working precision."""
@@ -75,9 +81,9 @@ class Answer:
     def tensor(self) -> Tensor:
         """All rows (M, N), in the model's precision, float32 at least."""
         if self._rows.requires_grad and torch.is_grad_enabled():
-            empty = self._rows.new_empty(0, self._rows.shape[-1], dtype=self.dtype)
+            empty = self._rows.new_empty(0, self._width, dtype=self.dtype)
             return torch.cat([empty, *(self[part].to(self.dtype) for part in self.parts())])
-        out = torch.empty(len(self), self._rows.shape[-1], dtype=self.dtype, device=self.device)
+        out = torch.empty(len(self), self._width, dtype=self.dtype, device=self.device)
         for part in self.parts():
             out[part] = self[part]
         return out
