@@ -156,7 +156,7 @@ def load_causal(name: str | Path, device: str = "cpu", options: dict[str, Any] |
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = options or {}
+    options = {"trust_remote_code": False} | (options or {})  # no code of a repository runs
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)

@@ -5,6 +5,7 @@ kuleshov-group/{mdlm, discrete-diffusion-guidance, bd3lms} and s-sahoo/duo, at s
 compute is compared with a transcription in plain tensors, itself checked against the published code's own numbers.
 """
 
+import importlib
 import itertools
 import json
 import math
@@ -502,3 +503,23 @@ def test_mdlm_s_and_udlm_s_trainers(tmp_path):
         assert type(net) is family
         assert getattr(net, "time_conditioning", True)
         assert net.sections["graph"]["type"] == ("uniform" if family is UDLM else "absorb")
+
+
+def test_transformers_auto_model_reads_them_and_runs_nothing_of_theirs(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    importlib.import_module("sedd_nets.auto")
+    monkeypatch.chdir(tmp_path)
+    x, sigma = some_states(20), torch.ones(3)
+    for writer, family in [(mdlm, MDLM), (udlm, UDLM), (duo, UDLM), (bd3lm, BD3LM)]:
+        folder = writer(tmp_path / writer.__name__)
+        config = read_config(folder)
+        config["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForMaskedLM"), "evil.Evil")
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "evil.py").write_text("open('it-ran', 'w').close()\nclass Evil: pass\n")
+        for auto in (transformers.AutoModel, transformers.AutoModelForMaskedLM):
+            net = auto.from_pretrained(folder, local_files_only=True)
+            assert type(net) is family
+            assert torch.equal(net(x, sigma), from_pretrained(folder)(x, sigma))
+    assert not (tmp_path / "it-ran").exists()
+    with pytest.raises(ValueError, match="dtype is not for sedd_nets' networks"):
+        transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
