@@ -24,7 +24,9 @@ from sedd_graphs import (
     LogLinear,
     Masked,
     MaskProbability,
+    Neighbours,
     Ordinal,
+    PacedAbsorbing,
     Polynomial,
     Uniform,
 )
@@ -64,6 +66,8 @@ GRAPHS = {
     "dense, reversible": reversible(),
     "ordinal": Ordinal(TOKENS),
     "clustered": Clustered([0, 1, 1, 0], within=1.0, between=0.2),
+    "absorbing at paces": PacedAbsorbing(torch.tensor([0.5, 1.0, 2.0, 1.0]), mask_id=1),
+    "neighbours": Neighbours(torch.tensor([[1, 2], [2, 0], [3, 1], [0, 1]]), between=0.5),
 }
 
 

@@ -12,7 +12,19 @@ import pytest
 import sedd_objectives.interfaces as wanted_by_losses
 import sedd_samplers.interfaces as wanted_by_samplers
 import torch
-from sedd_graphs import Absorbing, Clustered, Dense, Geometric, Hybrid, LogLinear, Masked, Ordinal, Uniform
+from sedd_graphs import (
+    Absorbing,
+    Clustered,
+    Dense,
+    Geometric,
+    Hybrid,
+    LogLinear,
+    Masked,
+    Neighbours,
+    Ordinal,
+    PacedAbsorbing,
+    Uniform,
+)
 from sedd_nets import SEDD
 from sedd_objectives import denoising_loss, likelihood_bound, reconstruction_loss
 from sedd_samplers import Euler, Tweedie, clamped, infill, sample
@@ -22,9 +34,16 @@ from torch import Tensor
 
 
 def graphs_are_what_losses_want(
-    absorbing: Absorbing, uniform: Uniform, masked: Masked, dense: Dense, ordinal: Ordinal, clustered: Clustered
+    absorbing: Absorbing,
+    uniform: Uniform,
+    masked: Masked,
+    dense: Dense,
+    ordinal: Ordinal,
+    clustered: Clustered,
+    paced: PacedAbsorbing,
+    neighbours: Neighbours,
 ) -> list[wanted_by_losses.LikelihoodGraph]:
-    return [absorbing, uniform, masked, dense, ordinal, clustered]
+    return [absorbing, uniform, masked, dense, ordinal, clustered, paced, neighbours]
 
 
 def graphs_are_what_further_losses_want(
@@ -34,9 +53,16 @@ def graphs_are_what_further_losses_want(
 
 
 def graphs_are_what_samplers_want(
-    absorbing: Absorbing, uniform: Uniform, masked: Masked, dense: Dense, ordinal: Ordinal, clustered: Clustered
+    absorbing: Absorbing,
+    uniform: Uniform,
+    masked: Masked,
+    dense: Dense,
+    ordinal: Ordinal,
+    clustered: Clustered,
+    paced: PacedAbsorbing,
+    neighbours: Neighbours,
 ) -> list[wanted_by_samplers.Graph]:
-    return [absorbing, uniform, masked, dense, ordinal, clustered]
+    return [absorbing, uniform, masked, dense, ordinal, clustered, paced, neighbours]
 
 
 def schedules_are_what_both_want(
@@ -77,6 +103,8 @@ PAIRS: dict[str, Any] = {
     "dense": (_dense, Geometric()),
     "dense with a mask": (_dense_with_a_mask, LogLinear()),
     "ordinal": (lambda: Ordinal(5), LogLinear()),
+    "absorbing at paces": (lambda: PacedAbsorbing(torch.tensor([0.5, 1.0, 2.0, 1.0, 1.0]), mask_id=2), LogLinear()),
+    "neighbours": (lambda: Neighbours(torch.tensor([[1], [2], [3], [4], [0]]), between=0.5), Geometric()),
     "masked clustered": (lambda: Masked(Clustered([0, 0, 1, 1, 1], within=1.0, between=0.1)), LogLinear()),
 }
 
