@@ -510,7 +510,8 @@ def test_transformers_auto_model_reads_them_and_runs_nothing_of_theirs(tmp_path,
     importlib.import_module("sedd_nets.auto")
     monkeypatch.chdir(tmp_path)
     x, sigma = some_states(20), torch.ones(3)
-    for writer, family in [(mdlm, MDLM), (udlm, UDLM), (duo, UDLM), (bd3lm, BD3LM)]:
+    families: list[tuple[Any, type]] = [(mdlm, MDLM), (udlm, UDLM), (duo, UDLM), (bd3lm, BD3LM)]
+    for writer, family in families:
         folder = writer(tmp_path / writer.__name__)
         config = read_config(folder)
         config["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForMaskedLM"), "evil.Evil")
