@@ -48,15 +48,9 @@ def plain_law(log_score, x, weight, stay):
     return law.scatter(1, x[:, None], stay(law.sum(-1))[:, None])
 
 
-def plain_draw(law, x, index, uniform):
-    """x first, the listed states next, then the others in their order."""
-    states = []
-    for p, own, listed, u in zip(law, x.tolist(), index.tolist(), uniform, strict=True):
-        first = list(dict.fromkeys([own, *listed]))
-        order = torch.tensor(first + [y for y in range(len(p)) if y not in first])
-        cumulative = p[order].cumsum(0)
-        states.append(int(order[(cumulative <= u * cumulative[-1]).sum()]))
-    return torch.tensor(states)
+def plain_draw(law, uniform):
+    cumulative = law.cumsum(1)
+    return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1)
 
 
 def case(num_states, generator, dtype=torch.float32, rows=16, listed=2):
@@ -75,7 +69,7 @@ def test_a_uniform_number_leads_to_the_state_of_the_plain_draw(method, dtype, ge
     law = plain_law(log_score, x, weight, STAY[method])
     state, total = draw(log_score, x, weight, STAY[method], uniform)
     torch.testing.assert_close(total, law.sum(-1), rtol=1e-6, atol=0)
-    assert torch.equal(state, plain_draw(law, x, weight[1], uniform))
+    assert torch.equal(state, plain_draw(law, uniform))
 
 
 @pytest.mark.parametrize("num_states", [2, 3, 17, BLOCK, BLOCK + 1])
@@ -84,7 +78,7 @@ def test_any_number_of_states_and_of_listed_ones(num_states, listed, generator):
     log_score, x, weight, uniform = case(num_states, generator, rows=10, listed=listed)
     law = plain_law(log_score, x, weight, STAY["Euler"])
     state, _ = draw(log_score, x, weight, STAY["Euler"], uniform)
-    assert torch.equal(state, plain_draw(law, x, weight[1], uniform))
+    assert torch.equal(state, plain_draw(law, uniform))
 
 
 def test_the_vocabulary_of_gpt2_from_rows_picked_out_of_others_and_shifted(generator):
@@ -97,7 +91,7 @@ def test_the_vocabulary_of_gpt2_from_rows_picked_out_of_others_and_shifted(gener
     state, total = draw(log_score, x, weight, STAY["Euler"], uniform, shift=shift, pick=pick)
     law = plain_law(log_score[pick].double() + shift.double()[:, None], x, weight, STAY["Euler"])
     torch.testing.assert_close(total, law.sum(-1), rtol=1e-6, atol=0)
-    assert torch.equal(state, plain_draw(law, x, weight[1], uniform))
+    assert torch.equal(state, plain_draw(law, uniform))
     assert (state < 50_257).any()
     assert (state == 50_257).any()
 
@@ -190,7 +184,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sedd_samplers.fast import draw_kernel as kernels
 
-types = {"log_score": "*bf16", "shift": "*fp32", "out": "*fp32", "place": "*fp64"}
+types = {"log_score": "*bf16", "place": "*fp64", "own": "*fp64"}
+types |= dict.fromkeys(("shift", "base", "value", "sums"), "*fp32")
 types |= {"stride": "i32", "num_states": "i32", "count": "i32", "BLOCK": "constexpr"}
 for kernel in (kernels._sum_of_block, kernels._state_in_block):
     signature = {name: types.get(name, "*i64") for name in kernel.arg_names}
