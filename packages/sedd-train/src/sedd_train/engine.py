@@ -177,22 +177,21 @@ def train_step(engine: Any, batches: Iterable[Batch], lr: float, stop: bool = Fa
     """
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = lr
-    total = torch.zeros(3, dtype=torch.float64)  # summed loss, sequences, requests to stop
-    total[2] = stop
     mine = []
     for batch in batches:
         mean, losses = engine(*(tensor.to(engine.device, non_blocking=True) for tensor in batch))
         engine.backward(mean)
-        mine.append(losses.double().cpu())
-        total[0] += mine[-1].sum()
-        total[1] += len(losses)
+        mine.append(losses.double())
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
-    total = total.to(engine.device)
+    # Left on the device until the optimiser's step is on its way: to read a number is to wait for all before it.
+    each = torch.cat(mine)
+    sums = [each.sum(), *(torch.full_like(each[0], number) for number in (len(each), float(stop)))]
+    total = torch.stack(sums)
     dist.all_reduce(total)
-    average = float(total[0] / total[1])
     applied, norm = _apply(engine)
-    return Step(average, norm, applied and math.isfinite(average), bool(total[2] > 0), torch.cat(mine))
+    loss, sequences, stops = total.tolist()
+    return Step(loss / sequences, norm, applied and math.isfinite(loss), stops > 0, each)
 
 
 def _apply(engine: Any) -> tuple[bool, float]:
