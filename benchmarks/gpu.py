@@ -228,9 +228,8 @@ def samples(run: Run) -> None:
     law = log_score.double().exp() * float(weight.base[0])
     law[:, -1] = 0
     law[:, -1] = (1 - law.sum(-1)).clamp_min(0)
-    order = torch.cat([law[:, -1:], law[:, :-1]], 1).cumsum(1)
-    expected = (order <= uniform[:, None] * order[:, -1:]).sum(1) - 1
-    expected[expected < 0] = n - 1
+    cumulative = law.cumsum(1)
+    expected = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1)
     arguments = (log_score.to(run.device), x.to(run.device), weight_on(weight, run.device))
     drawn = draw_moves(*arguments, lambda leaving: (1 - leaving).clamp_min(0), uniform.to(run.device))
     run.check("draws by the kernel: share that differs", float((drawn.state.cpu() != expected).double().mean()), 0.0)
@@ -331,8 +330,7 @@ def compiled(run: Run) -> None:
     """A training step with its blocks compiled one by one."""
     loss, batch = a_training_step(run)
     net: Any = loss.net
-    for block in net.blocks:
-        block.compile()
+    net.compile_blocks()
     start = time.perf_counter()
     forward_and_backward(run, loss, batch)
     synchronize(run)
@@ -418,8 +416,7 @@ def a_sampling_step(
     """One step from a batch whose positions are all masks, or half of them."""
     net = a_network(run, dropout=0.0)
     if blocks:
-        for block in net.blocks:
-            block.compile()
+        net.compile_blocks()
     graph, noise = Absorbing(net.num_states - 1), LogLinear()
     shape = size, run.sizes["length"]
     frozen = (

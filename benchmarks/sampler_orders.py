@@ -33,7 +33,7 @@ from sedd_samplers import (
     Tweedie,
     at_rate,
 )
-from sedd_samplers.reverse import Kernel
+from sedd_samplers.reverse import Kernel, Moves
 from torch import Tensor
 
 LENGTH, START, END = 3, 1.0, 0.2
@@ -123,7 +123,7 @@ class Enumerator(Reverse):
         super().__init__(score, score.graph, NOISE, frozen=frozen, seeds=torch.zeros_like(x[:, 0]))
         self.middle, self.rows = middle, list[Tensor]()
 
-    def redraw(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel) -> Tensor:
+    def redraw(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel, *, moves: Moves | None = None) -> Tensor:
         """The kernel's rows are kept."""
         rows = torch.nn.functional.one_hot(x, self.graph.num_states).double()
         if where.any():

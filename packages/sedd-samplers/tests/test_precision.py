@@ -141,7 +141,7 @@ def test_what_is_worked_in_float64_does_not_depend_on_the_batch(ref, rate, D):
     seen = []
 
     class Looking(Reverse):
-        def redraw(self, x, sigma, where, kernel):
+        def redraw(self, x, sigma, where, kernel, *, moves=None):
             def look(log_score, *rest):
                 seen.append(log_score.dtype)
                 return kernel(log_score, *rest)

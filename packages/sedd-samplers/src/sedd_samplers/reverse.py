@@ -7,21 +7,26 @@ float32 (float64 for a float64 score) under any autocast; a row's random numbers
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .fast import Answer
-from .interfaces import Graph, Noise, ScoreModel
+from .interfaces import Graph, Noise, Row, ScoreModel
 from .model_calls import ModelCall
 from .precision import fastest_rate, working_dtype
 from .randomness import draw_categorical, draw_shared, uniforms
 
-__all__ = ["Reverse", "Kernel"]
+__all__ = ["Reverse", "Kernel", "Moves"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(log_score (m, N), x (m,), sequence (m,), position (m,)) -> unnormalised probabilities (m, N)."""
+
+Moves = Callable[[Tensor, Tensor], tuple[Row, Callable[[Tensor], Tensor]]]
+"""(x (M,), sequence (M,)) -> weights w of the moves from x, as M rows, and R (M,) float64 -> the mass of staying (M,):
+a kernel whose probabilities are w_y s_y for y != x, R in all, and that mass at x."""
 
 
 class Reverse:
@@ -75,8 +80,11 @@ class Reverse:
         self._drawn[sequence] = draw + 1  # a sequence that draws nothing does not count
         return uniforms(self._seeds[sequence], draw, position)
 
-    def redraw(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel) -> Tensor:
-        """X (B, L) with the states at `where` (B, L) bool drawn anew from the kernel's rows, at noise sigma (B,)."""
+    def redraw(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel, *, moves: Moves | None = None) -> Tensor:
+        """X (B, L) with the states at `where` (B, L) bool drawn anew from the kernel's rows, at noise sigma (B,).
+
+        Where the kernel is one of `moves`, a GPU draws by these, without making the rows: the same states.
+        """
         sequence, position = where.nonzero(as_tuple=True)
         if not len(sequence):
             return x
@@ -84,6 +92,11 @@ class Reverse:
         new = torch.empty_like(old)
         uniform = self.uniforms(sequence, position)
         log_scores = self._answer(x, sigma, where)
+        drawn = None if moves is None else _by_moves(log_scores, old, moves(old, sequence), uniform)
+        if drawn is not None:
+            x = x.clone()
+            x[sequence, position] = drawn
+            return x
         answer = log_scores.then(
             lambda log_score, part: kernel(log_score, old[part], sequence[part], position[part]), self._work
         )
@@ -139,6 +152,26 @@ class Reverse:
         if len(rows) < len(x):
             x, sigma, where = x[rows], sigma[rows], where[rows]
         return self._call(x, sigma.to(torch.float32), where, rows)
+
+
+def _by_moves(
+    log_scores: Answer, x: Tensor, moves: tuple[Row, Callable[[Tensor], Tensor]], uniform: Tensor
+) -> Tensor | None:
+    """The states (M,) drawn by the kernels; None where they do not serve, or find a row with nothing to draw."""
+    returned = log_scores.as_returned()
+    if returned is None or not kernels_serve(returned[0]):
+        return None
+    from .fast.draw_kernel import draw_moves
+
+    rows, pick = returned
+    state, total = draw_moves(rows, x, *moves, uniform, pick=pick)
+    right = total.isfinite() & (total > 0)
+    return state if bool(right.all()) else None
+
+
+def kernels_serve(rows: Tensor) -> bool:
+    """Whether the kernels can draw from rows as they are: on CUDA, with triton, in float32 or less."""
+    return rows.is_cuda and rows.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
 def _named(

@@ -29,6 +29,7 @@ every graph that noises tokens (`working_dtype`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor
 
 from .fast import log, spread, times_row
-from .interfaces import Graph
+from .interfaces import Graph, Row
 from .reverse import Reverse
 
 __all__ = [
@@ -56,6 +57,19 @@ __all__ = [
     "reverse_rates",
     "leap",
 ]
+
+
+Stay = Callable[[Tensor], Tensor]
+"""R (M,) float64, the mass of all moves -> the mass of staying (M,)."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """M rows, `value` at `index` and `base` elsewhere, of what scores are multiplied by."""
+
+    base: Tensor
+    index: Tensor
+    value: Tensor
 
 
 class Method(Protocol):
@@ -83,7 +97,11 @@ class Tweedie:
         def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
             return tweedie_probs(log_score, x, reverse.graph, delta_sigma[sequence])
 
-        return reverse.redraw(x, sigma, reverse.movable(x), kernel)
+        def moves(x: Tensor, sequence: Tensor) -> tuple[Weights, Stay]:
+            return _unmasking(reverse.graph, x, delta_sigma[sequence]), _what_is_left
+
+        where = reverse.movable(x)
+        return reverse.redraw(x, sigma, where, kernel, moves=None if reverse.noises_tokens else moves)
 
 
 def tweedie_probs(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
@@ -143,7 +161,27 @@ def final_denoise(reverse: Reverse, x: Tensor, t: Tensor) -> Tensor:
     def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
         return denoise_probs(log_score, x, reverse.graph, sigma[sequence])
 
-    return reverse.redraw(x, sigma, reverse.movable(x), kernel)
+    def moves(x: Tensor, sequence: Tensor) -> tuple[Weights, Stay]:
+        return _unmasking(reverse.graph, x, sigma[sequence]), torch.zeros_like
+
+    where = reverse.movable(x)
+    return reverse.redraw(x, sigma, where, kernel, moves=None if reverse.noises_tokens else moves)
+
+
+def _unmasking(graph: Graph, x: Tensor, delta_sigma: Tensor) -> Weights:
+    """Equation 19 where jumps lead into the mask alone: e^(D Q[x, y]) - 1 times s_y, and at x what is left of 1."""
+    jumps = _scaled(graph.rates_into(x), delta_sigma)
+    return Weights(jumps.base.expm1(), jumps.index, jumps.value.expm1())
+
+
+def _scaled(row: Row, factor: Tensor) -> Weights:
+    """M rows times one factor each (M,)."""
+    return Weights(row.base * factor, row.index, row.value * factor[:, None])
+
+
+def _what_is_left(leaving: Tensor) -> Tensor:
+    """1 - R, no less than 0."""
+    return (1 - leaving).clamp_min(0)
 
 
 def denoise_probs(log_score: Tensor, x: Tensor, graph: Graph, sigma: Tensor) -> Tensor:
@@ -233,7 +271,10 @@ class Euler:
         def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
             return euler_probs(log_score, x, reverse.graph, delta_sigma[sequence])
 
-        return reverse.redraw(x, sigma, reverse.movable(x), kernel)
+        def moves(x: Tensor, sequence: Tensor) -> tuple[Weights, Stay]:
+            return _scaled(reverse.graph.rates_into(x), delta_sigma[sequence]), _what_is_left
+
+        return reverse.redraw(x, sigma, reverse.movable(x), kernel, moves=moves)
 
 
 def euler_probs(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
@@ -269,7 +310,10 @@ class TauLeaping:
         def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
             return tau_leaping_probs(log_score, x, reverse.graph, delta_sigma[sequence])
 
-        return reverse.redraw(x, sigma, reverse.movable(x), kernel)
+        def moves(x: Tensor, sequence: Tensor) -> tuple[Weights, Stay]:
+            return _scaled(reverse.graph.rates_into(x), delta_sigma[sequence]), _odds_of_staying
+
+        return reverse.redraw(x, sigma, reverse.movable(x), kernel, moves=moves)
 
 
 def tau_leaping_probs(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
@@ -279,6 +323,11 @@ def tau_leaping_probs(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: T
         (M, N), non-negative, each row summing to 1.
     """
     return leap(reverse_rates(log_score, x, graph).mul_(delta_sigma.to(log_score.dtype)[:, None]), x)
+
+
+def _odds_of_staying(leaving: Tensor) -> Tensor:
+    """exp(-R) beside jumps of (1 - exp(-R)) / R each: R / (e^R - 1) beside the jumps themselves."""
+    return torch.where(leaving > 0, leaving / leaving.expm1(), 1.0)
 
 
 def reverse_rates(log_score: Tensor, x: Tensor, graph: Graph) -> Tensor:

@@ -67,6 +67,10 @@ class Answer:
         work = self.work if work is None else torch.promote_types(self.work, work)
         return Answer(self._rows, self._pick, chain, work, self._width if width is None else width)
 
+    def as_returned(self) -> tuple[Tensor, Tensor | None] | None:
+        """What the model returned and which rows of it these are, or None if they have been converted."""
+        return (self._rows, self._pick) if self._convert is None else None
+
     def __getitem__(self, part: Part) -> Tensor:
         """Rows (m, N) in the working precision."""
         with torch.autocast(self.device.type, enabled=False):
