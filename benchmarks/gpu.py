@@ -33,7 +33,18 @@ if "--small" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 import torch
-from sedd_graphs import Absorbing, Dense, Geometric, Hybrid, LogLinear, Uniform
+from sedd_graphs import (
+    Absorbing,
+    Clustered,
+    Dense,
+    Geometric,
+    Hybrid,
+    LogLinear,
+    Masked,
+    Neighbours,
+    Ordinal,
+    Uniform,
+)
 from sedd_nets import SEDD
 from sedd_objectives import fused_denoising_loss
 from sedd_objectives.fast import fused
@@ -91,6 +102,9 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="(default: %(default)s)")
+    parts = (losses, network, samples, waiting, floor, training, compiled, head_and_loss, sampling, trainer)
+    names = [part.__name__ for part in parts]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help="(default: all)")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         print("there is no GPU here; python benchmarks/gpu.py --device cpu --small tries every part without one")
@@ -99,7 +113,9 @@ def main() -> int:
     print(f"{card(run)}, torch {torch.__version__}, CUDA {torch.version.cuda}\n", flush=True)
     started, failed = time.perf_counter(), []
     with as_on_a_gpu(run):
-        for part in (losses, network, samples, waiting, floor, training, compiled, head_and_loss, sampling, trainer):
+        for part in parts:
+            if part.__name__ not in given.parts:
+                continue
             start = time.perf_counter()
             try:
                 part(run)
@@ -152,17 +168,26 @@ def table(run: Run) -> None:
 def losses(run: Run) -> None:
     """Head and loss, float32 and under autocast, on the device against float64 on the CPU."""
     n, width = (40, 16) if run.small else (3001, 64)
+    few = 30 if run.small else 300
     generator = torch.Generator().manual_seed(0)
-    q = torch.rand(60 if run.small else 300, 60 if run.small else 300, generator=generator, dtype=torch.float64)
-    q = q.fill_diagonal_(0) / len(q)
+    q = torch.rand(few, few, generator=generator, dtype=torch.float64).fill_diagonal_(0) / few
+    nearest = (torch.arange(few)[:, None] + torch.tensor([1, 2, 5])) % few
+    clustered = Clustered(torch.arange(few) % 4, within=2.0, between=0.5)
     graphs = {
         "absorbing": Absorbing(n - 1),
+        "absorbing, the mask in the middle": Absorbing(n - 1, mask_id=n // 2),
         "uniform": Uniform(n),
         "hybrid": Hybrid(n - 1, uniform_rate=0.4, mask_rate=0.7),
+        "clustered": clustered,
+        "clustered and masked": Masked(clustered),
+        "neighbours": Neighbours(nearest),
+        "ordinal": Ordinal(few),
         "dense": Dense(q - torch.diag(q.sum(0))),
     }
     for name, graph in graphs.items():
         x0 = torch.randint(graph.num_states - 1, (3, 17), generator=generator)
+        if graph.mask_id is not None:
+            x0 += (x0 >= graph.mask_id).long()
         sigma, dsigma = torch.tensor([0.1, 1.0, 3.0]), torch.tensor([1.0, 2.0, 0.5])
         x = graph.sample(x0, sigma, generator=generator)
         leaves = [

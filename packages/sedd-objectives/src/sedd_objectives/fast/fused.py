@@ -124,8 +124,7 @@ def fused_denoising_loss(
         check_head(head, graph.num_states, hidden.shape[-1])
         shift = _shift(head, x).to(dtype).flatten().index_select(0, positions)
         if kernel_serves(rows, dtype, levels, shift):
-            dense = rates.rows.index.shape[-1] == graph.num_states
-            slopes_of = of_score_entropy(jumps_at, dense, shift, levels, graph.num_states)
+            slopes_of = of_score_entropy(jumps_at, shift, levels, graph.num_states)
             total, loss = kernel_head_and_loss(head.weight, head.bias, slopes_of, rows, factors)
             if refuse_nan:
                 check_not_nan(loss, rows)

@@ -61,12 +61,13 @@ def kernel_head_and_loss(
     return both
 
 
-def of_score_entropy(jumps_at: JumpsAt, dense: bool, shift: Tensor, sigma: Tensor, num_states: int) -> SlopesOf:
-    """Score entropy of rows with the shift (M,), of the jumps at the noise sigma (M,); `dense` if all are listed."""
+def of_score_entropy(jumps_at: JumpsAt, shift: Tensor, sigma: Tensor, num_states: int) -> SlopesOf:
+    """Score entropy of rows with the shift (M,), of the jumps at the noise sigma (M,)."""
     from .triton_kernel import score_entropy_slopes_
 
     def slopes_of(part: slice, logits: Tensor, factor: Tensor) -> Tensor:
         jumps = jumps_at(part, sigma[part].to(sum_dtype(sigma.device))).detach()
+        dense = jumps.index.shape[-1] == num_states and jumps.index.stride(0) == 0  # one list of all states, by `merge`
         return score_entropy_slopes_(logits, shift[part], jumps, factor, num_states, dense=dense)
 
     return slopes_of
