@@ -6,17 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
-def run(output: Path, *options: str) -> dict:
+def run(output: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--small", "--output", str(output), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(output.read_text())
+    found: dict[str, list[dict[str, Any]]] = json.loads(output.read_text())
+    return found
 
 
 def test_losses_of_all_graphs_and_draws_are_those_of_the_plain_ways(tmp_path):
