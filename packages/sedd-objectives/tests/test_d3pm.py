@@ -352,3 +352,55 @@ def test_bad_input_of_the_bound_is_named(change, message, make_graphs, log_linea
             lambda x, s: torch.zeros(2, 4, 3), make_graphs(3)["uniform"], log_linear, torch.zeros(2, 4).long(),
             **({"num_steps": 4} | change),
         )  # fmt: skip
+
+
+def walk(num_states, rate, dense_graph):
+    """A walk to either neighbour, whose probabilities of far states are tiny, and right to their last digits."""
+
+    class Walk(dense_graph):
+        def exp(self, sigma):
+            """Of positive terms only: e^-z times the series of e^(z P), z <= 1, and squarings."""
+            levels, place = sigma.double().unique(return_inverse=True)
+            identity = torch.eye(num_states, dtype=torch.float64)
+            z = (2 * rate * levels / 2**20)[:, None, None]
+            hop, total = identity + self.matrix / (2 * rate), identity
+            for k in range(12, 0, -1):
+                total = identity + z / k * (hop.clamp_min(0) @ total)
+            total = (-z).exp() * total
+            for _ in range(20):
+                total = total @ total
+            return total[place]
+
+    hops = torch.diag(torch.ones(num_states - 1, dtype=torch.float64), 1)
+    hops = rate * (hops + hops.T)
+    return Walk(hops - torch.diag(hops.sum(0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [1e-4, 1e-2, 1.0])
+def test_far_states_of_a_chain_count_by_the_sum_over_clean_states(level, dtype, make_graphs, generator):
+    """Every pair of 12 states at three noise levels, p(x | x0) down to 1e-49; against p_theta(c) p(y | x, c) summed."""
+    n = 12
+    graph = walk(n, 3.0, type(make_graphs(3)["dense"]))
+    logits = 3 * torch.randn(n, n, generator=generator).to(dtype)
+    pairs = torch.cartesian_prod(torch.arange(n), torch.arange(n))
+    x, x0 = pairs[:, :1], pairs[:, 1:]
+
+    def noise(t):
+        return level * t, torch.full_like(t, level)
+
+    def model(x, sigma):
+        return logits[x]
+
+    leaf = logits.requires_grad_()
+    loss = d3pm_loss(model, graph, noise, x0, torch.full((n * n,), 3), num_steps=4, xt=x) / 4
+    (slope,) = torch.autograd.grad(loss.sum(), leaf)
+    assert slope.isfinite().all()
+    earlier, later, step = (graph.exp(torch.tensor([level * share]))[0] for share in (0.5, 0.75, 0.25))
+    posterior = step[:, :, None] * earlier[None] / later[:, None]  # (x, y, c)
+    assert later.min() < (1e-40 if level == 1e-4 else 1)
+    p = torch.einsum("xc,xyc->xy", logits.detach().double().softmax(-1), posterior)
+    q = posterior[x[:, 0], :, x0[:, 0]]
+    want = torch.where(q > 0, q * (q / p[x[:, 0]]).log(), 0).sum(-1)
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(loss.double(), want, **tolerance)

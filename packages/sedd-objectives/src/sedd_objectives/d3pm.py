@@ -10,9 +10,13 @@ step back by averaging the true one over it: with sigma = sigma_i and D = sigma_
     p_theta(x_{i-1} | x_i = x) = sum_{x0} p(x_{i-1} | x, x0) p_theta(x0 | x)
                                = exp(D Q)[x, .] * exp((sigma - D) Q) ( p_theta / exp(sigma Q)[x, .] )
 
-the second line by Bayes' rule: one propagation instead of N posteriors. Clean states that cannot have become x are left
-out of p_theta. Austin et al. average the joint probability p(x_{i-1}, x | x0) over p_theta instead of the conditional
-one, and normalise afterwards: the same where, as under absorption, p(x|x0) is one number for all x0 that can become x.
+the second line by Bayes' rule: one propagation instead of N posteriors, for graphs whose transitions are constant but
+at a few states. Where they are all different numbers some may be 1e-200, and a propagation, exact relative to its
+largest entry, leaves nothing of the others: there the first line is summed, N^2 products a position, all positive.
+Clean states that cannot have become x are left out of p_theta, and the rest is normalised. Austin et al. average the
+joint probability p(x_{i-1}, x | x0) over p_theta instead of the conditional one, and normalise afterwards: the same
+where, as under absorption, p(x|x0) is one number for all x0 that can become x.
+
 Positions step back independently, which costs something that T -> infinity removes: the sum tends to the diffusion loss
 (eq. 10) of the score s_y = sum_{x0} p_theta(x0 | x) p(y|x0) / p(x|x0), integrated over [0, 1].
 
@@ -177,7 +181,7 @@ def _divergence(
     )
 
     def divergence(logits: Tensor, x: Tensor, x0: Tensor, before: Tensor, now: Tensor) -> Tensor:
-        log_p = _log_step_back(logits, graph, x, before, now)
+        log_p = (_log_mixture if full else _log_step_back)(logits, graph, x, before, now)
         q = graph.posterior(x, x0, before, now)
         one, weight = torch.ones_like(log_p[:, 0]), torch.ones(q.index.shape, dtype=log_p.dtype, device=log_p.device)
         base, value = (v.to(log_p.dtype).clamp_min(0) for v in (q.base, q.value))
@@ -185,7 +189,9 @@ def _divergence(
 
     rows = logits.reshape(-1, graph.num_states)
     fields = [xt[live], x0[live], *(expand_leading("sigma", level, x0)[live] for level in (before, now))]
-    loss = fast.each_row(divergence, rows, positions, *fields, dtype=dtype or arithmetic_dtype(logits))
+    full = graph.transition_into(xt[:1, :1], now[:1]).index.shape[-1] == graph.num_states
+    width = graph.num_states ** (2 if full else 1)
+    loss = fast.each_row(divergence, rows, positions, *fields, dtype=dtype or arithmetic_dtype(logits), width=width)
     if refuse_nan and bool(loss.isnan().any()):
         at_fault = "logits are NaN" if bool(rows.isnan().any()) else "some xt cannot have come from its x0 at this step"
         raise ValueError(f"the divergence is NaN at {int(loss.isnan().sum())} of {len(loss)} positions: {at_fault}")
@@ -212,18 +218,49 @@ def _noise_levels(noise: Noise, step: Tensor, num_steps: int, x0: Tensor) -> tup
 
 
 def _log_step_back(logits: Tensor, graph: DiscreteTimeGraph, x: Tensor, before: Tensor, now: Tensor) -> Tensor:
-    """Log p_theta(x_{i-1} | x_i = x), (m, N), from logits (m, N) of the clean state."""
-    likelihood = _dense(graph.transition_into(x, now), logits)
-    possible = likelihood > 0
+    """Log p_theta(x_{i-1} | x_i = x), (m, N), from logits (m, N) of the clean state, by one propagation."""
+    likelihood = _dense(graph.transition_into(x, now), logits.dtype, graph.num_states)
+    clean, possible = _clean(logits, likelihood, graph)
+    over = torch.where(possible, clean / torch.where(possible, likelihood, 1), 0)
+    p = graph.propagate(over, before.to(over.dtype)) * _dense(
+        graph.transition_into(x, now - before), logits.dtype, graph.num_states
+    )
+    return _log(p)
+
+
+def _log_mixture(logits: Tensor, graph: DiscreteTimeGraph, x: Tensor, before: Tensor, now: Tensor) -> Tensor:
+    """The same by one posterior for each clean state c, p(y | x, c) = exp(D Q)[x, y] exp(before Q)[y, c] / p(x | c).
+
+    No number of it is a difference, and each is as accurate as the rows of the graph's transitions.
+    """
+    num_states, dtype = graph.num_states, now.dtype
+    likelihood = _dense(graph.transition_into(x, now), dtype, num_states)
+    clean, possible = _clean(logits.to(dtype), likelihood, graph)
+    over = torch.where(possible, clean / torch.where(possible, likelihood, 1), 0)
+    levels, which = torch.unique(before, return_inverse=True)
+    order, every = which.argsort(stable=True), torch.arange(num_states, device=x.device)
+    mixed = []
+    for level, rows in zip(levels, torch.split(over[order], which.bincount().tolist()), strict=True):
+        to_each = _dense(graph.transition_into(every, level.expand(num_states)), dtype, num_states)  # (y, c)
+        mixed.append(rows @ to_each.mT)
+    p = torch.cat(mixed)[order.argsort()] if mixed else over
+    return _log(p * _dense(graph.transition_into(x, now - before), dtype, num_states)).to(logits.dtype)
+
+
+def _clean(logits: Tensor, likelihood: Tensor, graph: DiscreteTimeGraph) -> tuple[Tensor, Tensor]:
+    """P_theta (m, N) of the clean states, among those that are tokens and can have become x; and which these are."""
+    possible = likelihood > torch.finfo(likelihood.dtype).tiny ** (2 / 3)  # of less, parts may underflow
     if graph.mask_id is not None:
         possible[:, graph.mask_id] = False
-    clean = logits.masked_fill(~possible, -torch.inf).softmax(-1)
-    over = torch.where(possible, clean / torch.where(possible, likelihood, 1), 0)
-    p = graph.propagate(over, before.to(over.dtype)) * _dense(graph.transition_into(x, now - before), logits)
+    return logits.masked_fill(~possible, -torch.inf).softmax(-1), possible
+
+
+def _log(p: Tensor) -> Tensor:
     impossible = p <= 0  # filled twice, for log's slope is infinite there
     return p.masked_fill(impossible, 1).log().masked_fill(impossible, -torch.inf)
 
 
-def _dense(row: Row, like: Tensor) -> Tensor:
-    """All values of M rows, (M, N), in the shape and dtype of `like`."""
-    return row.base.to(like.dtype)[:, None].expand(like.shape).scatter(-1, row.index, row.value.to(like.dtype))
+def _dense(row: Row, dtype: torch.dtype, num_states: int) -> Tensor:
+    """All N values of rows, (..., N), in the dtype."""
+    full = row.base.to(dtype)[..., None].expand(*row.base.shape, num_states)
+    return full.scatter(-1, row.index, row.value.to(dtype))

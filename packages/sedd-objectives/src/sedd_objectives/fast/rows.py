@@ -72,7 +72,12 @@ def squares_over_jumps(log_score: Tensor, jumps: Jumps) -> Tensor:
 
 
 def each_row(
-    function: RowFunction, rows: Tensor, positions: Tensor | None, *fields: Tensor, dtype: torch.dtype
+    function: RowFunction,
+    rows: Tensor,
+    positions: Tensor | None,
+    *fields: Tensor,
+    dtype: torch.dtype,
+    width: int | None = None,
 ) -> Tensor:
     """function(rows[positions], *fields), (M,), chunk by chunk. Differentiable once, by rows and float fields.
 
@@ -82,8 +87,10 @@ def each_row(
         positions: (M,) int64, which of the rows; all of them in order if None.
         fields: (M, ...) further arguments of the function, one entry a row.
         dtype: of the arithmetic and the result. Autocast is off.
+        width: how many numbers the function makes of a row; N unless given.
     """
-    value: Tensor = _EachRow.apply(function, dtype, rows, positions, *fields)  # type: ignore[no-untyped-call]
+    how = function, dtype, width or rows.shape[-1]
+    value: Tensor = _EachRow.apply(*how, rows, positions, *fields)  # type: ignore[no-untyped-call]
     return value
 
 
@@ -167,16 +174,17 @@ class _EachRow(torch.autograd.Function):
         ctx: Any,
         function: RowFunction,
         dtype: torch.dtype,
+        width: int,
         rows: Tensor,
         positions: Tensor | None,
         *fields: Tensor,
     ) -> Tensor:
-        ctx.function, ctx.dtype = function, dtype
+        ctx.function, ctx.dtype, ctx.width = function, dtype, width
         ctx.save_for_backward(rows, positions, *fields)
         count = len(rows) if positions is None else len(positions)
         value = rows.new_empty(count, dtype=dtype)
         with torch.autocast(rows.device.type, enabled=False):
-            for part in chunks_of(count, rows.shape[-1]):
+            for part in chunks_of(count, width):
                 chunk = _rows(rows, positions, part, dtype)
                 value[part] = function(chunk, *(field[part] for field in fields)).to(dtype)
         return value
@@ -186,10 +194,10 @@ class _EachRow(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, positions, *fields = ctx.saved_tensors
         inputs = [rows, *fields]
-        wanted = [i for i, needed in enumerate((ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])) if needed]
+        wanted = [i for i, needed in enumerate((ctx.needs_input_grad[3], *ctx.needs_input_grad[5:])) if needed]
         found: list[Tensor | None] = [torch.zeros_like(t) if i in wanted else None for i, t in enumerate(inputs)]
         with torch.autocast(rows.device.type, enabled=False):
-            for part in chunks_of(len(grad), rows.shape[-1]):
+            for part in chunks_of(len(grad), ctx.width):
                 chunk = rows[part] if positions is None else rows[positions[part]]
                 arguments = [chunk.detach(), *(field[part].detach() for field in fields)]
                 for i in wanted:
@@ -201,4 +209,4 @@ class _EachRow(torch.autograd.Function):
                     target = found[i]
                     if slope is not None and target is not None:
                         target[part if i or positions is None else positions[part]] = slope
-        return None, None, found[0], None, *found[1:]
+        return None, None, None, found[0], None, *found[1:]
