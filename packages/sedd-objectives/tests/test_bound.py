@@ -167,7 +167,7 @@ def test_bad_input_is_named(arguments, message, make_graphs, log_linear):
         ({"x0": torch.full((2, 3), 9)}, "x0 must lie in"),
         ({"xt": torch.zeros(2, 2, dtype=torch.int64)}, "xt must have shape"),
         ({"xt": torch.full((2, 3), -1)}, "xt must lie in"),
-        ({"t": torch.ones(3)}, "sigma must have a shape that is a leading part"),
+        ({"t": torch.ones(3)}, r"t must be floating, of shape \(B,\) or \(B, L\)"),
         ({"t": torch.full((2,), -1.0)}, "sigma is a total noise and must be >= 0"),
         ({"weight": torch.zeros(2)}, "weight is 0 at every position"),
         ({"score": lambda x, s: torch.zeros(2, 3, 4)}, "score model must return log_score of shape"),

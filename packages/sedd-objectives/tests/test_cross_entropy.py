@@ -127,7 +127,7 @@ def test_both_integrals_are_one_number_and_bound_the_entropy(wrong, make_graphs)
             continue
         chosen = torch.full((len(model.sequences),), k)
         weight = hidden[None].expand(len(chosen), -1)  # with the others given, all that are left are masked
-        loss = any_order_loss(model, graph, model.sequences, weight=weight, num_masked=chosen)
+        loss = any_order_loss(model, graph, model.sequences, given=~weight, num_masked=chosen)
         orders += model.expect(loss) / k / math.comb(LENGTH, k)
         xt = model.sequences.masked_fill(hidden, TOKENS)
         for node, quadrature in zip(nodes, weights, strict=True):
@@ -192,7 +192,8 @@ def test_any_order_masks_k_of_the_positions_that_count(make_graphs, generator):
         return torch.zeros(4, 50, TOKENS + 1)
 
     num_masked = torch.tensor([1, 7, 30, 0])
-    loss = any_order_loss(model, graph, x0, weight=weight, num_masked=num_masked, generator=generator)
+    how = {"weight": weight, "given": weight == 0}
+    loss = any_order_loss(model, graph, x0, num_masked=num_masked, generator=generator, **how)
     masked = seen["x"] == TOKENS
     assert masked.sum(-1).tolist() == [1, 7, 30, 0]
     assert not masked[:, 30:].any()
@@ -229,8 +230,11 @@ def test_only_masked_positions_that_count_reach_the_head_and_learn(make_graphs, 
     cross_entropy_loss(score, graph, log_linear, x0, torch.full((4,), 0.5), xt=x, weight=weight).sum().backward()
     torch.testing.assert_close(net.head.weight.grad, by_index.head.weight.grad)
     net.rows = 0
-    any_order_loss(net, graph, x0, num_masked=torch.tensor([1, 2, 3, 4]), weight=weight)
+    any_order_loss(net, graph, x0, num_masked=torch.tensor([1, 2, 3, 4]), given=weight == 0)
     assert net.rows == 10
+    net.rows = 0
+    any_order_loss(net, graph, x0, num_masked=torch.full((4,), 6), weight=weight)
+    assert net.rows == 16  # all are masked, padding too, and four of each six count
 
 
 def test_bfloat16_is_computed_in_float32_under_autocast(make_graphs, case):
@@ -280,7 +284,7 @@ def test_uneven_rates_are_refused(make_graphs, log_linear):
         ({"x0": torch.full((4, 6), 9)}, "x0 must lie in"),
         ({"xt": torch.full((4, 6), -1)}, "xt must lie in"),
         ({"xt": torch.zeros(4, 5, dtype=torch.int64)}, "xt must have shape"),
-        ({"t": torch.zeros(4, 1)}, "sigma must have a shape that is a leading part"),
+        ({"t": torch.zeros(4, 1)}, r"t must be floating, of shape \(B,\) or \(B, L\)"),
         ({"t": torch.full((4,), -1.0)}, "sigma is a total noise and must be >= 0"),
         ({"weight": torch.zeros(4)}, "weight is 0 at every position"),
         ({"weight": -torch.ones(4)}, "weight must be >= 0"),
@@ -303,7 +307,10 @@ def test_bad_input_is_named(change, message, make_graphs, log_linear):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x0": torch.full((2, 3), 3)}, "x0 must hold no mask, got mask_id 3 at 6 positions"),
+        (
+            {"x0": torch.full((2, 3), 3)},
+            r"x0 must hold clean tokens, and no mask \(mask_id 3\) .* got it at 6 of 6 positions",
+        ),
         ({"x0": torch.zeros(3, dtype=torch.int64)}, r"x0 must have shape \(B, L\)"),
         ({"num_masked": torch.tensor([0, 1])}, r"num_masked must lie in 1..L, .*got \[0, 1\]"),
         ({"num_masked": torch.tensor([1, 4])}, r"num_masked must lie in 1..L, .*got \[1, 4\]"),

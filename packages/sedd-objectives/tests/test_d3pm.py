@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -354,10 +355,10 @@ def test_bad_input_of_the_bound_is_named(change, message, make_graphs, log_linea
         )  # fmt: skip
 
 
-def walk(num_states, rate, dense_graph):
+def walk(num_states, rate, dense_graph: Any):
     """A walk to either neighbour, whose probabilities of far states are tiny, and right to their last digits."""
 
-    class Walk(dense_graph):
+    class Walk(dense_graph):  # type: ignore[misc]
         def exp(self, sigma):
             """Of positive terms only: e^-z times the series of e^(z P), z <= 1, and squarings."""
             levels, place = sigma.double().unique(return_inverse=True)
@@ -402,5 +403,7 @@ def test_far_states_of_a_chain_count_by_the_sum_over_clean_states(level, dtype, 
     p = torch.einsum("xc,xyc->xy", logits.detach().double().softmax(-1), posterior)
     q = posterior[x[:, 0], :, x0[:, 0]]
     want = torch.where(q > 0, q * (q / p[x[:, 0]]).log(), 0).sum(-1)
-    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
+    tolerance: dict[str, Any] = (
+        {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
+    )
     torch.testing.assert_close(loss.double(), want, **tolerance)

@@ -207,7 +207,7 @@ def test_works_inside_torch_compile(make_graphs, log_linear, x0, generator):
         ({"x0": torch.full((3, 7), 99)}, "x0 must lie in"),
         ({"xt": torch.full((3, 7), -1)}, "xt must lie in"),
         ({"xt": torch.zeros(3, 6, dtype=torch.int64)}, "xt must have shape"),
-        ({"t": torch.zeros(3, 1)}, "sigma must have a shape that is a leading part"),
+        ({"t": torch.zeros(3, 1)}, r"t must be floating, of shape \(B,\) or \(B, L\)"),
         ({"t": torch.full((3,), -1.0)}, "sigma is a total noise and must be >= 0"),
         ({"weight": torch.zeros(3, 7)}, "weight is 0 at every position"),
         ({"weight": -torch.ones(3)}, "weight must be >= 0"),

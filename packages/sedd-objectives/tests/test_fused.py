@@ -219,6 +219,24 @@ def test_the_head_is_called_as_often_whatever_can_move_and_sees_nothing_else(mak
 
 
 @pytest.mark.parametrize("kind", [Net, LinearNet])
+def test_padding_never_reaches_the_head(kind, make_graphs, generator):
+    """Whatever its hidden states are: NaN there spoils nothing."""
+    graph, x0 = make_graphs(5)["uniform"], torch.randint(5, (3, 7), generator=generator)
+    net, weight, sigma = kind(5), torch.ones(3, 7).index_fill(1, torch.tensor([5, 6]), 0), torch.ones(3)
+    hidden = torch.randn(3, 7, 6, generator=generator)
+    head = net.linear_head(sigma) if kind is LinearNet else net.head
+    found = []
+    for spoilt in (0.0, torch.nan):
+        hidden[:, 5:] = spoilt
+        net.rows.clear()
+        loss = fused_denoising_loss(hidden, head, graph, x0, x0, sigma, sigma, weight=weight)
+        found.append((loss.total, *gradients(loss.total, net.linear)))
+        assert sum(net.rows) == (15 if kind is Net else 0)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [Net, LinearNet])
 def test_where_nothing_can_move_the_gradients_are_zero(kind, make_graphs, log_linear, generator):
     graph, net = make_graphs(5)["absorbing"], kind(6)
     x0 = torch.randint(5, (3, 7), generator=generator)

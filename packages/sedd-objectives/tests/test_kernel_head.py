@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def batch(graph, generator, *, bias=True, learns=("hidden", "weight", "bias")):
     sigma = torch.tensor([0.2, 0.7, 2.0])
     x = graph.sample(x0, sigma, generator=generator)
     draw = {"hidden": (3, 7, WIDTH), "weight": (graph.num_states, WIDTH), "bias": (graph.num_states,)}
-    made = {
+    made: dict[str, Any] = {
         name: torch.randn(shape, generator=generator).requires_grad_(name in learns) for name, shape in draw.items()
     }
     if not bias:
@@ -226,10 +227,9 @@ def test_a_step_reads_back_one_number(mask_id, weighted, generator):
     made, (hidden, head, _, x, x0, sigma, dsigma) = batch(SimpleNamespace(num_states=9, sample=_keep), generator)
     x = torch.where(torch.rand(3, 7, generator=generator) < 0.7, 8 if mask_id else x, x0)
     weight = (x0 != 2).float() if weighted else None
+    graph: Any = Plain(9, mask_id)
     with Reads() as reads:
-        loss = fused_denoising_loss(
-            *(hidden, head, Plain(9, mask_id), x, x0, sigma, dsigma), weight=weight, refuse_nan=False
-        )
+        loss = fused_denoising_loss(hidden, head, graph, x, x0, sigma, dsigma, weight=weight, refuse_nan=False)
         loss.total.backward()
     assert reads.seen == ["aten.nonzero"]
     assert made["weight"].grad is not None
@@ -239,8 +239,9 @@ def test_a_step_reads_back_one_number(mask_id, weighted, generator):
 def test_a_step_of_cross_entropy_reads_back_one_number(generator):
     made, (hidden, head, _, x, x0, sigma, dsigma) = batch(SimpleNamespace(num_states=9, sample=_keep), generator)
     x = torch.where(torch.rand(3, 7, generator=generator) < 0.7, 8, x0)
+    graph: Any = Plain(9, 8)
     with Reads() as reads:
-        loss = fused_cross_entropy_loss(hidden, head, Plain(9, 8), x, x0, sigma, dsigma, refuse_nan=False)
+        loss = fused_cross_entropy_loss(hidden, head, graph, x, x0, sigma, dsigma, refuse_nan=False)
         loss.total.backward()
     assert reads.seen == ["aten.nonzero"]
     assert made["weight"].grad is not None

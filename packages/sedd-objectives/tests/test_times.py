@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from sedd_objectives import ImportanceTimes, denoising_loss, low_discrepancy_times, stratified_times, uniform_times
 from sedd_objectives.times import NoiseTimes
 
+times_module = importlib.import_module("sedd_objectives.times")
 SAMPLERS = [uniform_times, stratified_times, low_discrepancy_times]
 
 
@@ -82,6 +84,14 @@ def test_importance_sampling_begins_uniformly_and_ignores_what_is_not_finite():
     assert torch.equal((t * 64).floor().sort().values, torch.arange(64.0))
     times.update(torch.tensor([0.1, 0.2, 0.6]), torch.tensor([1.0, float("nan"), 3.0]))
     torch.testing.assert_close(times.probability(), 0.9 * torch.tensor([1, 2, 3, 2]).double() / 8 + 0.1 / 4)
+
+
+def test_importance_sampling_forgets_at_its_rate():
+    times = ImportanceTimes(2, decay=0.5, t_min=0.0)
+    for loss in (4.0, 2.0):
+        times.update(torch.tensor([0.1, 0.6]), torch.tensor([loss, 1.0]))
+    assert times.square.tolist() == [0.5 * 16 + 4, 1.5]
+    assert times.count.tolist() == [1.5, 1.5]
 
 
 def test_importance_sampling_goes_on_where_it_was():
@@ -198,6 +208,10 @@ def test_times_by_noise_are_unbiased_and_even_in_the_logarithm(log_linear):
     depth = [float(torch.log(-torch.expm1(-log_linear(torch.tensor(s))[0]))) for s in (1e-4, 1e-3, 1.0)]
     share = 0.5 * (depth[1] - depth[0]) / (depth[2] - depth[0]) + 0.5 * 9e-4
     assert float((t < 1e-3).double().mean()) == pytest.approx(share, rel=1e-3)
+    coarse = NoiseTimes(log_linear, 0.5, t_min=0.3)
+    t, weight = coarse.at(unit)
+    assert float(weight.mean()) == pytest.approx(1, rel=1e-6)
+    assert float((weight * t**2).mean()) == pytest.approx((1 - 0.3**3) / (3 * 0.7), rel=1e-4)
     assert torch.equal(NoiseTimes(log_linear, 0.0, t_min=1e-4).at(unit)[1], torch.ones_like(unit))
 
 
@@ -207,3 +221,25 @@ def test_bad_input(sampler):
         sampler(0)
     with pytest.raises(ValueError, match=r"t_min must lie in \[0, 1\), got 1.0"):
         sampler(4, t_min=1.0)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_times_have_the_digits_of_float32_at_least(sampler, default):
+    torch.set_default_dtype(default)
+    try:
+        t = sampler(1000, generator=torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert t.dtype == (torch.float64 if default == torch.float64 else torch.float32)
+    assert len(t.unique()) == 1000
+    assert (t < 1).all()
+
+
+def test_a_generator_draws_on_its_own_device():
+    class Elsewhere:
+        device = torch.device("meta")
+
+    assert times_module._device(Elsewhere(), None) == torch.device("meta")
+    assert times_module._device(Elsewhere(), "cpu") == "cpu"
+    assert times_module._device(None, None) is None

@@ -368,7 +368,7 @@ def test_only_positions_that_count_reach_the_head(make_graphs, log_linear, gener
         ({"x0": torch.zeros(6, dtype=torch.int64)}, r"x0 must have shape \(B, L\)"),
         ({"x0": torch.full((4, 6), 9)}, "x0 must lie in"),
         ({"xt": torch.zeros(4, 5, dtype=torch.int64)}, "xt must have shape"),
-        ({"t": torch.zeros(4, 1)}, "must have a shape that is a leading part"),
+        ({"t": torch.zeros(4, 1)}, r"t must be floating, of shape \(B,\) or \(B, L\)"),
         ({"weight": torch.zeros(4)}, "weight is 0 at every position"),
         ({"model": lambda x, s: torch.zeros(4, 6, 3)}, "the model must return logits of shape"),
         ({"model": lambda x, s: torch.full((4, 6, 6), torch.nan)}, "logits are NaN"),

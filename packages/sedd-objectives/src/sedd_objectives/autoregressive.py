@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import fast
-from .checks import arithmetic_dtype, check_states, check_weight
+from .checks import arithmetic_dtype, check_given, check_states, check_weight, require
 from .interfaces import NextTokenModel
 
 __all__ = ["autoregressive_loss"]
@@ -18,6 +18,7 @@ def autoregressive_loss(
     *,
     start: int | Tensor,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     refuse_nan: bool = True,
 ) -> Tensor:
     """-log p(x) given a starting token, in nats a sequence. Nothing is drawn: it has no standard error.
@@ -30,6 +31,7 @@ def autoregressive_loss(
         x: (B, L) int64, tokens, less than N of the model's logits (B, L, N).
         start: the token before the first, for all sequences or (B,) int64: GPT-2's is its end-of-text.
         weight: (B,) or (B, L) factor >= 0 of each token's term, bool or float; 0 for padding.
+        given: (B, L) bool, a prefix of each sequence that does not count: the loss is -log p of the rest given it.
         refuse_nan: whether to raise where a term is NaN. False returns it, for a caller that counts such sequences.
 
     Returns:
@@ -50,6 +52,14 @@ def autoregressive_loss(
         raise ValueError(f"the model must return logits of shape {(*x.shape, 'N')}, got {got}")
     check_states("x", x, logits.shape[-1])
     factor = None if weight is None else check_weight(weight, x)
+    if given is not None:
+        given = check_given(given, x)
+        behind = given[:, 1:] & ~given[:, :-1]
+        expected = (
+            "given must be a prefix of each sequence: of what comes later this model cannot tell the tokens before"
+        )
+        require(~behind.any(), expected, lambda: f"got a token given behind others at {int(behind.sum())} places")
+        factor = (~given).to(torch.float32) if factor is None else factor * ~given
     rows = logits.reshape(-1, logits.shape[-1])
     counted = None if factor is None else factor.flatten().nonzero()[:, 0]
     tokens = x.flatten() if counted is None else x.flatten()[counted]

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import Generator, Tensor, nn
 
-from .checks import check_sigma, check_states, expand_leading
-from .interfaces import Graph, Noise, ScoreModel
+from .checks import check_given, check_sigma, check_states, check_weight, expand_leading, require
+from .interfaces import Graph, MaskGraph, Noise, ScoreModel
 from .times import stratified_times
 
-__all__ = ["check_clean", "noised", "score_rows", "spread"]
+__all__ = [
+    "check_clean",
+    "check_kept",
+    "check_possible",
+    "check_times",
+    "keep_given",
+    "noised",
+    "score_rows",
+    "spread",
+]
 
 
 def noised(
@@ -20,32 +30,99 @@ def noised(
     t: Tensor | None,
     xt: Tensor | None,
     *,
+    given: Tensor | None = None,
     generator: Generator | None,
     t_min: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The noised batch of a loss whose arguments these are, checked.
+    """The noised batch of a loss whose arguments these are, checked; given positions stay clean.
 
     Returns:
         x_t (B, L); sigma as the schedule gives it, for the score model; sigma and dsigma (B, L).
     """
-    check_clean(x0, graph.num_states)
     if t is None:
         t = stratified_times(len(x0), generator=generator, t_min=t_min, device=x0.device)
+    t = check_times(t, x0)
     sigma, dsigma = noise(t)
     check_sigma("sigma", sigma)
     per_position, dsigma = expand_leading("sigma", sigma, x0), expand_leading("dsigma", dsigma, x0)
     if xt is None:
-        xt = graph.sample(x0, sigma, generator=generator)
+        xt = keep_given(graph.sample(x0, sigma, generator=generator), x0, given)
     else:
         check_states("xt", xt, graph.num_states, x0.shape)
+        check_kept(xt, x0, given)
     return xt, sigma, per_position, dsigma
 
 
-def check_clean(x0: Tensor, num_states: int) -> None:
-    """Raise ValueError unless x0 is a batch (B, L) of states."""
-    if x0.ndim != 2:
-        raise ValueError(f"x0 must have shape (B, L), got {tuple(x0.shape)}")
-    check_states("x0", x0, num_states)
+def check_clean(
+    x0: Tensor, graph: Graph | MaskGraph, weight: Tensor | None = None, given: Tensor | None = None
+) -> Tensor | None:
+    """Check a clean batch, and what is to count of it: one rule for every loss and bound.
+
+    x0 is (B, L) with at least one sequence and position, holds states, and no mask but where a weight of 0 says that
+    the position is padding. Given positions are clean, too.
+
+    Returns:
+        The factor (B, L) of each position's loss: its weight, or 0 where it is given; None if all count alike.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if x0.ndim != 2 or x0.numel() == 0:
+        raise ValueError(f"x0 must have shape (B, L) with B and L at least 1, got {tuple(x0.shape)}")
+    check_states("x0", x0, graph.num_states)
+    weight = None if weight is None else check_weight(weight, x0)
+    given = None if given is None else check_given(given, x0)
+    mask_id: int | None = getattr(graph, "mask_id", None)
+    if mask_id is not None:
+        masks = x0 == mask_id
+        if weight is not None:
+            masks = masks & ((weight > 0) if given is None else (weight > 0) | given)
+        expected = f"x0 must hold clean tokens, and no mask (mask_id {mask_id}) where it counts or is given"
+        require(~masks.any(), expected, lambda: f"got it at {int(masks.sum())} of {masks.numel()} positions")
+    if given is None:
+        return weight
+    if weight is None:
+        return (~given).to(torch.float32)
+    expected = "every position is given or has a weight of 0: nothing is left to count"
+    require((weight * ~given).any(), expected, lambda: "drop such batches")
+    return weight * ~given
+
+
+def check_times(t: Tensor, x0: Tensor) -> Tensor:
+    """Times (B,) or (B, L), one number () spread over the batch: a network is given one a sequence at least.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    if not t.is_floating_point() or t.shape not in ((), x0.shape[:1], x0.shape):
+        expected = f"{tuple(x0.shape[:1])} or {tuple(x0.shape)}"
+        raise ValueError(f"t must be floating, of shape (B,) or (B, L), {expected}, got {t.dtype} of {tuple(t.shape)}")
+    return t if t.ndim else t.expand(len(x0))
+
+
+def keep_given(xt: Tensor, x0: Tensor, given: Tensor | None) -> Tensor:
+    """X_t with the given positions clean."""
+    return xt if given is None else torch.where(given, x0, xt)
+
+
+def check_kept(xt: Tensor, x0: Tensor, given: Tensor | None) -> None:
+    """Raise unless the noised states that a caller brings are clean where they are given."""
+    if given is not None:
+        noisy = given & (xt != x0)
+        expected = "xt must be x0 where it is given"
+        require(~noisy.any(), expected, lambda: f"it differs at {int(noisy.sum())} of these positions")
+
+
+def check_possible(x: Tensor, x0: Tensor, live: Tensor, weight: Tensor | None = None) -> None:
+    """Raise unless a state into which no jump leads is the clean one: it can have come from no other.
+
+    Where jumps lead into x, an impossible x0 shows as a ratio that is no number.
+    """
+    impossible = ~live & (x != x0)
+    if weight is not None:
+        impossible = impossible & (weight > 0)
+    expected = "every x must be able to have come from its x0; no jump leads into it, and it is another state"
+    require(~impossible.any(), expected, lambda: f"got such pairs at {int(impossible.sum())} of {x.numel()} positions")
 
 
 def score_rows(
@@ -81,7 +158,10 @@ def score_rows(
 
 
 def _offers_where(score: ScoreModel) -> bool:
-    return "where" in inspect.signature(score.forward if isinstance(score, nn.Module) else score).parameters
+    try:
+        return "where" in inspect.signature(score.forward if isinstance(score, nn.Module) else score).parameters
+    except (TypeError, ValueError):  # traced and scripted modules have none
+        return False
 
 
 def spread(values: Tensor, where: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ holds for any score; see `decoder.py` for this one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import check_clean, noised, score_rows, spread
-from .checks import check_not_nan, check_weight, sum_dtype
+from .batch import check_clean, check_possible, noised, score_rows, spread
+from .checks import check_not_nan, sum_dtype
 from .decoder import log_decoder
 from .denoising import denoising_loss
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
@@ -60,6 +61,7 @@ def likelihood_bound(
     num_times: int = 128,
     num_reconstructions: int = 16,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
     t_min: float = 1e-3,
     small_noise_share: float = 0.0,
@@ -77,6 +79,8 @@ def likelihood_bound(
         num_times: evaluations of the diffusion loss a sequence; even.
         num_reconstructions: evaluations of the reconstruction term a sequence; at least 2.
         weight: (B,) or (B, L) factor >= 0 of each position in all three terms; 0 for padding.
+        given: (B, L) bool, positions that stay clean, are seen by the model and do not count: the bound is on -log p of
+            the others given them, in the process in which given positions never move.
         generator: for times and noise.
         t_min: the lower end of the integral, where the reconstruction term takes over.
         small_noise_share: in [0, 1), of the times to be drawn evenly in log(1 - e^-sigma) rather than in t. At small
@@ -94,10 +98,9 @@ def likelihood_bound(
         raise ValueError(f"t_min must lie in (0, 1), got {t_min}")
     if not 0 <= small_noise_share < 1:
         raise ValueError(f"small_noise_share must lie in [0, 1), got {small_noise_share}")
-    check_clean(x0, graph.num_states)
+    factor = check_clean(x0, graph, weight, given)
     dtype, batch = sum_dtype(x0.device), len(x0)
-    factor = None if weight is None else check_weight(weight, x0)
-
+    how: dict[str, Any] = {"weight": weight, "given": given, "generator": generator}
     strata, times = num_times // 2, NoiseTimes(noise, small_noise_share, t_min=t_min, device=x0.device)
     diffusion, variance = x0.new_zeros(batch, dtype=dtype), x0.new_zeros(batch, dtype=dtype)
     for stratum in range(strata):
@@ -105,17 +108,14 @@ def likelihood_bound(
         for _ in range(2):
             offset = torch.rand(batch, generator=generator, device=x0.device)
             t, by_density = times.at((stratum + offset) / strata)
-            loss = denoising_loss(score, graph, noise, x0, t, weight=factor, generator=generator)
+            loss = denoising_loss(score, graph, noise, x0, t, **how)
             pair.append(by_density.to(dtype) * loss.to(dtype))
         diffusion += (1 - t_min) * (pair[0] + pair[1]) / num_times
         variance += ((1 - t_min) * (pair[0] - pair[1]) / num_times) ** 2
 
     lowest = torch.full((batch,), t_min, device=x0.device)
     draws = torch.stack(
-        [
-            reconstruction_loss(score, graph, noise, x0, lowest, weight=factor, generator=generator)
-            for _ in range(num_reconstructions)
-        ]
+        [reconstruction_loss(score, graph, noise, x0, lowest, **how) for _ in range(num_reconstructions)]
     )
     reconstruction = draws.mean(0)
     variance += draws.var(0) / num_reconstructions
@@ -134,6 +134,7 @@ def reconstruction_loss(
     *,
     xt: Tensor | None = None,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
     """-log p(x0 | x_t), summed over positions, of the decoder from t to clean tokens (eq. 18). Differentiable.
@@ -146,6 +147,8 @@ def reconstruction_loss(
         t: (B,) float times.
         xt: (B, L) int64, states at t; drawn from the forward process if None.
         weight: (B,) or (B, L) factor >= 0 of each position.
+        given: (B, L) bool, positions that stay clean, are seen by the model and do not count: the loss is that of the
+            others given them.
         generator: for the noising.
 
     Returns:
@@ -154,9 +157,12 @@ def reconstruction_loss(
     Raises:
         ValueError: as `denoising_loss`.
     """
-    xt, sigma, per_position, _ = noised(graph, noise, x0, t, xt, generator=generator, t_min=0)
+    factor = check_clean(x0, graph, weight, given)
+    drawn = xt is None
+    xt, sigma, per_position, _ = noised(graph, noise, x0, t, xt, given=given, generator=generator, t_min=0)
     live = RatesInto.of(graph, xt).can_move(xt, graph.num_states)
-    factor = None if weight is None else check_weight(weight, x0)
+    if not drawn:
+        check_possible(xt, x0, live, factor)
     if factor is not None:
         live = live & (factor > 0)
     log_score, positions = score_rows(score, xt, sigma, live, graph.num_states)

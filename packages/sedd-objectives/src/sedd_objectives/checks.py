@@ -15,9 +15,10 @@ __all__ = [
     "check_states",
     "check_sigma",
     "check_weight",
+    "check_given",
     "check_not_nan",
-    "reading_waits",
     "require",
+    "reading_waits",
     "expand_leading",
     "arithmetic_dtype",
     "sum_dtype",
@@ -52,6 +53,17 @@ def check_weight(weight: Tensor, x: Tensor) -> Tensor:
     expected = "weight is 0 at every position: nothing is left to average over"
     require(weight.any(), expected, lambda: "drop such batches")
     return weight
+
+
+def check_given(given: Tensor, x: Tensor) -> Tensor:
+    """`given` itself, (B, L) bool; raises unless it is of x's shape and leaves a position to count."""
+    if given.dtype != torch.bool or given.shape != x.shape:
+        raise ValueError(
+            f"given must be a bool mask of x0's shape {tuple(x.shape)}, got {given.dtype} of shape {tuple(given.shape)}"
+        )
+    expected = "given is true at every position: nothing is left to count"
+    require((~given).any(), expected, lambda: "drop such batches")
+    return given
 
 
 def reading_waits(device: torch.device) -> bool:

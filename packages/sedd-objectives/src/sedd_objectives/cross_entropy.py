@@ -24,8 +24,8 @@ import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import check_clean, noised, score_rows, spread
-from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, require
+from .batch import check_clean, check_possible, noised, score_rows, spread
+from .checks import arithmetic_dtype, check_sigma, check_states, expand_leading, require
 from .interfaces import Graph, MaskGraph, Noise, PosteriorModel
 from .jumps import can_move, merge
 from .times import stratified_times
@@ -78,6 +78,7 @@ def cross_entropy_loss(
     *,
     xt: Tensor | None = None,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
     t_min: float = 1e-3,
 ) -> Tensor:
@@ -94,6 +95,8 @@ def cross_entropy_loss(
         xt: (B, L) int64, states already noised; drawn from the forward process if None.
         weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which then never
             reaches the head.
+        given: (B, L) bool, positions that stay clean, are seen by the model and do not count: the loss is that of the
+            others given them.
         generator: for the times and the noising.
         t_min: the smallest time drawn.
 
@@ -103,10 +106,13 @@ def cross_entropy_loss(
     Raises:
         ValueError: as `denoising_cross_entropy`; a weight that is negative somewhere or 0 everywhere.
     """
-    xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, generator=generator, t_min=t_min)
+    weight = check_clean(x0, graph, weight, given)
+    drawn = xt is None
+    xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, given=given, generator=generator, t_min=t_min)
     factor, live = dsigma, can_move(graph.rates_into(xt), xt, graph.num_states)
+    if not drawn:
+        check_possible(xt, x0, live, weight)
     if weight is not None:
-        weight = check_weight(weight, x0)
         factor, live = dsigma * weight, live & (weight > 0)
     logits, positions = score_rows(model, xt, sigma, live, graph.num_states, demand=DEMAND)
     surprise = _surprise(logits.reshape(-1, graph.num_states), positions, xt[live], x0[live])
@@ -122,6 +128,7 @@ def lambda_cross_entropy_loss(
     *,
     xt: Tensor | None = None,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
     """1 / lambda sum over masked positions of -log p(x0 | x), in nats a sequence (Ou et al. 2024).
@@ -136,6 +143,8 @@ def lambda_cross_entropy_loss(
         mask_probability: lambda in [0, 1), (B,) or (B, L); stratified over [0, 1) if None.
         xt: (B, L) int64, states already noised; drawn if None.
         weight: (B,) or (B, L) factor >= 0 of each position's loss; 0 for padding.
+        given: (B, L) bool, positions that stay clean, are seen by the model and do not count: the loss is that of the
+            others given them.
         generator: for lambda and the noising.
 
     Returns:
@@ -144,14 +153,14 @@ def lambda_cross_entropy_loss(
     Raises:
         ValueError: as `cross_entropy_loss`; a lambda outside [0, 1).
     """
-    check_clean(x0, graph.num_states)
+    check_clean(x0, graph, weight, given)
     if mask_probability is None:
         mask_probability = stratified_times(len(x0), generator=generator, t_min=0.0, device=x0.device)
     if not bool(((mask_probability >= 0) & (mask_probability < 1)).all()):
         low, high = (float(extreme) for extreme in mask_probability.aminmax())
         raise ValueError(f"mask_probability must lie in [0, 1), got values in [{low}, {high}]")
     return cross_entropy_loss(
-        model, graph, _mask_probability, x0, mask_probability, xt=xt, weight=weight, generator=generator
+        model, graph, _mask_probability, x0, mask_probability, xt=xt, weight=weight, given=given, generator=generator
     )
 
 
@@ -162,6 +171,7 @@ def any_order_loss(
     *,
     num_masked: Tensor | None = None,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
     """L / k sum over k masked positions of -log p(x0 | the others), k ~ U{1..L}, in nats a sequence.
@@ -174,8 +184,9 @@ def any_order_loss(
         graph: the mask's state and the number of states; there is no process.
         x0: (B, L) int64, clean sequences.
         num_masked: k in 1..L, (B,) int64; uniform, and spread evenly over a batch, if None.
-        weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float. Positions of weight 0 are never
-            masked and do not count in L: the bound is on the rest given them.
+        weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which is masked like
+            the rest and never reaches the head.
+        given: (B, L) bool, positions that are never masked and do not count in L: the bound is on the rest given them.
         generator: for k, the positions and the noise level that goes with them.
 
     Returns:
@@ -185,14 +196,10 @@ def any_order_loss(
         ValueError: a graph without a mask, shapes that do not fit, states out of range, the mask among the clean
             states, a k that is not in 1..L, NaN logits, a weight that is negative somewhere or 0 everywhere.
     """
-    check_clean(x0, graph.num_states)
     if graph.mask_id is None:
         raise ValueError("graph must have a mask, got mask_id None: orders are those in which masks are taken off")
-    if bool((x0 == graph.mask_id).any()):
-        count = int((x0 == graph.mask_id).sum())
-        raise ValueError(f"x0 must hold no mask, got mask_id {graph.mask_id} at {count} positions")
-    factor = None if weight is None else check_weight(weight, x0)
-    counted = torch.ones_like(x0, dtype=torch.bool) if factor is None else factor > 0
+    factor = check_clean(x0, graph, weight, given)
+    counted = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given
     length = counted.sum(-1)
     if num_masked is None:
         unit = stratified_times(len(x0), generator=generator, t_min=0.0, device=x0.device)
@@ -205,12 +212,13 @@ def any_order_loss(
     masked = torch.zeros_like(counted).scatter_(-1, order, first)
     level = u.gather(-1, (num_masked - 1).clamp_min(0)[:, None])[:, 0].clamp_max(1 - torch.finfo(u.dtype).eps / 2)
     xt = x0.masked_fill(masked, graph.mask_id)
-    logits, positions = score_rows(model, xt, -torch.log1p(-level), masked, graph.num_states, demand=DEMAND)
-    surprise = _surprise(logits.reshape(-1, graph.num_states), positions, xt[masked], x0[masked])
+    asked = masked if factor is None else masked & (factor > 0)
+    logits, positions = score_rows(model, xt, -torch.log1p(-level), asked, graph.num_states, demand=DEMAND)
+    surprise = _surprise(logits.reshape(-1, graph.num_states), positions, xt[asked], x0[asked])
     per_position = (length / num_masked.clamp_min(1))[:, None].expand(x0.shape)
     if factor is not None:
         per_position = per_position * factor
-    return spread(surprise * per_position[masked].to(surprise.dtype), masked).sum(-1)
+    return spread(surprise * per_position[asked].to(surprise.dtype), asked).sum(-1)
 
 
 def _mask_probability(level: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,5 +268,5 @@ def _check_num_masked(num_masked: Tensor, length: Tensor) -> None:
         got = f"{num_masked.dtype} of shape {tuple(num_masked.shape)}"
         raise ValueError(f"num_masked must be integers of shape (B,), {tuple(length.shape)}, got {got}")
     if bool(((num_masked < 1) & (length > 0) | (num_masked > length)).any()):
-        counts = f"{length.tolist()} positions of positive weight"
+        counts = f"{length.tolist()} that are not given"
         raise ValueError(f"num_masked must lie in 1..L, of which there are {counts}, got {num_masked.tolist()}")

@@ -30,9 +30,9 @@ import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import check_clean, score_rows, spread
+from .batch import check_clean, check_kept, check_possible, keep_given, score_rows, spread
 from .bound import Bound
-from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, sum_dtype
+from .checks import arithmetic_dtype, check_sigma, check_states, expand_leading, sum_dtype
 from .interfaces import DiscreteTimeGraph, Noise, PosteriorModel, Row
 from .jumps import Jumps, can_move
 from .times import stratified_times
@@ -50,6 +50,7 @@ def d3pm_loss(
     num_steps: int,
     xt: Tensor | None = None,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
     refuse_nan: bool = True,
 ) -> Tensor:
@@ -66,6 +67,8 @@ def d3pm_loss(
         xt: (B, L) int64, states at step i; drawn from the forward process if None.
         weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which then never
             reaches the head.
+        given: (B, L) bool, positions that stay clean, are seen by the model and do not count: the loss is that of the
+            others given them.
         generator: for steps and noise.
         refuse_nan: whether to raise where one is NaN. False returns it, for a caller that counts such sequences.
 
@@ -77,13 +80,12 @@ def d3pm_loss(
             negative somewhere or 0 everywhere; unless `refuse_nan` is False, logits that are NaN or an xt that cannot
             have come from its x0.
     """
-    _check(graph, x0, num_steps)
+    factor = _check(graph, x0, num_steps, weight, given)
     if step is None:
         unit = stratified_times(len(x0), generator=generator, t_min=0.0, device=x0.device)
         step = (unit * num_steps).long() + 1
-    factor = None if weight is None else check_weight(weight, x0)
     return num_steps * _divergence(
-        model, graph, noise, x0, step, num_steps, xt, factor, generator, refuse_nan=refuse_nan
+        model, graph, noise, x0, step, num_steps, xt, factor, given, generator, refuse_nan=refuse_nan
     )
 
 
@@ -98,6 +100,7 @@ def d3pm_bound(
     num_times: int = 128,
     num_reconstructions: int = 16,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Bound:
     """Estimate D3PM's bound on -log p(x0) in T steps, and its standard error.
@@ -114,21 +117,21 @@ def d3pm_bound(
         num_times: evaluations of steps 2..T a sequence; even. None are made if T = 1.
         num_reconstructions: evaluations of step 1 a sequence; at least 2.
         weight: (B,) or (B, L) factor >= 0 of each position in all three terms; 0 for padding.
+        given: (B, L) bool, positions that stay clean and do not count: the bound is on -log p of the others given them.
         generator: for steps and noise.
 
     Raises:
         ValueError: as `d3pm_loss`; an odd or too small number of evaluations.
     """
-    _check(graph, x0, num_steps)
+    factor = _check(graph, x0, num_steps, weight, given)
     if num_times < 2 or num_times % 2:
         raise ValueError(f"num_times must be even and at least 2, got {num_times}: two steps share a stratum")
     if num_reconstructions < 2:
         raise ValueError(f"num_reconstructions must be at least 2, to estimate an error, got {num_reconstructions}")
     wide, batch = sum_dtype(x0.device), len(x0)
-    factor = None if weight is None else check_weight(weight, x0)
 
     def divergence(step: Tensor) -> Tensor:
-        return _divergence(model, graph, noise, x0, step, num_steps, None, factor, generator, dtype=wide)
+        return _divergence(model, graph, noise, x0, step, num_steps, None, factor, given, generator, dtype=wide)
 
     diffusion, variance = x0.new_zeros(batch, dtype=wide), x0.new_zeros(batch, dtype=wide)
     strata = num_times // 2 if num_steps > 1 else 0
@@ -147,10 +150,12 @@ def d3pm_bound(
     return Bound(diffusion + prior + reconstruction, variance.sqrt(), diffusion, prior, reconstruction)
 
 
-def _check(graph: DiscreteTimeGraph, x0: Tensor, num_steps: int) -> None:
+def _check(
+    graph: DiscreteTimeGraph, x0: Tensor, num_steps: int, weight: Tensor | None, given: Tensor | None
+) -> Tensor | None:
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    check_clean(x0, graph.num_states)
+    return check_clean(x0, graph, weight, given)
 
 
 def _divergence(
@@ -162,6 +167,7 @@ def _divergence(
     num_steps: int,
     xt: Tensor | None,
     factor: Tensor | None,
+    given: Tensor | None,
     generator: Generator | None,
     *,
     dtype: torch.dtype | None = None,
@@ -170,10 +176,12 @@ def _divergence(
     """KL( p(x_{i-1} | x_i, x0) || p_theta(x_{i-1} | x_i) ) at the steps i (B,), summed over positions, (B,)."""
     before, now = _noise_levels(noise, step, num_steps, x0)
     if xt is None:
-        xt = graph.sample(x0, now, generator=generator)
+        xt = keep_given(graph.sample(x0, now, generator=generator), x0, given)
     else:
         check_states("xt", xt, graph.num_states, x0.shape)
+        check_kept(xt, x0, given)
     live = can_move(graph.rates_into(xt), xt, graph.num_states)
+    check_possible(xt, x0, live, factor)
     if factor is not None:
         live = live & (factor > 0)
     logits, positions = score_rows(

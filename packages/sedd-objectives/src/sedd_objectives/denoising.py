@@ -16,13 +16,12 @@ import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import noised, score_rows, spread
+from .batch import check_clean, check_possible, noised, score_rows, spread
 from .checks import (
     arithmetic_dtype,
     check_not_nan,
     check_sigma,
     check_states,
-    check_weight,
     expand_leading,
     sum_dtype,
 )
@@ -65,6 +64,7 @@ def denoising_score_entropy(log_score: Tensor, graph: Graph, x: Tensor, x0: Tens
     sigma = expand_leading("sigma", sigma, x)
     rates = RatesInto.of(graph, x)
     live = rates.can_move(x, num_states)
+    check_possible(x, x0, live)
     positions = None if bool(live.all()) else live.flatten().nonzero()[:, 0]
     dtype = arithmetic_dtype(log_score, sigma)
     jumps_at = denoising_jumps(graph, rates, x[live], x0[live], dtype)
@@ -108,6 +108,7 @@ def score_entropy_constant(graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor) -
     check_sigma("sigma", sigma)
     sigma = expand_leading("sigma", sigma, x)
     live = can_move(graph.rates_into(x), x, graph.num_states)
+    check_possible(x, x0, live)
     x, x0, sigma = x[live], x0[live], sigma[live]
     with torch.autocast(x.device.type, enabled=False):
         ratio = graph.ratio(x, x0, sigma)
@@ -131,6 +132,7 @@ def denoising_loss(
     *,
     xt: Tensor | None = None,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
     t_min: float = 1e-3,
     refuse_nan: bool = True,
@@ -149,6 +151,8 @@ def denoising_loss(
         xt: (B, L) int64, states already noised; drawn from the forward process if None.
         weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which then never
             reaches the head.
+        given: (B, L) bool, positions that stay clean, are seen by the model and do not count: the loss is that of the
+            others given them.
         generator: for the times and the noising.
         t_min: the smallest time drawn.
         refuse_nan: whether to raise where a loss is NaN. False returns it, for a caller that counts such sequences.
@@ -158,13 +162,16 @@ def denoising_loss(
 
     Raises:
         ValueError: as `denoising_score_entropy`, NaN excepted unless `refuse_nan`; a weight that is negative somewhere
-            or 0 everywhere.
+            or 0 everywhere; masks or given positions of x0 that are not clean; an empty batch.
     """
-    xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, generator=generator, t_min=t_min)
+    weight = check_clean(x0, graph, weight, given)
+    drawn = xt is None
+    xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, given=given, generator=generator, t_min=t_min)
     rates = RatesInto.of(graph, xt)
     live = rates.can_move(xt, graph.num_states)
+    if not drawn:
+        check_possible(xt, x0, live, weight)
     if weight is not None:
-        weight = check_weight(weight, x0)
         live = live & (weight > 0)
     log_score, positions = score_rows(score, xt, sigma, live, graph.num_states)
     dtype = arithmetic_dtype(log_score, per_position)

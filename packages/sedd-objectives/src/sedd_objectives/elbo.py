@@ -8,9 +8,12 @@ or a process with parameters moves all three, and cannot be trained on the first
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor
 
+from .batch import check_clean
 from .bound import reconstruction_loss
 from .denoising import denoising_loss
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
@@ -26,6 +29,7 @@ def elbo_loss(
     t: Tensor | None = None,
     *,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
     t_min: float = 1e-3,
 ) -> Tensor:
@@ -41,6 +45,7 @@ def elbo_loss(
         x0: (B, L) int64, tokens.
         t: (B,) float times in [t_min, 1); stratified if None.
         weight: (B,) or (B, L) factor >= 0 of each position in all three terms; 0 for padding.
+        given: (B, L) bool, positions that stay clean, are seen by the model and do not count.
         generator: for times and noise.
         t_min: the lower end of the integral, where the reconstruction term takes over.
 
@@ -52,10 +57,12 @@ def elbo_loss(
     """
     if not 0 < t_min < 1:
         raise ValueError(f"t_min must lie in (0, 1), got {t_min}")
-    diffusion = denoising_loss(score, graph, noise, x0, t, weight=weight, generator=generator, t_min=t_min)
+    how: dict[str, Any] = {"weight": weight, "given": given, "generator": generator}
+    diffusion = denoising_loss(score, graph, noise, x0, t, t_min=t_min, **how)
     ends = torch.tensor([t_min, 1.0], device=x0.device)[:, None].expand(2, len(x0))
-    reconstruction = reconstruction_loss(score, graph, noise, x0, ends[0], weight=weight, generator=generator)
+    reconstruction = reconstruction_loss(score, graph, noise, x0, ends[0], **how)
     prior = graph.prior_kl(x0, noise(ends[1])[0]).to(reconstruction.dtype)
-    if weight is not None:
-        prior = prior * weight.reshape(weight.shape + (1,) * (2 - weight.ndim))
+    factor = check_clean(x0, graph, weight, given)
+    if factor is not None:
+        prior = prior * factor
     return (1 - t_min) * diffusion.to(reconstruction.dtype) + reconstruction + prior.sum(-1)

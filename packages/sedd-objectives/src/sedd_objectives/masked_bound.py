@@ -34,7 +34,7 @@ from torch import Generator, Tensor, nn
 from . import fast
 from .batch import check_clean, score_rows, spread
 from .bound import Bound, reconstruction_loss
-from .checks import arithmetic_dtype, check_not_nan, check_weight, expand_leading, sum_dtype
+from .checks import arithmetic_dtype, check_not_nan, sum_dtype
 from .denoising import denoising_jumps
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
 from .jumps import RatesInto, value_at
@@ -87,10 +87,9 @@ def masked_likelihood_bound(
             out of range, a NaN score, an odd or too small number of evaluations, t_min not in (0, 1).
     """
     _check_numbers(num_times, num_parts, num_reconstructions, t_min)
-    check_clean(x0, graph.num_states)
+    factor = check_clean(x0, graph, weight, given)
     rate, mask_id = _masking(graph, x0)
-    free = _free(given, x0)
-    factor = None if weight is None else check_weight(weight, x0)
+    free = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given
     dtype, batch = sum_dtype(x0.device), len(x0)
     ends = torch.tensor([t_min, 1.0], device=x0.device)
     sigma = noise(ends)[0].to(dtype)
@@ -278,10 +277,7 @@ def _masking(graph: LikelihoodGraph, x0: Tensor) -> tuple[float, int]:
     mask_id = graph.mask_id
     if mask_id is None:
         raise ValueError("graph must have a mask, got mask_id None; use likelihood_bound")
-    if bool((x0 == mask_id).any()):
-        count = int((x0 == mask_id).sum())
-        raise ValueError(f"x0 must hold no mask, got mask_id {mask_id} at {count} positions")
-    tokens = torch.unique(x0)
+    tokens = torch.unique(x0[x0 != mask_id])  # padding may hold it
     masks = torch.full_like(tokens, mask_id)
     rates = value_at(graph.rates_into(masks), tokens[:, None])[:, 0].double()
     if not len(tokens):
@@ -309,15 +305,6 @@ def _absorbs(graph: LikelihoodGraph, tokens: Tensor, masks: Tensor, rate: float)
     unlisted = ratio.base if ratio.index.shape[-1] < graph.num_states else torch.zeros_like(ratio.base)
     leak = torch.cat([unlisted[:, None], elsewhere], -1).abs().amax()
     return bool(((stays - expected).abs() <= ROUNDING * expected).all()) and bool(leak <= ROUNDING * expected.amax())
-
-
-def _free(given: Tensor | None, x0: Tensor) -> Tensor:
-    """The positions (B, L) bool that are not given."""
-    if given is None:
-        return torch.ones_like(x0, dtype=torch.bool)
-    if given.dtype != torch.bool:
-        raise ValueError(f"given must be a bool tensor, True where the token is given, got dtype {given.dtype}")
-    return ~expand_leading("given", given, x0)
 
 
 def _check_numbers(num_times: int, num_parts: int, num_reconstructions: int, t_min: float) -> None:

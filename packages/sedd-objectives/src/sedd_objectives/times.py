@@ -7,6 +7,8 @@ an unbiased estimate; they differ in the variance that a batch's mean keeps.
 - stratified: one independent draw in each of B equal strata, the strata in random order.
 - low-discrepancy: one draw for all, shifted by b / B (Kingma et al. 2021): strata with a common offset.
 
+Times come on the generator's device unless another is named, in torch's default dtype but float32 at least.
+
 Importance sampling draws t from another density q and weighs the loss by 1 / q, relative to the uniform density: also
 unbiased. The variance is least for q(t) proportional to the root mean square of the loss at t; that profile is measured
 on the losses of earlier batches, as a step function on equal bins of t (Nichol & Dhariwal 2021).
@@ -35,7 +37,7 @@ def uniform_times(
 ) -> Tensor:
     """Independent times (batch_size,) in [t_min, 1)."""
     _check(batch_size, t_min)
-    return _onto_interval(torch.rand(batch_size, generator=generator, device=device), t_min)
+    return _onto_interval(_uniform((batch_size,), generator, device), t_min)
 
 
 def stratified_times(
@@ -51,8 +53,9 @@ def stratified_times(
     uniform.
     """
     _check(batch_size, t_min)
-    strata = torch.randperm(batch_size, generator=generator, device=device)
-    offset = torch.rand(batch_size, generator=generator, device=device)
+    where = _device(generator, device)
+    strata = torch.randperm(batch_size, generator=generator, device=where)
+    offset = _uniform((batch_size,), generator, where)
     return _onto_interval((strata + offset) / batch_size, t_min)
 
 
@@ -65,8 +68,8 @@ def low_discrepancy_times(
 ) -> Tensor:
     """Times b / batch_size + u (mod 1) with one common u ~ U[0, 1), put onto [t_min, 1); (batch_size,)."""
     _check(batch_size, t_min)
-    common = torch.rand((), generator=generator, device=device)
-    grid = torch.arange(batch_size, device=device) / batch_size
+    common = _uniform((), generator, device)
+    grid = torch.arange(batch_size, device=common.device, dtype=common.dtype) / batch_size
     return _onto_interval((grid + common) % 1, t_min)
 
 
@@ -199,6 +202,17 @@ class NoiseTimes:
         t = self.knots[k] + (place - self.upper[k]) / probability * width
         below_one = 1 - torch.finfo(unit.dtype).eps / 2
         return t.to(unit.dtype).clamp(self.t_min, below_one), width / probability / (1 - self.t_min)
+
+
+def _device(generator: Generator | None, device: torch.device | str | None) -> torch.device | str | None:
+    """Where times are drawn: the generator's device unless another is named."""
+    return generator.device if device is None and generator is not None else device
+
+
+def _uniform(shape: tuple[int, ...], generator: Generator | None, device: torch.device | str | None) -> Tensor:
+    """Of [0, 1), in torch's default dtype but float32 at least: in bfloat16 there are 256 times, and 1 is one."""
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return torch.rand(shape, generator=generator, dtype=dtype, device=_device(generator, device))
 
 
 def _onto_interval(unit: Tensor, t_min: float) -> Tensor:

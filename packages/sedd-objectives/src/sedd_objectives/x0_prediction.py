@@ -29,8 +29,8 @@ import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import check_clean, noised, score_rows, spread
-from .checks import arithmetic_dtype, check_sigma, check_states, check_weight, expand_leading, sum_dtype
+from .batch import check_clean, check_kept, check_possible, check_times, keep_given, noised, score_rows, spread
+from .checks import arithmetic_dtype, check_sigma, check_states, expand_leading, sum_dtype
 from .interfaces import Noise, PosteriorGraph, PosteriorModel, Row, TimeVaryingGraph
 from .jumps import DenseRow, RatesInto, can_move, merge
 from .times import stratified_times
@@ -90,6 +90,7 @@ def posterior_loss(
     *,
     xt: Tensor | None = None,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
     t_min: float = 1e-3,
 ) -> Tensor:
@@ -107,6 +108,8 @@ def posterior_loss(
         xt: (B, L) int64, states already noised; drawn from the forward process if None.
         weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which then never
             reaches the head.
+        given: (B, L) bool, positions that stay clean, are seen by the model and do not count: the loss is that of the
+            others given them.
         generator: for the times and the noising.
         t_min: the smallest time drawn.
 
@@ -116,7 +119,7 @@ def posterior_loss(
     Raises:
         ValueError: as `posterior_score_entropy`; a weight that is negative somewhere or 0 everywhere.
     """
-    return _loss(_by_posterior, model, graph, noise, x0, t, xt, weight, generator, t_min)
+    return _loss(_by_posterior, model, graph, noise, x0, t, xt, weight, given, generator, t_min)
 
 
 def leave_one_out_loss(
@@ -128,6 +131,7 @@ def leave_one_out_loss(
     *,
     xt: Tensor | None = None,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
     t_min: float = 1e-3,
 ) -> Tensor:
@@ -136,7 +140,7 @@ def leave_one_out_loss(
     Arguments, result and errors are those of `posterior_loss`. The network may see the position's own x_t; at the
     minimum it makes no use of it.
     """
-    return _loss(_by_prior, model, graph, noise, x0, t, xt, weight, generator, t_min)
+    return _loss(_by_prior, model, graph, noise, x0, t, xt, weight, given, generator, t_min)
 
 
 def time_varying_loss(
@@ -147,6 +151,7 @@ def time_varying_loss(
     *,
     xt: Tensor | None = None,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
     t_min: float = 1e-3,
 ) -> Tensor:
@@ -162,6 +167,8 @@ def time_varying_loss(
         xt: (B, L) int64, states already noised; drawn from the forward process if None.
         weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which then never
             reaches the head.
+        given: (B, L) bool, positions that stay clean, are seen by the model and do not count: the loss is that of the
+            others given them.
         generator: for the times and the noising.
         t_min: the smallest time drawn.
 
@@ -172,16 +179,17 @@ def time_varying_loss(
         ValueError: shapes that do not fit, states out of range, NaN logits, or an x that cannot have come from its x0;
             a weight that is negative somewhere or 0 everywhere.
     """
-    check_clean(x0, graph.num_states)
+    factor = check_clean(x0, graph, weight, given)
     if t is None:
         t = stratified_times(len(x0), generator=generator, t_min=t_min, device=x0.device)
+    t = check_times(t, x0)
     per_position = expand_leading("t", t, x0).to(sum_dtype(x0.device))
     if xt is None:
-        xt = graph.sample(x0, t, generator=generator)
+        xt = keep_given(graph.sample(x0, t, generator=generator), x0, given)
     else:
         check_states("xt", xt, graph.num_states, x0.shape)
+        check_kept(xt, x0, given)
     live = can_move(graph.rates_into(xt, t), xt, graph.num_states)
-    factor = None if weight is None else check_weight(weight, x0)
     if factor is not None:
         live = live & (factor > 0)
     logits, positions = score_rows(model, xt, t, live, graph.num_states, demand=DEMAND)
@@ -213,6 +221,7 @@ def _score_entropy(weigh: Weigh, logits: Tensor, graph: PosteriorGraph, x: Tenso
     sigma = expand_leading("sigma", sigma, x)
     rates = RatesInto.of(graph, x)
     live = rates.can_move(x, num_states)
+    check_possible(x, x0, live)
     positions = None if bool(live.all()) else live.flatten().nonzero()[:, 0]
     return spread(_live_loss(weigh, logits, positions, graph, rates, x[live], x0[live], sigma[live]), live)
 
@@ -226,14 +235,17 @@ def _loss(
     t: Tensor | None,
     xt: Tensor | None,
     weight: Tensor | None,
+    given: Tensor | None,
     generator: Generator | None,
     t_min: float,
 ) -> Tensor:
-    xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, generator=generator, t_min=t_min)
+    weight, drawn = check_clean(x0, graph, weight, given), xt is None
+    xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, given=given, generator=generator, t_min=t_min)
     rates = RatesInto.of(graph, xt)
     factor, live = dsigma, rates.can_move(xt, graph.num_states)
+    if not drawn:
+        check_possible(xt, x0, live, weight)
     if weight is not None:
-        weight = check_weight(weight, x0)
         factor, live = dsigma * weight, live & (weight > 0)
     logits, positions = score_rows(model, xt, sigma, live, graph.num_states, demand=DEMAND)
     loss = _live_loss(weigh, logits, positions, graph, rates, xt[live], x0[live], per_position[live])

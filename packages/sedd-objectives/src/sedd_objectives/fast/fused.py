@@ -11,8 +11,7 @@ is all that is kept. The gradients are thus known at the end of the forward pass
 the gradient of its one number, the sum of the loss.
 
 A linear head is handed over as what it is and costs three products (`linear_head.py`, on a GPU `kernel_head.py`); any
-other is called, and
-differentiated by autograd, chunk by chunk (`any_head.py`).
+other is called, and differentiated by autograd, chunk by chunk (`any_head.py`).
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..batch import check_clean, check_kept, check_possible
 from ..checks import (
     arithmetic_dtype,
     check_not_nan,
     check_sigma,
     check_states,
-    check_weight,
     expand_leading,
 )
 from ..cross_entropy import rate_back
@@ -67,6 +66,7 @@ def fused_denoising_loss(
     dsigma: Tensor,
     *,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     refuse_nan: bool = True,
 ) -> FusedLoss:
     """`denoising_loss` from the hidden states on: the same number and gradients, one chunk of log-scores at a time.
@@ -89,6 +89,8 @@ def fused_denoising_loss(
         dsigma: (B,) or (B, L), its derivative by time.
         weight: (B,) or (B, L) factor >= 0 of each position's loss, bool or float; 0 for padding, which then never
             reaches the head. Weights (B,) also serve times that were not drawn uniformly.
+        given: (B, L) bool, positions that stay clean, are seen by the model and do not count: the loss is that of the
+            others given them.
         refuse_nan: whether to raise where a loss is NaN. False returns it: for a caller that counts such sequences, and
             that cannot raise on one of several ranks while the others go on to their next exchange.
 
@@ -103,12 +105,14 @@ def fused_denoising_loss(
         raise ValueError(f"hidden must have shape (B, L, D) for x of shape (B, L), got {tuple(hidden.shape)}")
     check_states("x", x, graph.num_states)
     check_states("x0", x0, graph.num_states, x.shape)
+    weight = check_clean(x0, graph, weight, given)
+    check_kept(x, x0, given)
     check_sigma("sigma", sigma)
     sigma, factor = expand_leading("sigma", sigma, x), expand_leading("dsigma", dsigma, x)
     rates = RatesInto.of(graph, x)
     live = rates.can_move(x, graph.num_states)
+    check_possible(x, x0, live, weight)
     if weight is not None:
-        weight = check_weight(weight, x)
         factor, live = factor * weight, live & (weight > 0)
     dtype = arithmetic_dtype(hidden, sigma)
     positions = live.flatten().nonzero()[:, 0]  # the one time that a GPU is waited for
@@ -144,6 +148,7 @@ def fused_cross_entropy_loss(
     dsigma: Tensor,
     *,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     refuse_nan: bool = True,
 ) -> FusedLoss:
     """`cross_entropy_loss` from the hidden states on: the same number and gradients, one chunk of logits at a time.
@@ -160,6 +165,7 @@ def fused_cross_entropy_loss(
         sigma: (B,) or (B, L) total noise.
         dsigma: (B,) or (B, L), its derivative by time.
         weight: (B,) or (B, L) factor >= 0 of each position's loss, as for `fused_denoising_loss`.
+        given: (B, L) bool, positions that stay clean and do not count, as there.
         refuse_nan: whether to raise where a loss is NaN.
 
     Returns:
@@ -172,12 +178,14 @@ def fused_cross_entropy_loss(
         raise ValueError(f"hidden must have shape (B, L, D) for x of shape (B, L), got {tuple(hidden.shape)}")
     check_states("x", x, graph.num_states)
     check_states("x0", x0, graph.num_states, x.shape)
+    weight = check_clean(x0, graph, weight, given)
+    check_kept(x, x0, given)
     check_sigma("sigma", sigma)
     check_head(head, graph.num_states, hidden.shape[-1])
     sigma, factor = expand_leading("sigma", sigma, x), expand_leading("dsigma", dsigma, x)
     live = can_move(graph.rates_into(x), x, graph.num_states)
+    check_possible(x, x0, live, weight)
     if weight is not None:
-        weight = check_weight(weight, x)
         factor, live = factor * weight, live & (weight > 0)
     dtype = arithmetic_dtype(hidden)
     positions = live.flatten().nonzero()[:, 0]  # the one time that a GPU is waited for

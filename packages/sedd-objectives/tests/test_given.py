@@ -1,0 +1,243 @@
+"""Given positions stay clean, are seen, and do not count: losses and bounds are those of the others given them.
+
+Two positions, p(x2 = 1 | x1 = 0) = 1/10: -log of it is 2.3026, where the joint's is another number.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from sedd_objectives import (
+    any_order_loss,
+    autoregressive_loss,
+    cross_entropy_loss,
+    d3pm_bound,
+    d3pm_loss,
+    denoising_loss,
+    denoising_score_entropy,
+    elbo_loss,
+    fused_denoising_loss,
+    lambda_cross_entropy_loss,
+    leave_one_out_loss,
+    likelihood_bound,
+    masked_likelihood_bound,
+    monte_carlo,
+    posterior_loss,
+    reconstruction_loss,
+)
+
+JOINT = torch.tensor([[0.36, 0.04, 0.0], [0.1, 0.1, 0.1], [0.05, 0.05, 0.2]], dtype=torch.float64)
+X0 = torch.tensor([[0, 1]])
+GIVEN = torch.tensor([[True, False]])
+
+
+@pytest.fixture
+def absorbing(make_graphs):
+    return make_graphs(3)["absorbing"]
+
+
+def posterior(x, sigma):
+    """Logits of p(x_i | what is unmasked), (B, 2, 4), of the joint; the mask is state 3."""
+    first, second = x.T
+    rows = torch.stack([JOINT[:, s] if s < 3 else JOINT.sum(1) for s in second.tolist()])
+    columns = torch.stack([JOINT[s] if s < 3 else JOINT.sum(0) for s in first.tolist()])
+    logits = torch.stack([rows, columns], 1).clamp_min(1e-300).log()
+    return torch.cat([logits, torch.full((len(x), 2, 1), 9.0)], -1)
+
+
+def score(x, sigma):
+    log_p = posterior(x, sigma)[..., :3].log_softmax(-1)
+    return torch.cat([log_p - sigma.double().expm1().log()[:, None, None], torch.zeros(len(x), 2, 1)], -1)
+
+
+def repeated(count):
+    return X0.expand(count, 2), GIVEN.expand(count, 2)
+
+
+def test_bounds_of_an_absorbing_process_are_the_conditional_exactly(absorbing, log_linear, generator):
+    """Within 4 standard errors (a false alarm in 16,000) of log 10 where x2 is masked at t = 1, and log 3 where not."""
+    x0, given = repeated(2000)
+    how: dict[str, Any] = {"given": given, "generator": generator, "num_times": 8, "num_reconstructions": 2}
+    prior = 1e-3 * math.log(3)
+    want = (1 - 1e-3) * math.log(10) + prior
+    for bound in (
+        likelihood_bound(score, absorbing, log_linear, x0, **how),
+        masked_likelihood_bound(score, absorbing, log_linear, x0, **how),
+        d3pm_bound(posterior, absorbing, log_linear, x0, num_steps=5, **how),
+    ):
+        assert bound.prior[0] == pytest.approx(prior, rel=1e-4)
+        error = float(bound.value.std()) / 2000**0.5
+        assert abs(float(bound.value.mean()) - want) < 4 * error + 1e-6
+        assert error < 0.1
+    draws = elbo_loss(score, absorbing, log_linear, x0, given=given, generator=generator)
+    assert abs(float(draws.mean()) - want) < 4 * float(draws.std()) / 2000**0.5
+    draws = 0.999 * posterior_loss(posterior, absorbing, log_linear, x0, given=given, generator=generator)
+    assert abs(float(draws.mean()) - math.log(10)) < 4 * float(draws.std()) / 2000**0.5 + 0.01  # without its ends
+
+
+def test_losses_of_posteriors_are_the_conditional_too(absorbing, generator):
+    x0, given = repeated(2000)
+    found = any_order_loss(posterior, absorbing, x0, given=given, generator=generator)
+    torch.testing.assert_close(found, torch.full((2000,), math.log(10), dtype=torch.float64))  # one order, no spread
+    draws = monte_carlo(
+        lambda: lambda_cross_entropy_loss(posterior, absorbing, x0, given=given, generator=generator), 2
+    )
+    assert abs(float(draws.value.mean()) - math.log(10)) < 4 * float(draws.value.std()) / 2000**0.5
+
+
+@pytest.mark.parametrize("kind", ["uniform", "hybrid", "dense"])
+def test_under_other_graphs_they_bound_the_conditional_of_the_process_that_leaves_them_alone(
+    kind, make_graphs, log_linear, enumerated, generator
+):
+    """The exact score of x2 at noise, x1 being 0: the mean over p(x2 | x1 = 0) is its entropy and the prior's KL."""
+    graph = make_graphs(3)[kind]
+    data = enumerated(graph, length=1)
+    data.probability = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    count = 4000
+    x0 = torch.cat([torch.zeros(count, 1, dtype=torch.int64), data.sample(count, generator)], 1)
+    given = torch.tensor([[True, False]]).expand(count, 2)
+
+    def conditional(x, sigma):
+        assert (x[:, 0] == 0).all()
+        own = data.log_ratios(x[:, 1:], sigma)
+        return torch.cat([torch.full_like(own, 7.0), own], 1)
+
+    how: dict[str, Any] = {"num_times": 8, "num_reconstructions": 2, "t_min": 1e-4}
+    bound = likelihood_bound(conditional, graph, log_linear, x0, given=given, generator=generator, **how)
+    sigma = log_linear(torch.ones(()))[0]
+    p, prior = data.marginal(sigma), data.kernel(sigma) @ torch.full((3,), 1 / 3, dtype=torch.float64)
+    want = data.entropy() + float(torch.where(p > 0, p * (p / prior).log(), 0).sum())
+    assert abs(float(bound.value.mean()) - want) < 4 * float(bound.value.std()) / count**0.5
+
+
+def test_what_is_given_is_seen_clean_and_weighs_nothing(graph, log_linear, generator):
+    """Every loss with a batch of its own: the model is shown x0 there, and only the others contribute."""
+    x0 = torch.randint(5, (6, 4), generator=generator)
+    given = torch.rand(6, 4, generator=generator) < 0.5
+    given[:, 0], given[:, 1] = True, False
+    seen = []
+
+    def model(x, sigma):
+        seen.append(x)
+        return torch.where(given[..., None], torch.nan, 0.0).expand(6, 4, graph.num_states)
+
+    t = torch.full((6,), 0.9)
+    denoising_loss(model, graph, log_linear, x0, t, given=given, generator=generator)
+    reconstruction_loss(model, graph, log_linear, x0, t, given=given, generator=generator)
+    d3pm_loss(model, graph, log_linear, x0, torch.full((6,), 3), num_steps=4, given=given, generator=generator)
+    assert len(seen) == 3
+    assert all(torch.equal(x[given], x0[given]) for x in seen)
+    assert not all(torch.equal(x, x0) for x in seen)
+
+
+def test_the_fused_loss_leaves_them_out(make_graphs, generator):
+    graph, x0 = make_graphs(5)["uniform"], torch.randint(5, (3, 4), generator=generator)
+    given = torch.tensor([[True, False, False, True]]).expand(3, 4)
+    x = torch.where(given, x0, (x0 + 1) % 5)
+    hidden, sigma = torch.randn(3, 4, 5, generator=generator), torch.ones(3)
+    found = fused_denoising_loss(hidden, lambda h, x, s: h, graph, x, x0, sigma, sigma, given=given)
+    each = denoising_score_entropy(hidden, graph, x, x0, sigma)
+    torch.testing.assert_close(found.per_sequence, (each * ~given).sum(-1))
+    with pytest.raises(ValueError, match="xt must be x0 where it is given, it differs at 6 of these positions"):
+        fused_denoising_loss(hidden, lambda h, x, s: h, graph, (x0 + 1) % 5, x0, sigma, sigma, given=given)
+
+
+def test_weights_multiply_what_is_not_given(absorbing, log_linear):
+    x0, xt = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 3, 3]])
+    given, weight = torch.tensor([[True, False, False]]), torch.tensor([[5.0, 0.5, 2.0]])
+
+    def model(x, sigma):
+        return torch.zeros(1, 3, 4)
+
+    t = torch.full((1,), 0.5)
+    sigma, dsigma = log_linear(t)
+    found = cross_entropy_loss(model, absorbing, log_linear, x0, t, xt=xt, weight=weight, given=given)
+    torch.testing.assert_close(found, 2.5 * math.log(3) * dsigma / torch.expm1(sigma))
+
+
+def test_a_causal_model_is_given_a_prefix():
+    logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]])
+    x = torch.tensor([[0, 1, 1]])
+    each = -logits.log_softmax(-1).gather(-1, x[..., None])[..., 0]
+    given = torch.tensor([[True, False, False]])
+    found = autoregressive_loss(lambda x: logits, x, start=0, given=given)
+    torch.testing.assert_close(found, each[:, 1:].sum(-1))
+    with pytest.raises(ValueError, match="given must be a prefix of each sequence"):
+        autoregressive_loss(lambda x: logits, x, start=0, given=~given)
+
+
+CALLS = {
+    "denoising_loss": lambda g, n, **how: denoising_loss(score, g, n, how.pop("x0"), **how),
+    "likelihood_bound": lambda g, n, **how: likelihood_bound(score, g, n, how.pop("x0"), **how),
+    "reconstruction_loss": lambda g, n, **how: reconstruction_loss(
+        score, g, n, how.pop("x0"), torch.full((1,), 0.5), **how
+    ),
+    "cross_entropy_loss": lambda g, n, **how: cross_entropy_loss(posterior, g, n, how.pop("x0"), **how),
+    "lambda_cross_entropy_loss": lambda g, n, **how: lambda_cross_entropy_loss(posterior, g, how.pop("x0"), **how),
+    "masked_likelihood_bound": lambda g, n, **how: masked_likelihood_bound(score, g, n, how.pop("x0"), **how),
+    "elbo_loss": lambda g, n, **how: elbo_loss(score, g, n, how.pop("x0"), **how),
+    "posterior_loss": lambda g, n, **how: posterior_loss(posterior, g, n, how.pop("x0"), **how),
+    "leave_one_out_loss": lambda g, n, **how: leave_one_out_loss(posterior, g, n, how.pop("x0"), **how),
+    "any_order_loss": lambda g, n, **how: any_order_loss(posterior, g, how.pop("x0"), **how),
+    "d3pm_loss": lambda g, n, **how: d3pm_loss(posterior, g, n, how.pop("x0"), num_steps=3, **how),
+    "d3pm_bound": lambda g, n, **how: d3pm_bound(posterior, g, n, how.pop("x0"), num_steps=3, **how),
+    "fused_denoising_loss": lambda g, n, **how: fused_denoising_loss(
+        torch.zeros(*how["x0"].shape, 4), lambda h, x, s: h, g, how["x0"], how.pop("x0"), *[torch.ones(1)] * 2, **how
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (
+            {"x0": torch.tensor([[0, 3]])},
+            r"no mask \(mask_id 3\) where it counts or is given, got it at 1 of 2 positions",
+        ),
+        (
+            {"x0": torch.tensor([[3, 0]]), "weight": torch.tensor([[0, 1]]), "given": GIVEN},
+            r"no mask \(mask_id 3\) where it counts or is given",
+        ),
+        ({"x0": X0[:0]}, r"with B and L at least 1, got \(0, 2\)"),
+        ({"x0": X0[:, :0]}, r"with B and L at least 1, got \(1, 0\)"),
+        ({"x0": X0, "given": torch.tensor([True, False])}, r"given must be a bool mask of x0's shape \(1, 2\)"),
+        ({"x0": X0, "given": torch.tensor([[1, 0]])}, r"given must be a bool mask .*, got torch.int64"),
+        ({"x0": X0, "given": torch.tensor([[True, True]])}, "given is true at every position"),
+        ({"x0": X0, "given": GIVEN, "weight": torch.tensor([[1, 0]])}, "every position is given or has a weight of 0"),
+    ],
+)
+@pytest.mark.parametrize("name", CALLS)
+def test_one_rule_for_clean_data_and_one_message(name, how, message, absorbing, log_linear):
+    with pytest.raises(ValueError, match=message):
+        CALLS[name](absorbing, log_linear, **how)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_padding_may_hold_the_mask(name, absorbing, log_linear):
+    assert CALLS[name](absorbing, log_linear, x0=torch.tensor([[0, 3]]), weight=torch.tensor([[1, 0]])) is not None
+
+
+@pytest.mark.parametrize("name", ["denoising_loss", "cross_entropy_loss", "lambda_cross_entropy_loss"])
+def test_a_pair_that_cannot_be_is_named(name, absorbing, log_linear):
+    """An unmasked token that is not the clean one."""
+    with pytest.raises(ValueError, match="no jump leads into it, and it is another state, got such pairs at 1 of 2"):
+        CALLS[name](absorbing, log_linear, x0=X0, xt=torch.tensor([[3, 2]]))
+    with pytest.raises(ValueError, match="no jump leads into it, and it is another state"):
+        denoising_score_entropy(torch.zeros(1, 2, 4), absorbing, torch.tensor([[1, 3]]), X0, torch.ones(1))
+
+
+def test_one_time_for_all_reaches_the_network_as_one_a_sequence(absorbing, log_linear):
+    shapes = []
+
+    def model(x, sigma):
+        shapes.append(sigma.shape)
+        return score(x, sigma)
+
+    x0 = torch.tensor([[0, 1], [2, 2]])
+    one = denoising_loss(model, absorbing, log_linear, x0, torch.tensor(0.5), xt=torch.full((2, 2), 3))
+    both = denoising_loss(model, absorbing, log_linear, x0, torch.full((2,), 0.5), xt=torch.full((2, 2), 3))
+    assert shapes == [(2,), (2,)]
+    assert torch.equal(one, both)
