@@ -558,7 +558,7 @@ def script(run: Run, *options: str) -> None:
 def a_network(run: Run, *, dropout: float) -> Any:
     """SEDD small with a random head, the same every time."""
     torch.manual_seed(0)
-    net = SEDD(**(run.sizes | {"dropout": dropout}))
+    net = SEDD(**(run.sizes | {"dropout": dropout}), scale_by_sigma=True)
     nn.init.normal_(net.output_layer.linear.weight, std=0.02)
     return net.to(run.device).train(dropout > 0)
 

@@ -60,7 +60,7 @@ def main() -> None:
 
 def head_and_loss(given: argparse.Namespace) -> tuple[Callable[[], None], list[Callable[[], object]]]:
     """The fused loss, forward and backward; and the three products of the masked half."""
-    net = SEDD(given.states, width=given.width, depth=1, heads=max(1, given.width // 64))
+    net = SEDD(given.states, width=given.width, depth=1, heads=max(1, given.width // 64), scale_by_sigma=True)
     linear = net.output_layer.linear
     torch.nn.init.normal_(linear.weight, std=0.02)
     graph = Absorbing(given.states - 1)

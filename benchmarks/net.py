@@ -155,6 +155,7 @@ def build(given: argparse.Namespace) -> SEDD:
         heads=given.heads,
         length=given.length,
         dropout=given.dropout,
+        scale_by_sigma=True,
     )
     with torch.no_grad():
         for parameter in net.parameters():

@@ -49,6 +49,7 @@ net = SEDD(
     cond_dim=args.cond_dim,
     dropout=0.0,
     length=args.length,
+    scale_by_sigma=True,
 ).eval()
 torch.nn.init.normal_(net.output_layer.linear.weight, std=0.1)
 calls: list[float] = []

@@ -62,7 +62,7 @@ def network(given: argparse.Namespace) -> SEDD:
     """The same network every time."""
     torch.manual_seed(0)
     sizes = {"width": given.width, "depth": given.depth, "heads": given.width // 64, "length": given.length}
-    return SEDD(STATES, dropout=0.0, **sizes)
+    return SEDD(STATES, dropout=0.0, **sizes, scale_by_sigma=True)
 
 
 def draw(given: argparse.Namespace, size: int, seed: int) -> Batch:

@@ -49,8 +49,8 @@ def measure(given: argparse.Namespace) -> None:
     ranks, stage, before = dist.get_world_size(), given.stage, live()
     graph, noise = Absorbing(STATES - 1), LogLinear()
     sizes = {"width": given.width, "depth": given.depth, "heads": given.width // 64, "length": 8, "dropout": 0.0}
-    net = SEDD(STATES, **sizes)
-    averaged = SEDD(STATES, **sizes)  # what is measured while training
+    net = SEDD(STATES, **sizes, scale_by_sigma=True)
+    averaged = SEDD(STATES, **sizes, scale_by_sigma=True)  # what is measured while training
     parameters = sum(p.numel() for p in averaged.parameters())
     engine = start_engine(Loss(net, ScoreEntropy(graph, noise)), batch_size=ranks, micro_batches=ranks, stage=stage)
     average = EMA(engine, 0.9)

@@ -49,7 +49,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, coder: Any, save_causal: Any)
     root = tmp_path_factory.mktemp("made")
     sizes: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "length": LENGTH, "dropout": 0.0}
     torch.manual_seed(0)
-    absorb, uniform = SEDD(len(coder) + 1, cond_dim=8, **sizes), SEDD(len(coder), cond_dim=8, **sizes)
+    absorb, uniform = (
+        SEDD(len(coder) + 1, cond_dim=8, **sizes, scale_by_sigma=True),
+        SEDD(len(coder), cond_dim=8, **sizes, scale_by_sigma=False),
+    )
     start = {"graph": {"type": "absorb"}, **LOGLINEAR, "objective": {"type": "autoregressive"}}
     d3pm = {"graph": {"type": "absorb"}, **LOGLINEAR, "objective": {"type": "d3pm", "steps": 100}}
     characters = tokenizers.load_tokenizer("characters")
@@ -59,9 +62,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, coder: Any, save_causal: Any)
         "uniform": save_net(root / "uniform", uniform, coder, graph={"type": "uniform"}, **GEOMETRIC),
         "causal": save_net(root / "causal", Causal(len(coder) + 1, **sizes), coder, **start),
         "characters": save_net(
-            root / "characters", SEDD(28, cond_dim=8, **sizes), characters, graph={"type": "absorb"}, **LOGLINEAR
+            root / "characters",
+            SEDD(28, cond_dim=8, **sizes, scale_by_sigma=True),
+            characters,
+            graph={"type": "absorb"},
+            **LOGLINEAR,
         ),
-        "d3pm": save_net(root / "d3pm", SEDD(len(coder) + 1, cond_dim=8, **sizes), coder, **d3pm),
+        "d3pm": save_net(root / "d3pm", SEDD(len(coder) + 1, cond_dim=8, **sizes, scale_by_sigma=True), coder, **d3pm),
         "judge": save_causal(root / "judge", coder),
         "other judge": save_causal(root / "other", tokenizers.load_tokenizer("bpe:270", lambda: TEXTS)),
         "short judge": save_causal(root / "short", coder, context=8),

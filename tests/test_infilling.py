@@ -36,9 +36,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, save_causal: Any) -> dict[str
     causal = {**absorb, "objective": {"type": "autoregressive"}}
     torch.manual_seed(0)
     for name, net, words, sections in [
-        ("absorb", SEDD(len(coder) + 1, cond_dim=8, **sizes), coder, absorb),
+        ("absorb", SEDD(len(coder) + 1, cond_dim=8, **sizes, scale_by_sigma=True), coder, absorb),
         ("causal", Causal(len(coder) + 1, **sizes), coder, causal),
-        ("other", SEDD(len(other) + 1, cond_dim=8, **sizes), other, absorb),
+        ("other", SEDD(len(other) + 1, cond_dim=8, **sizes, scale_by_sigma=True), other, absorb),
     ]:
         for weights in net.parameters():  # of which many begin at zero, so that no position sees another
             torch.nn.init.normal_(weights, std=0.5)

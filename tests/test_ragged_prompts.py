@@ -20,7 +20,7 @@ LABELS = torch.tensor([0, 1, -1, 2])
 @pytest.mark.parametrize("family", [SEDD, RADD])
 def test_a_row_is_what_it_is_alone(family, method):
     torch.manual_seed(0)
-    net = family(10, **SIZES).eval()
+    net = family(10, **SIZES, **({"scale_by_sigma": True} if family is SEDD else {})).eval()
     if family is SEDD:
         net.condition_embed = LabelCondition(3, net.cond_dim)
     with torch.no_grad():

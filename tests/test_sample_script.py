@@ -47,7 +47,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory, coder: Any) -> dict[str, Pat
     folders = {}
     for name, (family, states, sections) in kinds.items():
         torch.manual_seed(0)
-        net: Any = family(states, **sizes, **({"cond_dim": 8} if family is SEDD else {}))
+        own = {"cond_dim": 8, "scale_by_sigma": name == "absorb"} if family is SEDD else {}
+        net: Any = family(states, **sizes, **own)
         torch.nn.init.normal_(net.output_layer.linear.weight, std=0.5)
         folders[name] = tmp_path_factory.mktemp(name)
         net.save_pretrained(folders[name], sections={"tokens": vocabulary, **sections})

@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, save_causal: Any) -> dict[str
     root = tmp_path_factory.mktemp("made")
     coder = tokenizers.load_tokenizer("bpe:280", lambda: [*SENTENCES, *LINES])
     torch.manual_seed(0)
-    net = SEDD(len(coder) + 1, width=16, depth=1, heads=2, cond_dim=8, length=LENGTH, dropout=0.0)
+    net = SEDD(len(coder) + 1, width=16, depth=1, heads=2, cond_dim=8, length=LENGTH, dropout=0.0, scale_by_sigma=True)
     torch.nn.init.normal_(net.output_layer.linear.weight, std=0.5)
     sections = {"tokens": len(coder), "graph": {"type": "absorb"}, "noise": {"type": "loglinear"}}
     net.save_pretrained(root / "ours", sections=sections)

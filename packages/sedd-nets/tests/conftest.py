@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def make_sedd():
     """A small network whose every parameter is random, so that no gate or head hides what lies behind it."""
 
     def make(num_states=11, *, seed=0, **options):
-        sizes = {"width": 16, "depth": 2, "heads": 2, "cond_dim": 8, "length": 12, "dropout": 0.0} | options
+        sizes: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "cond_dim": 8, "length": 12, "dropout": 0.0}
+        sizes |= {"scale_by_sigma": True} | options
         net = SEDD(num_states, **sizes)
         net.sections = {"graph": {"type": "absorb"}, "noise": {"type": "loglinear"}}
         randomise(net, seed)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from sedd_nets import RADD, SEDD, Documents
 from sedd_nets.attention import ScaledDotProduct
 from torch._dynamo.backends.debugging import aot_eager
 
+ScaledSEDD = partial(SEDD, scale_by_sigma=True)
 pytestmark = [
     # torch's compiler looks for gradients of whatever enters a graph, and torch warns it,
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -67,7 +69,9 @@ def loss_and_gradients(net, run, x, sigma):
     return loss.detach(), [parameter.grad.clone() for parameter in net.parameters()]
 
 
-@pytest.mark.parametrize(("family", "depth", "checkpointed"), [(SEDD, 1, False), (SEDD, 1, True), (RADD, 2, False)])
+@pytest.mark.parametrize(
+    ("family", "depth", "checkpointed"), [(ScaledSEDD, 1, False), (ScaledSEDD, 1, True), (RADD, 2, False)]
+)
 def test_training_forward_is_one_graph(family, depth, checkpointed, wide, randomise_):
     net = family(11, width=16, depth=depth, heads=2, length=12, dropout=0.3).double()
     randomise_(net)
@@ -101,7 +105,7 @@ def test_compiled_trunk_in_bfloat16_with_dropout(make_sedd, batch):
     assert all(parameter.grad.isfinite().all() for parameter in trunk)
 
 
-@pytest.mark.parametrize(("family", "checkpointed"), [(SEDD, True), (RADD, False)])
+@pytest.mark.parametrize(("family", "checkpointed"), [(ScaledSEDD, True), (RADD, False)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_blocks_are_one_graph_for_all_of_them(family, checkpointed, packed, wide, randomise_):
     net = family(11, width=16, depth=3, heads=2, length=12, dropout=0.3).double()

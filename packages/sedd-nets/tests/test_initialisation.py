@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {"width": 128, "depth": 3, "heads": 4, "dropout": 0.0, "
 
 def networks():
     torch.manual_seed(0)
-    return [SEDD(40, cond_dim=16, **SIZES), RADD(40, **SIZES), MDLM(40, cond_dim=16, **SIZES)]
+    return [SEDD(40, cond_dim=16, **SIZES, scale_by_sigma=True), RADD(40, **SIZES), MDLM(40, cond_dim=16, **SIZES)]
 
 
 @pytest.mark.parametrize("net", networks(), ids=["sedd", "radd", "mdlm"])

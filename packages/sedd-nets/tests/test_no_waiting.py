@@ -1,5 +1,7 @@
 """A step on an accelerator reads nothing back to the host: shown on the CPU, by what is dispatched."""
 
+from typing import Any
+
 import pytest
 import torch
 from sedd_nets import MDLM, RADD, SEDD, Documents, LabelCondition
@@ -34,9 +36,9 @@ def as_on_an_accelerator(monkeypatch):
 
 
 def networks():
-    sizes = {"width": 16, "depth": 2, "heads": 2, "length": 12, "dropout": 0.3}
-    sedd = SEDD(11, **sizes)
-    sedd.condition_embed = LabelCondition(5, sedd.cond_dim)
+    sizes: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "length": 12, "dropout": 0.3}
+    sedd = SEDD(11, **sizes, scale_by_sigma=True)
+    sedd.condition_embed = LabelCondition(5, 128)
     return [sedd, RADD(11, **sizes), MDLM(11, **sizes)]
 
 

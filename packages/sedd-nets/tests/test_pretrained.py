@@ -372,7 +372,7 @@ def test_json_that_python_cannot_take(golden, tmp_path):
 
 
 def test_it_is_said_that_graph_and_schedule_are_forgotten(tmp_path):
-    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8, length=12)
+    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8, length=12, scale_by_sigma=True)
     with pytest.warns(UserWarning, match=r"will not say which graph and noise .*give sections=\{'graph': \{...\}"):
         net.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="will not say which noise the network"):

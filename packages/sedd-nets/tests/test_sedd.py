@@ -25,7 +25,7 @@ def test_entry_at_x_is_zero(make_sedd, batch):
 
 def test_fresh_network_guesses_uniformly(batch):
     x, sigma = batch
-    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8)
+    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8, scale_by_sigma=True)
     log_score = net(x, sigma)
     expected = -torch.log(torch.expm1(sigma.double()) * 10)[:, None, None].expand(3, 7, 11).clone()
     expected.scatter_(-1, x[..., None], 0.0)
@@ -34,7 +34,7 @@ def test_fresh_network_guesses_uniformly(batch):
 
 @pytest.mark.parametrize("sigma", [1e-6, 1e-3, 50.0, 200.0])
 def test_offset_holds_at_extreme_noise(sigma):
-    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8)
+    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8, scale_by_sigma=True)
     x = torch.tensor([[10]])
     log_score = net(x, torch.tensor([sigma]))[0, 0, 0].item()
     log_expm1 = math.log(math.expm1(sigma)) if sigma < 100 else sigma
@@ -43,7 +43,7 @@ def test_offset_holds_at_extreme_noise(sigma):
 
 def test_initialisation_is_the_papers():
     torch.manual_seed(0)
-    net = SEDD(1000, width=64, depth=2, heads=4, cond_dim=32)
+    net = SEDD(1000, width=64, depth=2, heads=4, cond_dim=32, scale_by_sigma=True)
     for name, parameter in net.named_parameters():
         if "adaLN_modulation" in name or name.startswith("output_layer.linear"):
             assert (parameter == 0).all(), name
@@ -186,7 +186,7 @@ def test_float32_islands_under_autocast(make_sedd, batch):
         assert torch.equal(seen[name], value), name
     # The offset is exact: only the logits carry bfloat16's rounding, whatever sigma.
     torch.testing.assert_close(log_score, exact, atol=0.2, rtol=0)
-    fresh = SEDD(11, width=16, depth=1, heads=2, cond_dim=8)
+    fresh = SEDD(11, width=16, depth=1, heads=2, cond_dim=8, scale_by_sigma=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         offset = fresh(x, sigma)
     assert torch.equal(offset, fresh(x, sigma))
@@ -281,7 +281,7 @@ def test_the_noise_may_come_in_float64(make_sedd, batch, scale_by_sigma):
 
 
 def test_published_names():
-    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8)
+    net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8, scale_by_sigma=True)
     assert isinstance(net, nn.Module)
     assert set(net.state_dict()) == {
         "vocab_embed.embedding",

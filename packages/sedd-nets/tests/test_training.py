@@ -1,5 +1,6 @@
 """What training asks of a network: recomputed activations, bfloat16, counts of its work."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from sedd_nets import MDLM, RADD, SEDD, Documents
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+ScaledSEDD = partial(SEDD, scale_by_sigma=True)
 SIZES: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "length": 12, "dropout": 0.0}
 
 
@@ -18,7 +20,7 @@ def loss_and_gradients(net, run, x, sigma):
     return loss.detach(), [parameter.grad.clone() for parameter in net.parameters()]
 
 
-@pytest.mark.parametrize("family", [SEDD, RADD, MDLM])
+@pytest.mark.parametrize("family", [ScaledSEDD, RADD, MDLM])
 def test_recomputed_activations_with_documents(family, batch, randomise_):
     x, sigma = batch
     net = family(11, **SIZES | {"dropout": 0.3}).train()
@@ -65,7 +67,7 @@ def test_stream_and_norms_are_float32_under_autocast(make_sedd, batch):
         assert dtypes[name].dtype == torch.bfloat16, name
 
 
-@pytest.mark.parametrize("family", [SEDD, RADD, MDLM])
+@pytest.mark.parametrize("family", [ScaledSEDD, RADD, MDLM])
 @pytest.mark.parametrize("rows", [None, 5])
 def test_flops_are_what_torch_counts(family, rows):
     net = family(50, **SIZES)
@@ -76,7 +78,7 @@ def test_flops_are_what_torch_counts(family, rows):
     assert counter.get_total_flops() == net.flops(12, rows=rows)
 
 
-@pytest.mark.parametrize("family", [SEDD, RADD, MDLM])
+@pytest.mark.parametrize("family", [ScaledSEDD, RADD, MDLM])
 def test_parameter_counts_add_up(family):
     net = family(50, **SIZES)
     counts = net.parameter_counts()

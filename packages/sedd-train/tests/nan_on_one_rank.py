@@ -18,7 +18,7 @@ rank = dist.get_rank()
 found = []
 for stage in range(4):
     torch.manual_seed(0)
-    net = SEDD(12, width=16, depth=2, heads=2, cond_dim=8, dropout=0.0, length=8)
+    net = SEDD(12, width=16, depth=2, heads=2, cond_dim=8, dropout=0.0, length=8, scale_by_sigma=True)
     engine = start_engine(Loss(net, ScoreEntropy(GRAPH, NOISE)), batch_size=8, micro_batches=4, stage=stage)
     on = {"factor": 1.0}
     embedding = engine.module.net.vocab_embed

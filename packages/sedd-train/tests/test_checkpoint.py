@@ -256,7 +256,7 @@ def test_an_edited_text_is_noticed_at_resume(old, process, tmp_path):
 
 @deepspeed
 def test_weights_of_another_network_are_refused(old, process, tmp_path):
-    net = SEDD(28, width=32, depth=1, heads=2, cond_dim=8, dropout=0.1, length=16)
+    net = SEDD(28, width=32, depth=1, heads=2, cond_dim=8, dropout=0.1, length=16, scale_by_sigma=True)
     with pytest.raises(SetupError, match=r"another network's: .*blocks\.0.* differ in name or shape"):
         train(recipes.for_run(old, "", {}, resume=True), output=old, net=net, resume=True, cache=tmp_path)
 

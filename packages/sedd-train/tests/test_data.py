@@ -396,7 +396,9 @@ def test_padding_touches_neither_loss_nor_attention(coder):
     texts = ["We the People of", "a more perfect Union, in Order", "the"]
     tokens, graph, noise = tokenise(texts, coder), Absorbing(len(coder)), LogLinear()
     torch.manual_seed(0)
-    net = SEDD(graph.num_states, width=32, depth=2, heads=2, cond_dim=16, dropout=0.0, length=24).eval()
+    net = SEDD(
+        graph.num_states, width=32, depth=2, heads=2, cond_dim=16, dropout=0.0, length=24, scale_by_sigma=True
+    ).eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     t, lengths = torch.tensor([0.3, 0.5, 0.7]), tokens.lengths(range(3), 24)

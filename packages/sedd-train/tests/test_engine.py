@@ -18,7 +18,7 @@ GRAPH, NOISE = Absorbing(11), LogLinear()
 
 def network():
     torch.manual_seed(0)
-    net = SEDD(12, width=16, depth=2, heads=2, cond_dim=8, dropout=0.0, length=8)
+    net = SEDD(12, width=16, depth=2, heads=2, cond_dim=8, dropout=0.0, length=8, scale_by_sigma=True)
     torch.nn.init.normal_(net.output_layer.linear.weight, std=0.1)
     return net
 

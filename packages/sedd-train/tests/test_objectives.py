@@ -49,7 +49,11 @@ def test_a_normalised_network_s_score_entropy_is_its_masked_cross_entropy():
 def test_the_mean_of_a_baseline_s_losses_is_its_bound_without_the_prior_s_term(graph, objective):
     """Within 5 standard errors: a false alarm in 2 million. The autoregressive one is exact."""
     states = graph.num_states
-    net = Causal(states, **SIZES) if isinstance(objective, Autoregressive) else SEDD(states, cond_dim=8, **SIZES)
+    net = (
+        Causal(states, **SIZES)
+        if isinstance(objective, Autoregressive)
+        else SEDD(states, cond_dim=8, **SIZES, scale_by_sigma=True)
+    )
     net = randomise(net)
     x0 = torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1)).repeat(500, 1)
     t = randomness.times(0, 0, range(len(x0)), len(x0), 1e-6)[torch.randperm(len(x0))]
@@ -84,7 +88,7 @@ def test_a_document_in_a_padded_row_costs_what_it_costs_alone(kind):
     }
     objective = objectives[kind]
     sizes = SIZES | {"dropout": 0.5}
-    net = Causal(12, **sizes) if kind == "autoregressive" else SEDD(12, cond_dim=8, **sizes)
+    net = Causal(12, **sizes) if kind == "autoregressive" else SEDD(12, cond_dim=8, **sizes, scale_by_sigma=True)
     net = randomise(net).double().train()
     xt, t = objective.noised(x0, torch.tensor([0.9, 0.8, 0.7]).double(), seed=0, step=0, samples=range(3))
 

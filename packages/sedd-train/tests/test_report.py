@@ -74,7 +74,7 @@ def test_levels_of_a_network_that_knows_nothing():
     """
     torch.manual_seed(0)
     graph, noise, length = Absorbing(20), LogLinear(), 32
-    net = SEDD(21, width=16, depth=1, heads=2, cond_dim=8, length=length).eval()
+    net = SEDD(21, width=16, depth=1, heads=2, cond_dim=8, length=length, scale_by_sigma=True).eval()
     blocks = torch.randint(20, (60, length))
     found = by_noise_level(net, graph, noise, blocks, num_levels=16)
     assert found.t[[0, -1]].tolist() == pytest.approx([1e-3 + 0.999 / 32, 1 - 0.999 / 32])
@@ -184,7 +184,7 @@ def test_a_copy_of_the_log_that_fails_costs_a_warning(tmp_path, monkeypatch, rec
 
 def test_the_arithmetic_of_training():
     """12 D^2 multiplications a block and token, the head for the half of the tokens that is masked, three passes."""
-    net = SEDD(101, width=32, depth=3, heads=2, cond_dim=8, length=64)
+    net = SEDD(101, width=32, depth=3, heads=2, cond_dim=8, length=64, scale_by_sigma=True)
     modulation = 2 * 8 * (256 + 8 + (6 * 3 + 2) * 32) / 64  # once a sequence
     head, blocks = 2 * 32 * 101, 3 * (2 * 12 * 32**2 + 4 * 64 * 32)
     found = flops.training_flops(net, ScoreEntropy(Absorbing(100), LogLinear()), 64)

@@ -52,7 +52,8 @@ class SEDD(Transformer):
         heads: the attention heads of a block.
         cond_dim: width of the embedding of sigma.
         dropout: on the output of attention and MLP, in training mode.
-        scale_by_sigma: see above; True for absorbing graphs.
+        scale_by_sigma: see above. True where the graph has a mask, False where tokens only turn into others: there is
+            no default, for a fresh network of the other kind starts at hundreds of nats a token.
         length: the longest sequence accepted.
 
     Raises:
@@ -68,7 +69,7 @@ class SEDD(Transformer):
         heads: int,
         cond_dim: int = 128,
         dropout: float = 0.1,
-        scale_by_sigma: bool = True,
+        scale_by_sigma: bool,
         length: int = 1024,
     ) -> None:
         super().__init__(
