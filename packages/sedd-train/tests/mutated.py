@@ -64,9 +64,14 @@ def originals(root: Path) -> list[Path]:
     """A whole checkpoint of each layout."""
     torch.manual_seed(0)
     nets: dict[str, tuple[Any, Any, Any, Any]] = {
-        "sedd": (SEDD(11, **SIZES, cond_dim=4), Absorbing(10), LogLinear(), words(10)),
+        "sedd": (SEDD(11, **SIZES, cond_dim=4, scale_by_sigma=True), Absorbing(10), LogLinear(), words(10)),
         "radd": (RADD(11, **SIZES, mask_id=4), Absorbing(10, mask_id=4), LogLinear(), words(11, mask=4)),
-        "hybrid": (SEDD(11, **SIZES, cond_dim=4), Hybrid(10, uniform_rate=1.0, mask_rate=0.5), Geometric(), words(10)),
+        "hybrid": (
+            SEDD(11, **SIZES, cond_dim=4, scale_by_sigma=True),
+            Hybrid(10, uniform_rate=1.0, mask_rate=0.5),
+            Geometric(),
+            words(10),
+        ),
         "bd3lm": (BD3LM(11, **SIZES, cond_dim=4, block_size=4), Absorbing(10), LogLinear(), words(10)),
         "udlm": (UDLM(11, **SIZES, cond_dim=4, classes=3), Uniform(11), LogLinear(), words(11)),
         "mdlm": (MDLM(11, **SIZES, cond_dim=4), Absorbing(10), LogLinear(), words(10)),
