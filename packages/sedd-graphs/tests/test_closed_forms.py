@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sedd_graphs import Absorbing, Clustered, Hybrid, Masked, PacedAbsorbing, Uniform
+from sedd_graphs import Absorbing, Clustered, Hybrid, LogLinear, Masked, Ordinal, PacedAbsorbing, Uniform
 
 GRAPHS = [
     Absorbing(5),
@@ -114,6 +114,22 @@ def test_posterior_is_bayes_rule(graph, generator_matrix):
     expected = joint[possible] / joint[possible].sum(-1, keepdim=True)
     row = graph.posterior(x[possible], x0[possible], s, t)
     torch.testing.assert_close(row.dense(), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_few_have_moved_before_the_fastest_rate_says_so(graph):
+    states, share = every_state(graph), 1e-3
+    rate = graph.max_rate()
+    torch.testing.assert_close(rate, float(-graph.rates_into(states).dense().diagonal().min()))
+    stayed = graph.transition_from(states, torch.tensor(share / rate)).at(states)
+    assert 1 - share <= stayed.min() < 1 - 0.9 * share
+
+
+def test_the_default_first_time_is_late_for_many_ordered_states():
+    graph, noise, x = Ordinal(256), LogLinear(), torch.tensor(128)
+    moved = 1 - graph.transition_from(x, noise(torch.tensor(1e-5))[0]).at(x)
+    assert 0.12 < moved < 0.13
+    early = noise.inverse(torch.tensor(1e-3 / graph.max_rate()))
+    assert 1 - graph.transition_from(x, noise(early)[0]).at(x) < 1.001e-3
 
 
 def test_noise_level_a_sequence_and_a_position_agree(graph):

@@ -32,6 +32,9 @@ _FEW_IMAGES = 0.3  # total noise up to which six images are all of C(n) in float
 class Ordinal(Graph):
     """N states in a row, each jumping to either neighbour at `rate`.
 
+    Rates grow like N^2: with 256 states, an eighth of all tokens has moved at sigma = 1e-5 already. A bound's t_min
+    must be earlier there than elsewhere; `max_rate` says how early.
+
     Rows of exp(sigma Q) name all N states; nothing of N x N is kept. The inverse of such a smoothing is ill-posed:
     `propagate` at sigma = -d grows by up to e^(4 rate d), so that Tweedie steps must be short; Euler steps need not be.
 
