@@ -94,8 +94,8 @@ class Graph(ABC):
     def max_rate(self) -> float:
         """The fastest rate of leaving a state: at total noise share / rate at most `share` of the tokens have moved.
 
-        So `noise.inverse(torch.tensor(1e-3 / graph.max_rate()))` is a t_min for the bound (9) at which its reconstruction
-        term has little to undo. The rate is computed anew at each call: ask once.
+        So `noise.inverse(torch.tensor(1e-3 / graph.max_rate()))` is a t_min for the bound (9) at which its
+        reconstruction term has little to undo. The rate is computed anew at each call: ask once.
         """
         states = torch.arange(self.num_states)
         return -float(self.rates_out_of(states).at(states).min())
