@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from sedd_objectives import denoising_loss, denoising_score_entropy
+from sedd_objectives import denoising_loss, denoising_score_entropy, denoising_score_entropy_without_constant
 from torch import nn
 
 rows_module = importlib.import_module("sedd_objectives.fast.rows")
@@ -233,3 +233,22 @@ def test_bad_shapes_of_the_function_of_one_noise_level(make_graphs, x0):
         denoising_score_entropy(torch.zeros(3, 7, 5), graph, x0, x0[:2], sigma)
     with pytest.raises(ValueError, match="sigma must be a floating tensor"):
         denoising_score_entropy(torch.zeros(3, 7, 5), graph, x0, x0, sigma.long())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "absorbing", "hybrid"])  # whose closed forms are differentiable
+@pytest.mark.usefixtures("float64_rates")
+def test_without_its_constant_it_has_a_slope_by_the_noise(kind, make_graphs, generator):
+    """Where ratios are 0 their logarithm has none, and must not be asked."""
+    graph = make_graphs(5)[kind]
+    x0 = torch.randint(5, (3, 7), generator=generator)
+    sigma = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+    x = graph.sample(x0, sigma, generator=generator)
+    log_score = torch.randn(3, 7, graph.num_states, generator=generator, dtype=torch.float64)
+
+    def loss(sigma):
+        return denoising_score_entropy_without_constant(log_score, graph, x, x0, sigma)
+
+    leaf = sigma.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(leaf).sum(), leaf)
+    quotient = (loss(sigma + 1e-6) - loss(sigma - 1e-6)).sum(-1) / 2e-6
+    torch.testing.assert_close(slope, quotient, rtol=1e-6, atol=1e-7)

@@ -115,8 +115,12 @@ def score_entropy_constant(graph: Graph, x: Tensor, x0: Tensor, sigma: Tensor) -
         dtype = torch.float64 if ratio.value.dtype == torch.float64 else torch.float32
         jumps = merge(graph.rates_into(x), ratio, x, dtype)
         distinct = 1 + (jumps.index[:, 1:] != jumps.index[:, :-1]).sum(-1)
-        base = jumps.base_weight * (graph.num_states - distinct) * constant(jumps.base_ratio)
-        total = base + torch.where(jumps.weight > 0, jumps.weight * constant(jumps.ratio), 0).sum(-1)
+        base_ratio, listed = (  # a ratio that does not count may be infinite, and 0 times it no number
+            torch.where(weight > 0, ratio, 1)
+            for weight, ratio in ((jumps.base_weight, jumps.base_ratio), (jumps.weight, jumps.ratio))
+        )
+        base = jumps.base_weight * (graph.num_states - distinct) * constant(base_ratio)
+        total = base + (jumps.weight * constant(listed)).sum(-1)
     if not bool(total.isfinite().all()):
         count = int((~total.isfinite()).sum())
         raise ValueError(f"x cannot have come from its x0 at this sigma, or sigma is 0, at {count} positions")

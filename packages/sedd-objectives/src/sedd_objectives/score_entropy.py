@@ -47,7 +47,8 @@ def plain_concrete_score_matching(log_score: Tensor, ratio: Tensor, weight: Tens
 
 def constant(ratio: Tensor) -> Tensor:
     """K(r) = r (log r - 1), elementwise, and K(0) = 0: what makes score entropy 0 at its minimum."""
-    return torch.xlogy(ratio, ratio) - ratio
+    positive = torch.where(ratio > 0, ratio, 1)  # filled twice, for the slope is infinite at 0
+    return torch.where(ratio > 0, positive * (positive.log() - 1), 0)
 
 
 def score_entropy(log_score: Tensor, ratio: Row | Tensor, weight: Row | Tensor, x: Tensor) -> Tensor:

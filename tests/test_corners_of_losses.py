@@ -1,0 +1,70 @@
+"""Losses on graphs whose rows are all different numbers: far states, tiny noise, slopes where ratios vanish."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sedd_graphs import Absorbing, Dense, Geometric, Graph, Ordinal
+from sedd_objectives import d3pm_bound, d3pm_loss, denoising_score_entropy_without_constant
+
+
+@pytest.mark.parametrize("num_states", [8, 16, pytest.param(256, marks=pytest.mark.slow)])
+def test_d3pm_is_finite_on_ordered_states_and_has_finite_slopes(num_states):
+    """Steps at noise from 1e-4 to 8, in float32, of a fresh table of logits."""
+    torch.manual_seed(0)
+    net = torch.nn.Embedding(num_states, num_states)
+    x0 = torch.randint(num_states, (64, 8))
+    loss = d3pm_loss(lambda x, s: net(x), Ordinal(num_states), Geometric(1e-4, 8.0), x0, num_steps=1000)
+    assert loss.isfinite().all()
+    loss.sum().backward()
+    assert net.weight.grad is not None
+    assert net.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("num_states", [16, pytest.param(256, marks=pytest.mark.slow)])
+def test_d3pm_bounds_the_entropy_on_ordered_states(num_states):
+    """One position with the exact posterior, drawn from p: the mean is not below the truth by 4 standard errors.
+
+    The truth is the entropy and KL(p_T || prior), the prior being uniform; in one position there is nothing else.
+    """
+    generator = torch.Generator().manual_seed(0)
+    graph, noise = Ordinal(num_states), Geometric(1e-4, 8.0)
+    p = torch.rand(num_states, generator=generator, dtype=torch.float64) ** 3
+    p = p / p.sum()
+    every = torch.arange(num_states)
+
+    def posterior(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        levels, which = sigma.double().unique(return_inverse=True)
+        rows = [graph.transition_into(every, level.expand(num_states)).value for level in levels]
+        joint = torch.stack(rows)[which][torch.arange(len(x)), x[:, 0]] * p
+        return joint.log().clamp_min(-1e4)[:, None]
+
+    x0 = torch.multinomial(p, 200, replacement=True, generator=generator)[:, None]
+    how: dict[str, Any] = {"num_steps": 20, "num_times": 8, "num_reconstructions": 2}
+    bound = d3pm_bound(posterior, graph, noise, x0, generator=generator, **how)
+    assert bound.value.isfinite().all()
+    last = graph.transition_into(every, noise(torch.ones((), dtype=torch.float64))[0].expand(num_states)).value @ p
+    truth = float(-(p * p.log()).sum() + (last * (last * num_states).log()).sum())
+    error = float(bound.value.std()) / 200**0.5
+    assert truth - 4 * error < float(bound.value.mean()) < truth + 0.02 * num_states + 4 * error
+
+
+@pytest.mark.parametrize(
+    "graph", [Ordinal(6), Dense(torch.tensor([[-1.0, 0.5, 0.0], [1.0, -1.0, 0.0], [0.0, 0.5, 0.0]])), Absorbing(4)]
+)
+def test_eq_7_without_its_constant_has_a_slope_by_the_noise(graph: Graph):
+    generator = torch.Generator().manual_seed(1)
+    x0 = torch.randint(2, (5, 4), generator=generator)
+    sigma = torch.full((5,), 0.7, dtype=torch.float64)
+    x = graph.sample(x0, sigma, generator=generator)
+    log_score = torch.randn(5, 4, graph.num_states, generator=generator, dtype=torch.float64)
+
+    def loss(sigma: torch.Tensor) -> torch.Tensor:
+        return denoising_score_entropy_without_constant(log_score, graph, x, x0, sigma)
+
+    leaf = sigma.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(leaf).sum(), leaf)
+    quotient = (loss(sigma + 1e-5) - loss(sigma - 1e-5)).sum(-1) / 2e-5
+    torch.testing.assert_close(slope, quotient, rtol=1e-4, atol=1e-5)
