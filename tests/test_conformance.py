@@ -200,7 +200,7 @@ def test_the_bound_has_its_three_terms(parts: Parts) -> None:
 def test_a_batch_that_cannot_move_costs_nothing(graph: Any) -> None:
     """No mask is left, so that losses ask the graph and the network for the rows of no position."""
     torch.manual_seed(0)
-    net = SEDD(6, width=16, depth=1, heads=2, cond_dim=8, length=4, scale_by_sigma=True)
+    net = SEDD(6, width=16, depth=1, heads=2, cond_dim=8, length=4, scale_by_sigma=True).eval()
     x0, t = _tokens(graph, (3, 4)), torch.full((3,), 1e-3)
     loss = denoising_loss(net, graph, LogLinear(), x0, t, xt=x0)
     torch.autograd.backward(loss.sum())
