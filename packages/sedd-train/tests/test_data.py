@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
-from sedd_train import corpora, loading, prompts, token_cache, tokenizers
+from sedd_train import corpora, loading, prompts, storage, token_cache, tokenizers
 from sedd_train.text8 import CHARACTERS, to_text8
 from sedd_train.tokens import Tokens, inside, tokenise, unigram_entropy
 
+UMASK = os.umask(0)
+os.umask(UMASK)
 TEXTS = ["We the People of the United States, in Order to form a more perfect Union,"] * 30 + ["Fellow-citizens. " * 50]
 
 
@@ -81,6 +83,40 @@ def test_the_cache_is_read_back_and_rebuilt_when_damaged(folder, tmp_path):
             assert file.read_bytes() == content
             assert rebuilt.fingerprint == first.fingerprint
     assert len(said) == 7
+
+
+def test_a_cache_is_read_whole_once_and_from_a_disk_that_can_only_be_read(folder, tmp_path, monkeypatch):
+    summed: list[int] = []
+    checksum = token_cache._checksum
+
+    def noted(flat):
+        summed.append(len(flat))
+        return checksum(flat)
+
+    monkeypatch.setattr(token_cache, "_checksum", noted)
+    first = token_cache.prepare(str(folder), "bpe:300", tmp_path / "cache")
+    (made,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert made.stat().st_mode & 0o777 == 0o777 & ~UMASK  # others may read it
+    assert len(summed) == 6
+    for path in (tmp_path / "cache").glob("*.lock"):
+        path.unlink()
+    monkeypatch.setattr(token_cache, "FileLock", None)  # nothing is locked, and nothing written
+    monkeypatch.setattr(storage, "write_text", None)
+    again = token_cache.prepare(str(folder), "bpe:300", tmp_path / "cache")
+    assert again.fingerprint == first.fingerprint
+    assert len(summed) == 6
+    assert not list((tmp_path / "cache").glob("*.lock"))
+
+
+def test_what_a_killed_process_left_of_a_cache_is_removed(folder, tmp_path):
+    token_cache.prepare(str(folder), "bpe:300", tmp_path)
+    (made,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    left = tmp_path / f"{made.name}.12345"
+    left.mkdir()
+    (left / "train.bin").write_bytes(b"half")
+    (made / "meta.json").unlink()
+    token_cache.prepare(str(folder), "bpe:300", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [made.name]
 
 
 def test_a_document_is_held_out_or_trained_on_never_both(folder, tmp_path):

@@ -62,17 +62,21 @@ def test_processes_that_cannot_find_each_other_are_refused(outside):
         adopt()
 
 
+def asked(preemption: Preemption) -> bool:
+    return preemption.requested
+
+
 def test_sigterm_is_heard_however_often_it_comes():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with Preemption() as preemption:
-        assert not preemption.requested
+        assert not asked(preemption)
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.requested
+        assert asked(preemption)
         assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
     with Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGINT)
-        assert preemption.requested
+        assert asked(preemption)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends the process
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
@@ -82,16 +86,17 @@ def test_a_launcher_that_is_gone_is_noticed(monkeypatch):
     family = [[10, 9], [10, 9], [10, 1]]
     monkeypatch.setattr(launchers, "_launcher", lambda: family.pop(0))
     with Preemption() as preemption:
-        assert not preemption.requested
-        assert preemption.requested
+        assert not asked(preemption)
+        assert asked(preemption)
     monkeypatch.delenv("RANK")
     monkeypatch.setattr(launchers, "_launcher", lambda: [1])
     with Preemption() as preemption:  # started by nobody: whose shell may close
-        assert not preemption.requested
+        assert not asked(preemption)
 
 
 def family(process) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+    found: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
+    return found
 
 
 @pytest.mark.parametrize(

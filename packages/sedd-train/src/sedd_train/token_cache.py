@@ -7,19 +7,19 @@ fingerprint of everything it was made from.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import os
 import shutil
-import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from sedd_train import corpora, storage
@@ -29,6 +29,7 @@ from sedd_train.tokens import Tokens, coded
 
 __all__ = ["Corpus", "prepare", "cached"]
 
+VERIFIED = "verified.json"
 FORMAT = 5  # of the cache: counted up when the same sources give other files
 
 
@@ -80,8 +81,9 @@ def prepare(
 
     With `streaming` a data set is read as it comes (see `load_texts`); what is made, and where it is kept, is the same.
 
-    Every process may call this: one does the work while the others on the machine wait for its lock. A cache file that
-    is missing, cut short or altered is noticed by its size and checksum, and made again.
+    Every process may call this: one does the work while the others wait for its lock. A cache file that is missing, cut
+    short or altered is noticed by its size, time of change and checksum, and made again. What is there is read without
+    any lock, by whoever may read it.
 
     Raises:
         ValueError: the corpus is empty, unreadable, or unknown; so the tokenizer.
@@ -89,12 +91,17 @@ def prepare(
     """
     source = load_texts(corpus, streaming=streaming) if isinstance(corpus, str) else corpus
     folder = _folder(source, tokenizer, cache)
+    found = _open(folder)  # what has its name is whole: on a disk that can only be read, too
+    if found is not None:
+        return found
     cache.mkdir(parents=True, exist_ok=True)
-    with _lock(cache / f"{folder.name}.lock"):
-        found = _open(folder)
+    with FileLock(cache / f"{folder.name}.lock", mode=0o666):
+        found = _open(folder)  # another process may have made it meanwhile
         if found is None:
             names = [given if isinstance(given, str) else type(given).__name__ for given in (corpus, tokenizer)]
             progress(f"tokenising {names[0]} with {names[1]} (once; kept in {folder})")
+            for left in cache.glob(f"{folder.name}.*/"):  # by a process that was killed: the lock is ours
+                shutil.rmtree(left)
             _build(source, tokenizer, folder)
             found = _open(folder)
         if found is None:
@@ -119,42 +126,54 @@ def _folder(source: Texts, tokenizer: Any, cache: Path) -> Path:
     return cache / hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Exclusive among the processes of a machine, and released by the system if this one dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _open(folder: Path) -> Corpus | None:
-    """The cached corpus, or None if anything about it is not as it was written."""
+    """The cached corpus, or None if anything about it is not as it was written.
+
+    Files that have the sizes and times of change at which their checksums were last found right are taken for what they
+    were: only the first of the processes that read a cache reads all of it.
+    """
     from transformers import AutoTokenizer
 
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        verified = _states(folder, meta) == _last_verified(folder)
         splits = {}
         for name in ("train", "valid", "test"):
             flat: NDArray[Any] = np.memmap(folder / meta[name]["file"], dtype=meta["dtype"], mode="r")
-            if len(flat) != meta[name]["tokens"] or _checksum(flat) != meta[name]["crc32"]:
-                return None
             ends: NDArray[Any] = np.memmap(folder / f"{meta[name]['file']}.ends", dtype=np.int64, mode="r")
-            if len(ends) != meta[name]["documents"] or _checksum(ends) != meta[name]["ends_crc32"]:
+            if len(flat) != meta[name]["tokens"] or len(ends) != meta[name]["documents"]:
+                return None
+            sums = (meta[name]["crc32"], meta[name]["ends_crc32"])
+            if not verified and (_checksum(flat), _checksum(ends)) != sums:
                 return None
             splits[name] = Tokens(flat, ends, meta[name]["characters"])
-        return Corpus(
-            **splits,
-            tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-            fingerprint=str(meta["fingerprint"]),
-        )
+        if not verified:
+            with suppress(OSError):  # of someone who may only read it
+                storage.write_text(folder / VERIFIED, json.dumps(_states(folder, meta)))
+        return Corpus(**splits, tokenizer=AutoTokenizer.from_pretrained(folder), fingerprint=str(meta["fingerprint"]))
     except (OSError, ValueError, KeyError):
+        return None
+
+
+def _states(folder: Path, meta: dict[str, Any]) -> dict[str, list[int]]:
+    """Size and time of change of the files of tokens."""
+    files = {f"{meta[name]['file']}{end}" for name in ("train", "valid", "test") for end in ("", ".ends")}
+    stats = {file: (folder / file).stat() for file in sorted(files)}
+    return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+
+
+def _last_verified(folder: Path) -> Any:
+    try:
+        return json.loads((folder / VERIFIED).read_text())
+    except (OSError, ValueError):
         return None
 
 
 def _build(source: Texts, tokenizer: Any, folder: Path) -> None:
     coder = load_tokenizer(tokenizer, source.train) if isinstance(tokenizer, str) else tokenizer
     dtype = np.dtype(np.uint16 if len(coder) <= 1 << 16 else np.uint32)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+    scratch.mkdir()  # for whom the umask says, unlike tempfile's
     try:
         meta: dict[str, Any] = {"dtype": dtype.name, "vocab_size": len(coder)}
         for name, split in [("train", source.train), ("valid", source.valid), ("test", source.test)]:
