@@ -75,17 +75,18 @@ def score_entropy_slopes_(
     listed = _contiguous(jumps.weight.float(), *_levels(jumps.ratio, shift[:, None]))
     sizes = logits.stride(0), num_states, logits.shape[-1]
     block = min(BLOCK, triton.next_power_of_2(logits.shape[-1]))
-    if dense:
-        _dense_score_entropy[(len(logits),)](logits, loss, *scalars, *listed, *sizes, BLOCK=block, num_warps=8)
-        return loss
     base = _contiguous(jumps.base_weight.float(), *_levels(jumps.base_ratio, shift))
     room = torch.empty_like(listed[0])
-    _score_entropy[(len(logits),)](
-        *(logits, loss, room, *scalars, *base, *_contiguous(jumps.index), *listed, *sizes, count),
-        BLOCK=block,
-        LIST=max(2, min(128, triton.next_power_of_2(max(1, count)))),
-        num_warps=8,
-    )
+    with torch.cuda.device_of(logits):  # a kernel is launched on the current device
+        if dense:
+            _dense_score_entropy[(len(logits),)](logits, loss, *scalars, *listed, *sizes, BLOCK=block, num_warps=8)
+        else:
+            _score_entropy[(len(logits),)](
+                *(logits, loss, room, *scalars, *base, *_contiguous(jumps.index), *listed, *sizes, count),
+                BLOCK=block,
+                LIST=max(2, min(128, triton.next_power_of_2(max(1, count)))),
+                num_warps=8,
+            )
     return loss
 
 
@@ -108,9 +109,11 @@ def cross_entropy_slopes_(logits: Tensor, x: Tensor, x0: Tensor, factor: Tensor,
     """
     _check_rows(logits, num_states)
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    if len(logits):
+    if not len(logits):
+        return loss
+    with torch.cuda.device_of(logits):  # a kernel is launched on the current device
         _cross_entropy[(len(logits),)](
-            *(logits, loss, x.contiguous(), x0.contiguous(), factor.float().contiguous()),
+            *(logits, loss, *_contiguous(x, x0, factor.float())),
             *(logits.stride(0), num_states, logits.shape[-1]),
             BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[-1])),
             num_warps=8,

@@ -88,13 +88,15 @@ def draw_moves(
     law = [part.contiguous() for part in law]
     sizes = log_score.stride(0), log_score.shape[1], weight.index.shape[-1]
     sums = torch.empty(len(x), triton.cdiv(log_score.shape[1], BLOCK), dtype=torch.float32, device=x.device)
-    _sum_of_block[sums.shape](log_score, *law, sums, *sizes, BLOCK=BLOCK, num_warps=4)
+    with torch.cuda.device_of(log_score):  # a kernel is launched on the current device
+        _sum_of_block[sums.shape](log_score, *law, sums, *sizes, BLOCK=BLOCK, num_warps=4)
     mass = sums.double()
     own = stay(mass.sum(-1))
     cumulative = mass.scatter_add_(1, x[:, None] // BLOCK, own[:, None]).cumsum(-1)
     block, place = _find(cumulative, uniform)
     state = torch.empty_like(block)
-    _state_in_block[(len(x),)](log_score, *law, own, block, place, state, *sizes, BLOCK=BLOCK, num_warps=4)
+    with torch.cuda.device_of(log_score):
+        _state_in_block[(len(x),)](log_score, *law, own, block, place, state, *sizes, BLOCK=BLOCK, num_warps=4)
     total = cumulative[:, -1]
     return Drawn(torch.where(total.isfinite() & (total > 0), state, x), total)
 
