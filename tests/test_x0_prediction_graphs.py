@@ -40,7 +40,8 @@ def _implied(logits: torch.Tensor, graph: Any, x: torch.Tensor, sigma: float, by
     v = logits.masked_fill(likelihood == 0, -torch.inf).softmax(-1) if by_posterior else logits.softmax(-1)
     v = torch.where(likelihood > 0, v / torch.where(likelihood > 0, likelihood, 1), 0) if by_posterior else v
     moved = torch.einsum("yc,...c->...y", T, v)
-    return (moved / (likelihood * v).sum(-1, keepdim=True)).log()
+    score: torch.Tensor = moved / (likelihood * v).sum(-1, keepdim=True)
+    return score.log()
 
 
 @pytest.mark.parametrize("sigma", [1e-9, 1e-3, 0.4, 20.0])
