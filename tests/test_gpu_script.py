@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
