@@ -8,12 +8,12 @@ from sedd_graphs.absorbing import Absorbing
 from sedd_graphs.clustered import Clustered
 from sedd_graphs.dense import Dense
 from sedd_graphs.graph import Graph
+from sedd_graphs.learned import Learned
 from sedd_graphs.masked import Hybrid, Masked
 from sedd_graphs.neighbours import Neighbours
 from sedd_graphs.noise import (
     Cosine,
     Geometric,
-    Learned,
     Linear,
     LogLinear,
     MaskProbability,

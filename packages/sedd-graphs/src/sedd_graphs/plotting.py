@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
 from sedd_graphs.graph import Graph
-from sedd_graphs.noise import Learned, Noise
+from sedd_graphs.learned import Learned
+from sedd_graphs.noise import Noise
 
 __all__ = ["draw_sentence", "draw_distribution", "draw_schedules"]
 
