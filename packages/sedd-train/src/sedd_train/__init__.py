@@ -1,10 +1,11 @@
 """Training discrete diffusion language models by score entropy, with DeepSpeed ZeRO.
 
 Modules: `training` is the loop, from top to bottom. In the order of a run: `recipes` (its numbers), `launchers` and
-`distributed` (its processes), `storage` (its files), `corpora` (documents; by `text8` and `detokenizers` as benchmarks have them), `tokenizers`, `tokens`,
-`token_cache`, `loading` (the order), `randomness` (times and noise), `objectives` (the losses), `engine` (the step),
-`zero_shards` and `ema`, `nonfinite`, `evaluation`, `checkpoint`, `progress`, `loggers`, `plotting`, `report`; `plan`
-and `flops` say what a run costs, `pretrained` reads what came out, `prompts` says which tokens of a sample are given.
+`distributed` (its processes), `storage` (its files), `corpora` (documents; by `text8` and `detokenizers` as benchmarks
+have them), `tokenizers`, `tokens`, `token_cache`, `loading` (the order), `randomness` (times and noise), `objectives`
+(the losses), `engine` (the step), `zero_shards` and `ema`, `nonfinite`, `evaluation`, `checkpoint`, `progress`,
+`loggers`, `plotting`, `report`; `plan` and `flops` say what a run costs, `pretrained` reads what came out, `prompts`
+says which tokens of a sample are given.
 """
 
 from importlib.metadata import version
