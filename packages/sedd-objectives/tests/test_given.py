@@ -31,6 +31,7 @@ from sedd_objectives import (
 
 JOINT = torch.tensor([[0.36, 0.04, 0.0], [0.1, 0.1, 0.1], [0.05, 0.05, 0.2]], dtype=torch.float64)
 X0 = torch.tensor([[0, 1]])
+MASK = torch.tensor([3])
 GIVEN = torch.tensor([[True, False]])
 
 
@@ -241,3 +242,16 @@ def test_one_time_for_all_reaches_the_network_as_one_a_sequence(absorbing, log_l
     both = denoising_loss(model, absorbing, log_linear, x0, torch.full((2,), 0.5), xt=torch.full((2, 2), 3))
     assert shapes == [(2,), (2,)]
     assert torch.equal(one, both)
+
+
+@pytest.mark.parametrize(
+    "name", ["cross_entropy_loss", "lambda_cross_entropy_loss", "any_order_loss", "d3pm_loss", "posterior_loss"]
+)
+def test_probabilities_in_the_place_of_logits_are_named(name, absorbing, log_linear, monkeypatch):
+    """They would give a number, and often one that looks better."""
+    logits = posterior
+    monkeypatch.setitem(globals(), "posterior", lambda x, sigma: logits(x, sigma).index_fill(2, MASK, -1e9).softmax(-1))
+    with pytest.raises(
+        ValueError, match="got rows that are >= 0 and sum to 1: these are probabilities, pass their log"
+    ):
+        CALLS[name](absorbing, log_linear, x0=X0.expand(50, 2))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_objectives import ImportanceTimes, denoising_loss, low_discrepancy_times, stratified_times, uniform_times
-from sedd_objectives.times import NoiseTimes
+from sedd_objectives.times import NoiseTimes, of_time
 
 times_module = importlib.import_module("sedd_objectives.times")
 SAMPLERS = [uniform_times, stratified_times, low_discrepancy_times]
@@ -243,3 +243,29 @@ def test_a_generator_draws_on_its_own_device():
     assert times_module._device(Elsewhere(), None) == torch.device("meta")
     assert times_module._device(Elsewhere(), "cpu") == "cpu"
     assert times_module._device(None, None) is None
+
+
+def test_a_network_of_time_is_told_the_time_and_the_nearest_end_beyond_the_schedule(log_linear):
+    """Sigma 0 and infinity included; a schedule refuses what lies beyond its ends."""
+
+    class Schedule:
+        def __call__(self, t):
+            return log_linear(t)
+
+        def inverse(self, sigma):
+            assert (sigma <= log_linear(torch.ones(()))[0] * (1 + 1e-6)).all(), sigma
+            return -torch.expm1(-sigma) / 0.999
+
+    told = []
+
+    def network(x, t):
+        told.append(t)
+        return torch.zeros(*x.shape, 6)
+
+    model, x = of_time(network, Schedule()), torch.zeros(3, 4, dtype=torch.int64)
+    t = torch.tensor([0.001, 0.25, 0.9])
+    assert model(x, log_linear(t)[0]).shape == (3, 4, 6)
+    torch.testing.assert_close(told[0], t, rtol=1e-4, atol=1e-6)
+    model(x, torch.tensor([0.0, 7.5, torch.inf]))
+    torch.testing.assert_close(told[1], torch.tensor([0.0, 1.0, 1.0]))
+    assert ((told[1] >= 0) & (told[1] <= 1)).all()

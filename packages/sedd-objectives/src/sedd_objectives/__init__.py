@@ -26,7 +26,7 @@ from .score_entropy import (
     plain_score_entropy,
     score_entropy,
 )
-from .times import ImportanceTimes, low_discrepancy_times, stratified_times, uniform_times
+from .times import ImportanceTimes, low_discrepancy_times, of_time, stratified_times, uniform_times
 from .x0_prediction import (
     leave_one_out_loss,
     leave_one_out_score_entropy,
@@ -74,5 +74,6 @@ __all__ = [
     "stratified_times",
     "low_discrepancy_times",
     "ImportanceTimes",
+    "of_time",
 ]
 __version__ = version("sedd-objectives")

@@ -7,8 +7,16 @@ import inspect
 import torch
 from torch import Generator, Tensor, nn
 
-from .checks import check_given, check_sigma, check_states, check_weight, expand_leading, require
-from .interfaces import Graph, MaskGraph, Noise, ScoreModel
+from .checks import (
+    check_given,
+    check_sigma,
+    check_states,
+    check_weight,
+    expand_leading,
+    reading_waits,
+    require,
+)
+from .interfaces import Graph, MaskGraph, Noise, PosteriorModel, ScoreModel
 from .times import stratified_times
 
 __all__ = [
@@ -16,7 +24,9 @@ __all__ = [
     "check_kept",
     "check_possible",
     "check_times",
+    "check_logits",
     "keep_given",
+    "logit_rows",
     "noised",
     "score_rows",
     "spread",
@@ -155,6 +165,31 @@ def score_rows(
         got = tuple(log_score.shape) if isinstance(log_score, Tensor) else type(log_score).__name__
         raise ValueError(f"{demand} of shape {shape}, got {got}")
     return log_score, positions
+
+
+def logit_rows(
+    model: PosteriorModel, x: Tensor, sigma: Tensor, where: Tensor, num_states: int
+) -> tuple[Tensor, Tensor | None]:
+    """`score_rows` of a model of the clean token, whose output must be logits."""
+    logits, positions = score_rows(model, x, sigma, where, num_states, demand="the model must return logits")
+    check_logits(logits.reshape(-1, num_states))
+    return logits, positions
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise if the first of the rows (M, N) are all probabilities: >= 0 with sum 1, as logits of a network never are.
+
+    Only a few rows are looked at, and only where reading values makes nobody wait.
+    """
+    rows = logits[:8].detach().to(torch.float32)
+    if rows.numel() == 0 or reading_waits(rows.device):
+        return
+    near_one = ((rows.sum(-1) - 1).abs() < 1e-3).all()
+    require(
+        ~(near_one & (rows >= 0).all()),
+        "the model must return logits of the clean token, of which a softmax is taken here",
+        lambda: "got rows that are >= 0 and sum to 1: these are probabilities, pass their logarithm",
+    )
 
 
 def _offers_where(score: ScoreModel) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import check_clean, check_possible, noised, score_rows, spread
+from .batch import check_clean, check_logits, check_possible, logit_rows, noised, spread
 from .checks import arithmetic_dtype, check_sigma, check_states, expand_leading, require
 from .interfaces import Graph, MaskGraph, Noise, PosteriorModel
 from .jumps import can_move, merge
@@ -32,7 +32,6 @@ from .times import stratified_times
 
 __all__ = ["denoising_cross_entropy", "cross_entropy_loss", "lambda_cross_entropy_loss", "any_order_loss"]
 
-DEMAND = "the model must return logits"
 ROUNDING = 1e-4
 """Relative difference of rates that is put down to float32."""
 
@@ -59,6 +58,7 @@ def denoising_cross_entropy(logits: Tensor, graph: Graph, x: Tensor, x0: Tensor,
     num_states = graph.num_states
     if logits.shape != (*x.shape, num_states):
         raise ValueError(f"logits must have shape {(*x.shape, num_states)}, x's and N, got {tuple(logits.shape)}")
+    check_logits(logits.reshape(-1, num_states))
     check_states("x", x, num_states)
     check_states("x0", x0, num_states, x.shape)
     check_sigma("sigma", sigma)
@@ -114,7 +114,7 @@ def cross_entropy_loss(
         check_possible(xt, x0, live, weight)
     if weight is not None:
         factor, live = dsigma * weight, live & (weight > 0)
-    logits, positions = score_rows(model, xt, sigma, live, graph.num_states, demand=DEMAND)
+    logits, positions = logit_rows(model, xt, sigma, live, graph.num_states)
     surprise = _surprise(logits.reshape(-1, graph.num_states), positions, xt[live], x0[live])
     rate = factor[live] * rate_back(graph, xt[live], x0[live], per_position[live])
     return spread(surprise * rate.to(surprise.dtype), live).sum(-1)
@@ -213,7 +213,7 @@ def any_order_loss(
     level = u.gather(-1, (num_masked - 1).clamp_min(0)[:, None])[:, 0].clamp_max(1 - torch.finfo(u.dtype).eps / 2)
     xt = x0.masked_fill(masked, graph.mask_id)
     asked = masked if factor is None else masked & (factor > 0)
-    logits, positions = score_rows(model, xt, -torch.log1p(-level), asked, graph.num_states, demand=DEMAND)
+    logits, positions = logit_rows(model, xt, -torch.log1p(-level), asked, graph.num_states)
     surprise = _surprise(logits.reshape(-1, graph.num_states), positions, xt[asked], x0[asked])
     per_position = (length / num_masked.clamp_min(1))[:, None].expand(x0.shape)
     if factor is not None:

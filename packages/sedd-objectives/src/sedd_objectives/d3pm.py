@@ -30,7 +30,7 @@ import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import check_clean, check_kept, check_possible, keep_given, score_rows, spread
+from .batch import check_clean, check_kept, check_possible, keep_given, logit_rows, spread
 from .bound import Bound
 from .checks import arithmetic_dtype, check_sigma, check_states, expand_leading, sum_dtype
 from .interfaces import DiscreteTimeGraph, Noise, PosteriorModel, Row
@@ -184,9 +184,7 @@ def _divergence(
     check_possible(xt, x0, live, factor)
     if factor is not None:
         live = live & (factor > 0)
-    logits, positions = score_rows(
-        model, xt, now.to(torch.get_default_dtype()), live, graph.num_states, demand="the model must return logits"
-    )
+    logits, positions = logit_rows(model, xt, now.to(torch.get_default_dtype()), live, graph.num_states)
 
     def divergence(logits: Tensor, x: Tensor, x0: Tensor, before: Tensor, now: Tensor) -> Tensor:
         log_p = (_log_mixture if full else _log_step_back)(logits, graph, x, before, now)

@@ -21,6 +21,7 @@ __all__ = [
     "DiscreteTimeGraph",
     "TimeVaryingGraph",
     "Noise",
+    "InvertibleNoise",
     "ScoreModel",
     "PosteriorModel",
     "NextTokenModel",
@@ -142,6 +143,13 @@ class Noise(Protocol):
 
     def __call__(self, t: Tensor, /) -> tuple[Tensor, Tensor]:
         """(sigma, dsigma) at t, both of t's shape."""
+
+
+class InvertibleNoise(Noise, Protocol):
+    """A schedule that can be asked at which time a noise level is reached."""
+
+    def inverse(self, sigma: Tensor, /) -> Tensor:
+        """T with sigma(t) = sigma, for sigma between sigma(0) and sigma(1)."""
 
 
 class ScoreModel(Protocol):

@@ -17,15 +17,16 @@ on the losses of earlier batches, as a step function on equal bins of t (Nichol 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from .checks import sum_dtype
-from .interfaces import Noise
+from .interfaces import InvertibleNoise, Noise, ScoreModel
 
-__all__ = ["uniform_times", "stratified_times", "low_discrepancy_times", "ImportanceTimes", "NoiseTimes"]
+__all__ = ["uniform_times", "stratified_times", "low_discrepancy_times", "ImportanceTimes", "NoiseTimes", "of_time"]
 
 
 def uniform_times(
@@ -207,6 +208,25 @@ class NoiseTimes:
 def _device(generator: Generator | None, device: torch.device | str | None) -> torch.device | str | None:
     """Where times are drawn: the generator's device unless another is named."""
     return generator.device if device is None and generator is not None else device
+
+
+def of_time(network: Callable[..., Any], noise: InvertibleNoise) -> ScoreModel:
+    """A model of (x, sigma), as losses call it, of a network of (x, t), as many are written.
+
+    Some losses draw a noise level beyond the schedule's ends (`any_order_loss` and `lambda_cross_entropy_loss`, whose
+    own law of sigma reaches from 0 to infinity): the network is then told the nearest end, t = 0 or t = 1.
+
+    Args:
+        network: (x (B, L) int64, t (B,) or (B, L)) -> log-scores or logits (B, L, N), for all positions.
+        noise: the schedule that the network was, or is to be, trained with.
+    """
+
+    def model(x: Tensor, sigma: Tensor) -> Any:
+        ends = torch.tensor([0.0, 1.0], dtype=sigma.dtype, device=sigma.device)
+        least, most = noise(ends)[0].to(sigma.dtype)
+        return network(x, noise.inverse(sigma.clamp(least, most)).clamp(0, 1).to(sigma.dtype))
+
+    return model
 
 
 def _uniform(shape: tuple[int, ...], generator: Generator | None, device: torch.device | str | None) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import check_clean, check_kept, check_possible, check_times, keep_given, noised, score_rows, spread
+from .batch import check_clean, check_kept, check_possible, check_times, keep_given, logit_rows, noised, spread
 from .checks import arithmetic_dtype, check_sigma, check_states, expand_leading, sum_dtype
 from .interfaces import Noise, PosteriorGraph, PosteriorModel, Row, TimeVaryingGraph
 from .jumps import DenseRow, RatesInto, can_move, merge
@@ -43,7 +43,6 @@ __all__ = [
     "time_varying_loss",
 ]
 
-DEMAND = "the model must return logits"
 LEAST = 1e-290
 """Likelihood in float64 below which a clean token is taken not to have become x: its inverse is to be a number."""
 
@@ -192,7 +191,7 @@ def time_varying_loss(
     live = can_move(graph.rates_into(xt, t), xt, graph.num_states)
     if factor is not None:
         live = live & (factor > 0)
-    logits, positions = score_rows(model, xt, t, live, graph.num_states, demand=DEMAND)
+    logits, positions = logit_rows(model, xt, t, live, graph.num_states)
 
     def divergence(logits: Tensor, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         dtype = logits.dtype
@@ -247,7 +246,7 @@ def _loss(
         check_possible(xt, x0, live, weight)
     if weight is not None:
         factor, live = dsigma * weight, live & (weight > 0)
-    logits, positions = score_rows(model, xt, sigma, live, graph.num_states, demand=DEMAND)
+    logits, positions = logit_rows(model, xt, sigma, live, graph.num_states)
     loss = _live_loss(weigh, logits, positions, graph, rates, xt[live], x0[live], per_position[live])
     return spread(loss * factor[live].to(loss.dtype), live).sum(-1)
 
