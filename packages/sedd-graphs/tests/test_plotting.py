@@ -11,8 +11,8 @@ from matplotlib.text import Text
 
 pytest.importorskip("matplotlib")
 
-from sedd_graphs import Absorbing, Geometric, LogLinear, Ordinal, Uniform
-from sedd_graphs.plotting import draw_distribution, draw_schedules, draw_sentence
+from sedd_graphs import Absorbing, Geometric, Linear, LogLinear, Ordinal, Uniform
+from sedd_graphs.plotting import _path, draw_distribution, draw_schedules, draw_sentence
 
 WORDS = ["the", "cat", "sat", "on", "mat", "[mask]"]
 SENTENCE = torch.tensor([0, 1, 2, 3, 0, 4])
@@ -53,6 +53,16 @@ def test_replaced_words_are_red():
         for text, state in zip(line, SENTENCE, strict=True):
             assert (text.get_color() == "tab:red") == (text.get_text() != WORDS[state])
     assert any(text.get_color() == "tab:red" for text in figure.axes[0].texts)
+
+
+def test_a_path_has_the_noise_of_each_time():
+    """Shares of masks within 6 standard deviations of 1 - e^-sigma, at every line."""
+    noise, count = Linear(sigma_max=1.0), 10_000
+    x0 = torch.zeros(count, dtype=torch.int64)
+    t, path = _path(Absorbing(3), noise, x0, 4, torch.Generator().manual_seed(0))
+    masked = -(-noise.sigma(t)).expm1()
+    error = ((path == 3).double().mean(-1) - masked).abs()
+    assert (error <= 6 * (masked * (1 - masked) / count).sqrt()).all()
 
 
 def test_a_distribution_is_that_of_the_graph():
