@@ -261,6 +261,15 @@ def test_finished_sequences_stop_and_all_finished_end_the_loop(ref):
     assert [state.step for state in ended] == [0, 1, 2, 3]
 
 
+def test_a_finished_sequence_stays_finished(ref):
+    """Whatever `until` says of it later."""
+    states = list(trajectory(flat(6, -2.0), ref.StructuredAbsorbing(5), ref.LogLinear(), x=torch.zeros(2, 40).long(),
+                             given=torch.zeros(2, 40).bool(), steps=6, seeds=[1, 2],
+                             until=lambda state: torch.tensor([state.step == 2, False])))  # fmt: skip
+    assert torch.equal(states[2].x[0], states[-1].x[0])
+    assert not torch.equal(states[2].x[1], states[-1].x[1])
+
+
 def test_until_must_answer_for_every_sequence(ref):
     for answer in (True, torch.tensor([True]), torch.tensor([1.0, 0.0])):
         with pytest.raises(ValueError, match=r"until must return bool of shape \(2,\)"):

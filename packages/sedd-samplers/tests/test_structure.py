@@ -6,8 +6,26 @@ import weakref
 
 import pytest
 import torch
-from sedd_samplers import Euler, Tweedie, Uniformization, Unmasking, cached, infill, sample, trajectory
+from sedd_samplers import (
+    Ancestral,
+    ConfidenceUnmasking,
+    Euler,
+    FirstHitting,
+    PredictorCorrector,
+    Remasking,
+    TauLeaping,
+    Tweedie,
+    Uniformization,
+    Unmasking,
+    at_rate,
+    cached,
+    infill,
+    masked,
+    sample,
+    trajectory,
+)
 from sedd_samplers.adapters import from_logits, from_posterior
+from sedd_samplers.controls import temperature, top_k, top_p
 from sedd_samplers.randomness import uniforms
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -223,3 +241,44 @@ def test_beside_the_network_s_answer_only_pieces_are_held_whatever_the_number_of
     assert max(peaks) < buffers
     assert peaks[1] < 1.02 * peaks[0]
     assert min(peaks) > 0.02  # the meter runs
+
+
+HELD = {
+    "Euler": (Euler(), ()),
+    "tau-leaping": (TauLeaping(), ()),
+    "Tweedie": (Tweedie(), ()),
+    "ancestral": (Ancestral(), ()),
+    "corrected": (PredictorCorrector(), ()),
+    "unmasking": (Unmasking(), ()),
+    "remasking": (Remasking(at_rate(1.0)), ()),
+    "confidence": (ConfidenceUnmasking(), ()),
+    "confidence, of five": (ConfidenceUnmasking(controls=(top_k(5),)), ()),
+    "confidence, hot, most": (ConfidenceUnmasking(controls=(temperature(2.0), top_p(0.9))), ()),
+    "Tweedie, hot": (Tweedie(), (temperature(2.0),)),
+    "Tweedie, of five": (Tweedie(), (top_k(5),)),
+    "Tweedie, hot, most": (Tweedie(), (temperature(2.0), top_p(0.9))),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_no_method_or_control_holds_half_of_what_the_network_returns(ref, name):
+    """Beside the network's answer, which is 16 pieces here: 1.5 units in all, the answer being one."""
+    method, controls = HELD[name]
+    num_states, shape = 4096, (8, 512)
+    graph = ref.StructuredAbsorbing(num_states - 1)
+    answer = torch.rand(8 * 512, num_states)
+    score = from_logits(lambda x, sigma, where: answer[: int(where.sum())], graph, controls=controls)
+    with Peak() as memory:
+        sample(score, graph, ref.LogLinear(), shape=shape, steps=2, seeds=range(8), method=method, denoise=False)
+    assert memory.peak / (answer.numel() * 4) < 0.5
+
+
+def test_the_rate_of_absorption_is_looked_up_once_a_run(ref, monkeypatch):
+    calls = []
+    plain = masked.absorption_rate
+    monkeypatch.setattr(masked, "absorption_rate", lambda *args: calls.append(1) or plain(*args))
+    for method in (Unmasking(), Remasking(at_rate(1.0)), ConfidenceUnmasking(), FirstHitting()):
+        calls.clear()
+        sample(lambda x, sigma: torch.zeros(*x.shape, 4), ref.StructuredAbsorbing(3), ref.LogLinear(), shape=(2, 8),
+               steps=9, method=method)  # fmt: skip
+        assert len(calls) == 1

@@ -131,9 +131,9 @@ def top_p(mass: float) -> Control:
 
     def keep(p: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
         falling, order = p.sort(-1, descending=True)
-        before = falling.cumsum(-1).roll(1, -1)  # the mass of the likelier ones
-        before[:, 0] = 0
-        return torch.zeros_like(p).scatter_(1, order, torch.where(before < mass, falling, 0.0))
+        likelier = falling.cumsum(-1)[:, :-1]  # the mass before the second, the third, ...
+        falling[:, 1:].masked_fill_(likelier >= mass, 0.0)
+        return torch.zeros_like(p).scatter_(1, order, falling)
 
     return keep
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .masked import absorption_rate, mask_probability
+from .fast import Answer
+from .masked import mask_probability, rate_of
 from .randomness import draw_categorical
 from .reverse import Kernel, Reverse
 from .steps import reverse_rates, tweedie_posterior
@@ -44,7 +45,7 @@ class FirstHitting:
 
     def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """All events between t and s; see `Method`."""
-        rate = absorption_rate(reverse.graph, x.device, "FirstHitting")
+        rate = rate_of(reverse, "FirstHitting")
         now, end = (mask_probability(reverse.noise(time)[0], rate) for time in (t, s))
         while True:
             masked = reverse.movable(x)
@@ -158,15 +159,18 @@ def _jump(reverse: Reverse, x: Tensor, sigma: Tensor, bound: Tensor, row: Tensor
     return row
 
 
-def _rates(reverse: Reverse, x: Tensor, sigma: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rates(reverse: Reverse, x: Tensor, sigma: Tensor, active: Tensor) -> tuple[Tensor, Answer, Tensor]:
     """The reverse rates of the active sequences (B,) at noise sigma (B,).
 
     Returns:
-        (B, L) their sums up to each position, 0 for the other sequences; (M, N) those of each position that can move;
-        (B, L) which row of these is whose.
+        (B, L) their sums up to each position, 0 for the other sequences; M rows of N, those of each position that can
+        move; (B, L) which row of these is whose.
     """
     where = reverse.movable(x) & active[:, None]
-    rates = reverse.evaluate(x, sigma, where, lambda log_score, x, *_: reverse_rates(log_score, x, reverse.graph))
+    rates = reverse.rows(x, sigma, where, lambda log_score, x, *_: reverse_rates(log_score, x, reverse.graph))
     total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    total[where] = rates.sum(-1, dtype=torch.float64)
+    sums = torch.empty(len(rates), dtype=torch.float64, device=x.device)
+    for part in rates.parts():
+        sums[part] = rates[part].sum(-1, dtype=torch.float64)
+    total[where] = sums
     return total.cumsum(1), rates, where.flatten().cumsum(0).view_as(where) - 1

@@ -58,7 +58,8 @@ class Particles:
 
     A step costs two evaluations of the score for `count` sequences to each that is asked for. With two positions of
     four or five tokens, one of them given, 64 particles and 256 steps are within .01 of the conditional in total
-    variation (tests/test_infilling.py); more given tokens, and tokens that are less likely, take more.
+    variation under absorbing, uniform and hybrid graphs, within .015 under clustered and ordinal ones
+    (tests/test_infilling.py); more given tokens, and tokens that are less likely, take more.
 
     Args:
         count: K, at least 2.

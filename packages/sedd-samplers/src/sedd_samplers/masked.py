@@ -70,7 +70,7 @@ class Unmasking:
 
     def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """One step; see `Method`."""
-        rate = absorption_rate(reverse.graph, x.device, "Unmasking")
+        rate = rate_of(reverse, "Unmasking")
         sigma = reverse.noise(t)[0]
         before, after = mask_probability(sigma, rate), mask_probability(reverse.noise(s)[0], rate)
         sequence, position = reverse.movable(x).nonzero(as_tuple=True)
@@ -127,7 +127,7 @@ class Remasking:
     def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """One step; see `Method`."""
         graph = reverse.graph
-        rate = absorption_rate(graph, x.device, "Remasking")
+        rate = rate_of(reverse, "Remasking")
         assert graph.mask_id is not None
         sigma_t, sigma_s = reverse.noise(t)[0], reverse.noise(s)[0]
         lambda_t, lambda_s = mask_probability(sigma_t, rate), mask_probability(sigma_s, rate)
@@ -242,7 +242,7 @@ class ConfidenceUnmasking:
 
     def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """One step; see `Method`."""
-        rate = absorption_rate(reverse.graph, x.device, "ConfidenceUnmasking")
+        rate = rate_of(reverse, "ConfidenceUnmasking")
         sigma = reverse.noise(t)[0]
         masked = reverse.movable(x)
         left = ((~reverse.frozen).sum(1) * mask_probability(reverse.noise(s)[0], rate)).round()
@@ -251,13 +251,17 @@ class ConfidenceUnmasking:
         sequence, position = masked.nonzero(as_tuple=True)
         if not len(sequence):
             return x
-        posterior = reverse.evaluate(
+        posteriors = reverse.rows(
             x, sigma, masked, lambda log_score, x, b, _: tweedie_posterior(log_score, x, reverse.graph, sigma[b])
         )
-        law = apply_controls(self.controls, posterior, sequence, position) if self.controls else posterior
-        token = draw_categorical(law, reverse.uniforms(sequence, position))
-        u = reverse.uniforms(sequence, position)
-        rank = self.order(posterior, token).double()
+        uniform, u = reverse.uniforms(sequence, position), reverse.uniforms(sequence, position)
+        token, rank = torch.empty_like(sequence), torch.empty_like(u)
+        for part in posteriors.parts():
+            law = posterior = posteriors[part]
+            if self.controls:
+                law = apply_controls(self.controls, posterior, sequence[part], position[part])
+            token[part] = draw_categorical(law, uniform[part])
+            rank[part] = self.order(posterior, token[part]).double()
         if self.randomness:
             gumbel = -torch.log(-torch.log1p(-u))
             rank += self.randomness * mask_probability(sigma, rate)[sequence] * gumbel
@@ -275,6 +279,11 @@ def _first(where: Tensor, rank: Tensor, tie: Tensor) -> Tensor:
     by_tie = keys[0].argsort(1, descending=True)
     by_rank = keys[1].gather(1, by_tie).argsort(dim=1, descending=True, stable=True)
     return by_tie.gather(1, by_rank).argsort(1)[where]
+
+
+def rate_of(reverse: Reverse, wanted_by: str) -> float:
+    """The rate of absorption, looked up once a run; ValueError for a graph that is not absorbing."""
+    return reverse.once("absorption", lambda: absorption_rate(reverse.graph, reverse.frozen.device, wanted_by))
 
 
 def absorption_rate(graph: Graph, device: torch.device, wanted_by: str) -> float:

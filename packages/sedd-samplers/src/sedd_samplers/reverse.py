@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .fast import Answer
+from .fast import Answer, Part
 from .interfaces import Graph, Noise, Row, ScoreModel
 from .model_calls import ModelCall
 from .precision import fastest_rate, working_dtype
 from .randomness import draw_categorical, draw_shared, uniforms
 
 __all__ = ["Reverse", "Kernel", "Moves"]
+
+T = TypeVar("T")
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(log_score (m, N), x (m,), sequence (m,), position (m,)) -> unnormalised probabilities (m, N)."""
@@ -62,6 +65,14 @@ class Reverse:
         rate = fastest_rate(graph, frozen.device)
         self.noises_tokens = rate > 0  # else only the mask is jumped to
         self._work = working_dtype(rate, frozen.device)
+        self._once: dict[object, Any] = {}
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What is the same in every step of a run, made when it is first asked for."""
+        if key not in self._once:
+            self._once[key] = make()
+        made: T = self._once[key]
+        return made
 
     def prior(self) -> Tensor:
         """States from the limit of the forward process, independent over positions: (B, L) int64."""
@@ -118,25 +129,33 @@ class Reverse:
         Raises:
             ValueError: if a row holds NaN or infinity.
         """
+        rows = self.rows(x, sigma, where, kernel)
+        return rows.tensor() if len(rows) else torch.empty(0, self.graph.num_states, device=x.device)
+
+    def rows(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel) -> Answer:
+        """The same, to be read piece by piece: beside the model's output nothing of its size is held."""
         sequence, position = where.nonzero(as_tuple=True)
         if not len(sequence):
-            return torch.empty(0, self.graph.num_states, device=x.device)
+            return Answer(torch.empty(0, self.graph.num_states, device=x.device))
         old = x[sequence, position]
         answer = self._answer(x, sigma, where)
-        rows = answer.then(
-            lambda log_score, part: kernel(log_score, old[part], sequence[part], position[part]), self._work
-        ).tensor()
-        bad = ~rows.sum(-1).isfinite()
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            b, i = int(sequence[row]), int(position[row])
-            log_score = answer[row : row + 1]
-            what = "NaN" if log_score.isnan().any() else f"a log-score of up to {float(log_score.max()):.6g}"
-            raise ValueError(
-                f"the score model returned {what} at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}, "
-                "which leaves no finite rates"
-            )
-        return rows
+
+        def checked(log_score: Tensor, part: Part) -> Tensor:
+            rows = kernel(log_score, old[part], sequence[part], position[part])
+            bad = ~rows.sum(-1).isfinite()
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                b, i = int(sequence[part][row]), int(position[part][row])
+                what = (
+                    "NaN" if log_score[row].isnan().any() else f"a log-score of up to {float(log_score[row].max()):.6g}"
+                )
+                raise ValueError(
+                    f"the score model returned {what} at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}, "
+                    "which leaves no finite rates"
+                )
+            return rows
+
+        return answer.then(checked, self._work)
 
     def flip(self, x: Tensor, where: Tensor, state: int, probability: Tensor) -> Tensor:
         """X (B, L) with each position of `where` (B, L) bool set to `state` with its sequence's probability (B,)."""
