@@ -292,6 +292,7 @@ def _from_law(call: ModelCall, graph: Graph, delta_sigma: Levels, controls: Sequ
 
         def convert(p: Tensor, part: Part) -> Tensor:
             pi = without_own(p, here[part], graph, level[part])
+            del p  # of a piece's size
             if controls:
                 pi = apply_controls(controls, pi, sequence[part], position[part])
             return score_of(pi, here[part], graph, level[part])

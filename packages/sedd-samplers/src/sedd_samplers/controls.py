@@ -133,6 +133,7 @@ def top_p(mass: float) -> Control:
         falling, order = p.sort(-1, descending=True)
         likelier = falling.cumsum(-1)[:, :-1]  # the mass before the second, the third, ...
         falling[:, 1:].masked_fill_(likelier >= mass, 0.0)
+        del likelier  # of a piece's size
         return torch.zeros_like(p).scatter_(1, order, falling)
 
     return keep
