@@ -157,7 +157,7 @@ def test_every_branch_has_its_own_choices(make_sedd):
 
     net = make_sedd(width=64, dropout=0.3, depth=3).train()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sedd_nets.transformer.add_gated", look)
+        patch.setattr("sedd_nets.layers.add_gated", look)
         net.hidden(torch.zeros(1, 12, dtype=torch.int64), torch.ones(1), dropout_seeds=SEEDS[:1])
     assert len(seen) == 6
     for a, b in combinations(seen, 2):

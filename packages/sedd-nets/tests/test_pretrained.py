@@ -185,7 +185,7 @@ def test_hub_out_of_reach(hub, tmp_path):
 def test_the_config_is_moved_into_place_last(make_sedd, tmp_path, monkeypatch):
     """Both are on the disk by then, and who waits for a checkpoint's config finds its weights."""
     done: list[str] = []
-    synchronise, replace = sedd_nets.pretrained.synchronise, Path.replace
+    synchronise, replace = sedd_nets.files.synchronise, Path.replace
 
     def noted_synchronise(path):
         done.append("synchronised")
@@ -195,7 +195,7 @@ def test_the_config_is_moved_into_place_last(make_sedd, tmp_path, monkeypatch):
         done.append(target.name)
         return replace(path, target)
 
-    monkeypatch.setattr(sedd_nets.pretrained, "synchronise", noted_synchronise)
+    monkeypatch.setattr(sedd_nets.files, "synchronise", noted_synchronise)
     monkeypatch.setattr(Path, "replace", noted_replace)
     make_sedd().save_pretrained(tmp_path)
     assert done == ["synchronised"] * 2 + ["model.safetensors", "config.json"]
@@ -209,7 +209,7 @@ def test_failed_save_leaves_the_last_checkpoint(make_sedd, tmp_path, monkeypatch
     def full_disk(_path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sedd_nets.pretrained, "synchronise", full_disk)
+    monkeypatch.setattr(sedd_nets.files, "synchronise", full_disk)
     with pytest.raises(OSError, match="No space left"):
         make_sedd(seed=2).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

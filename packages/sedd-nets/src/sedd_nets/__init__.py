@@ -12,11 +12,12 @@ from sedd_nets.block_diffusion import BD3LM
 from sedd_nets.causal import Causal
 from sedd_nets.conditioning import LabelCondition, PromptCondition
 from sedd_nets.documents import Documents
-from sedd_nets.families import MDLM, RADD, SEDD, UDLM
+from sedd_nets.families import MDLM, RADD, SEDD
 from sedd_nets.fast.attention import FlashAttention, FlexAttention, attention_named
 from sedd_nets.initialisation import init_local_attention, init_unigram_bias
 from sedd_nets.loading import from_pretrained
 from sedd_nets.pretrained import read_config
+from sedd_nets.uniform import UDLM
 
 __all__ = [
     "SEDD",

@@ -26,7 +26,8 @@ import math
 import torch
 from torch import Tensor
 
-from sedd_nets.transformer import Block, Transformer
+from sedd_nets.layers import Block
+from sedd_nets.transformer import Transformer
 
 __all__ = ["init_unigram_bias", "init_local_attention", "offset"]
 

@@ -8,9 +8,10 @@ from typing import Unpack
 from sedd_nets.block_diffusion import BD3LM
 from sedd_nets.causal import Causal
 from sedd_nets.config import family_of
-from sedd_nets.families import MDLM, RADD, SEDD, UDLM
+from sedd_nets.families import MDLM, RADD, SEDD
 from sedd_nets.files import HubOptions, Source
 from sedd_nets.pretrained import read_checkpoint
+from sedd_nets.uniform import UDLM
 
 __all__ = ["Network", "from_pretrained"]
 

@@ -27,7 +27,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from sedd_nets.pretrained import read_json
+from sedd_nets.files import read_json
 from torch import Tensor, nn
 
 from sedd_train import storage, zero_shards

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sedd_nets.transformer import Block, Transformer
+from sedd_nets.layers import Block
+from sedd_nets.transformer import Transformer
 from torch import Tensor, nn
 
 from sedd_train.objectives import Objective, has_head

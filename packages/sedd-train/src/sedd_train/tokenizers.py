@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sedd_nets.files import Source
-from sedd_nets.pretrained import read_json
+from sedd_nets.files import Source, read_json
 
 from sedd_train.text8 import CHARACTERS, character_tokenizer
 
