@@ -133,7 +133,7 @@ def test_a_run_that_was_cut_off_goes_on(run: Any, script: ModuleType, monkeypatc
     def gone(*_: Any, **__: Any) -> Any:
         raise ConnectionError("offline")
 
-    monkeypatch.setattr(script.data, "documents", gone)
+    monkeypatch.setattr(script.corpora, "load_texts", gone)
     assert run().cells == whole  # what is there is not asked for again
 
 
