@@ -324,8 +324,8 @@ def test_padding_does_not_reach_a_masked_language_model(ref):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda graph: from_posterior(3, graph), r"the posterior must be callable as posterior\(x, sigma\), got a int"),
-        (lambda graph: to_posterior(None, graph), "the score model must be callable"),
+        (lambda graph: from_posterior(3, graph), r"the posterior must be callable as posterior\(x, sigma\), got a int"),  # type: ignore[arg-type]
+        (lambda graph: to_posterior(None, graph), "the score model must be callable"),  # type: ignore[arg-type]
         (lambda graph: from_masked_lm("bert", graph), "must be callable, got a str"),
         (lambda graph: from_logits(torch.relu, graph, banned=[5]), "banned holds the state 5"),
         (lambda graph: from_logits(torch.relu, graph, banned=[0, 1, 2, 3]), "banned holds every token"),

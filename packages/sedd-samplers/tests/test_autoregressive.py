@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ class EnumeratedRows(Enumerated):
         super().__init__()
         self.asked = []
 
-    def __call__(self, x, where, rows):
+    def __call__(self, x, where, rows):  # type: ignore[override]
         self.asked.append((int(where.sum()), rows.tolist()))
         return super().__call__(x)[where]
 
@@ -181,7 +182,7 @@ def test_the_model_reads_what_is_written_and_only_where_there_is_something_to_wr
 def test_where_and_rows_are_offered():
     """The head runs at the last position only, the model learns which sequences these are; the sample is the same."""
     x, given = pad_prompts([[0], [], [1, 1, 2]], L)
-    options = {"x": x, "given": given, "start": 0, "num_states": N, "seeds": range(3)}
+    options: dict[str, Any] = {"x": x, "given": given, "start": 0, "num_states": N, "seeds": range(3)}
     model = EnumeratedRows()
     assert torch.equal(continue_left_to_right(model, **options), continue_left_to_right(Enumerated(), **options))
     assert model.asked == [(1, [1]), (2, [0, 1]), (2, [0, 1]), (3, [0, 1, 2])]
@@ -198,7 +199,7 @@ def test_a_finished_sequence_is_written_no_further():
     def until(state):
         return (state.x == 0).any(1)
 
-    options = {"shape": (6, 60), "start": 7, "num_states": 9, "seeds": range(6)}
+    options: dict[str, Any] = {"shape": (6, 60), "start": 7, "num_states": 9, "seeds": range(6)}
     x = sample_left_to_right(model, until=until, **options)
     free = sample_left_to_right(wide, **options)
     lengths = []
@@ -209,7 +210,7 @@ def test_a_finished_sequence_is_written_no_further():
     assert len(calls) == max(lengths) < 60
     assert sum(calls) == sum(lengths)
     with pytest.raises(ValueError, match=r"until must return bool of shape \(6,\)"):
-        sample_left_to_right(model, until=lambda state: True, **options)
+        sample_left_to_right(model, until=lambda state: True, **options)  # type: ignore[arg-type, return-value]
 
 
 def test_states_are_counted_and_shown(capsys):

@@ -282,7 +282,7 @@ def test_a_posterior_that_rounding_has_eaten_is_refused(ref):
         (lambda: temperature(0), r"top_k\(1\)"),
         (lambda: temperature(math.nan), "temperature must be positive and finite, got nan"),
         (lambda: top_k(0), "top_k must be a positive integer, got 0"),
-        (lambda: top_k(1.5), "top_k must be a positive integer"),
+        (lambda: top_k(1.5), "top_k must be a positive integer"),  # type: ignore[arg-type]
         (lambda: top_p(0), r"top_p must lie in \(0, 1\], got 0"),
         (lambda: top_p(1.1), "top_p must lie in"),
         (lambda: allowed_tokens(torch.ones(3, 5)), "must be bool of shape"),

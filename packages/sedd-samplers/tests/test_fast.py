@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +60,12 @@ def plain_ancestral(s, x, Q, t, s_, noise, mask_id):
     return sum(p * step[x] * to_s[:, x0] / to_t[x, x0] for x0, p in enumerate(clean) if p > 0)
 
 
-PLAIN = {Euler: plain_euler, TauLeaping: plain_tau_leaping, Tweedie: plain_tweedie, Ancestral: plain_ancestral}
+PLAIN: dict[Any, Callable[..., torch.Tensor]] = {
+    Euler: plain_euler,
+    TauLeaping: plain_tau_leaping,
+    Tweedie: plain_tweedie,
+    Ancestral: plain_ancestral,
+}
 
 
 def plain_sample(score, graph, noise, shape, times, method, seeds):

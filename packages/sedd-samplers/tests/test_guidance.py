@@ -123,7 +123,7 @@ def test_a_condition_for_each_sequence(ref):
         return (s.log() - sigma.expm1().log()[:, None, None])[where]
 
     flat = lambda x, sigma: (-sigma.expm1().log() - torch.tensor(3.0).log())[:, None, None].expand(*x.shape, 4)  # noqa: E731
-    score = controlled(classifier_free(conditional, flat, 8.0, num_states=4), graph)
+    score = controlled(classifier_free(conditional, flat, 8.0, num_states=4), graph)  # type: ignore[arg-type]
     until = lambda state: torch.tensor([state.step > 3, False, False])  # noqa: E731
     x = sample(score, graph, ref.LogLinear(), shape=(3, 30), steps=10, seeds=range(3), until=until)
     assert (x[1:] == label[1:, None]).all()
@@ -145,8 +145,8 @@ def test_what_one_score_excludes_is_excluded():
     [
         (lambda f: classifier_free(f, f, -1.0, num_states=4), "weight must be finite and at least 0, got -1.0"),
         (lambda f: classifier_guided(f, f, float("inf"), num_states=4), "weight must be finite"),
-        (lambda f: classifier_free(f, 3, 1.0, num_states=4), "the unconditional score model must be callable"),
-        (lambda f: classifier_guided(f, None, 1.0, num_states=4), "the classifier's ratios must be callable"),
+        (lambda f: classifier_free(f, 3, 1.0, num_states=4), "the unconditional score model must be callable"),  # type: ignore[arg-type]
+        (lambda f: classifier_guided(f, None, 1.0, num_states=4), "the classifier's ratios must be callable"),  # type: ignore[arg-type]
         (
             lambda f: classifier_guided(lambda x, s: torch.zeros(1, 2, 4), f, 1.0, num_states=4)(
                 torch.zeros(1, 2).long(), torch.ones(1)

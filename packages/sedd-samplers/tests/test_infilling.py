@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from sedd_samplers import (
     Euler,
     FirstHitting,
+    Method,
     Particles,
     TauLeaping,
     Trapezoidal,
@@ -120,8 +122,8 @@ def test_a_condition_for_each_sequence_finds_its_particles(ref):
 
     x = torch.zeros(3, 2, dtype=torch.int64)
     given = torch.tensor([[True, False]]).expand(3, 2)
-    states = list(trajectory(score, graph, ref.Linear(2.0), x=x, given=given, steps=2, seeds=range(3),
-                             conditioning=Particles(4)))  # fmt: skip
+    options: dict[str, Any] = {"x": x, "given": given, "steps": 2, "seeds": range(3), "conditioning": Particles(4)}
+    states = list(trajectory(score, graph, ref.Linear(2.0), **options))  # type: ignore[arg-type]
     assert all(rows == [0, 1, 2] for rows in seen)
     assert [state.step for state in states] == [0, 1, 2, 3]
     assert states[-1].t == 0
@@ -161,10 +163,10 @@ def test_clamping_is_the_approximation_it_is_said_to_be(ref):
     ],
 )
 def test_what_makes_no_sense_is_refused(ref, change, told):
-    x, given = torch.zeros(1, 2).long(), torch.zeros(1, 2).bool()
+    x = torch.zeros(1, 2).long()
+    options: dict[str, Any] = {"x": x, "given": x.bool(), "steps": 2, **change}
     with pytest.raises(ValueError, match=told):
-        infill(lambda x, sigma: torch.zeros(*x.shape, 4), GRAPHS["uniform"](ref), ref.Linear(2.0),
-               **{"x": x, "given": given, "steps": 2, **change})  # fmt: skip
+        infill(lambda x, sigma: torch.zeros(*x.shape, 4), GRAPHS["uniform"](ref), ref.Linear(2.0), **options)
 
 
 @pytest.mark.parametrize(("count", "threshold"), [(1, 0.5), (True, 0.5), (2.0, 0.5), (4, -0.1), (4, math.nan)])
@@ -191,7 +193,7 @@ def test_a_run_that_is_resumed_goes_on(ref):
     """In two halves with the states handed on: every mask comes to light, and the first half's tokens stay."""
     graph, x = ref.StructuredAbsorbing(5), torch.zeros(4, 30).long()
     score = lambda x, sigma: (-sigma.expm1().log() - math.log(5))[:, None, None].expand(*x.shape, 6)  # noqa: E731
-    options = {"x": x, "given": x > 0, "seeds": range(4)}
+    options: dict[str, Any] = {"x": x, "given": x > 0, "seeds": range(4)}
     half = infill(score, graph, ref.LogLinear(), times=uniform_grid(4, 0.5), denoise=False, **options)
     assert (half == 5).any()
     whole = infill(score, graph, ref.LogLinear(), start=half, times=uniform_grid(4, 1e-5, t_max=0.5), **options)
@@ -208,10 +210,11 @@ class Natural:
 
 def test_a_schedule_may_end_in_infinite_noise(ref):
     """For methods that step on a grid, under masks and noise; a false alarm once in 10,000 seeds each."""
-    for name, methods in {
+    by_graph: dict[str, list[Method]] = {
         "absorbing": [Tweedie(), Euler(), Unmasking(), FirstHitting(), Trapezoidal()],
         "uniform": [TauLeaping()],
-    }.items():
+    }
+    for name, methods in by_graph.items():
         graph = GRAPHS[name](ref)
         p0 = ref.random_data(4, 1, graph.num_states, graph.mask_id)
         for method in methods:

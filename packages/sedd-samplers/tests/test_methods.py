@@ -14,6 +14,7 @@ from sedd_samplers import (
     ConfidenceUnmasking,
     Euler,
     FirstHitting,
+    Method,
     PredictorCorrector,
     Remasking,
     Reverse,
@@ -39,7 +40,7 @@ from sedd_samplers.adapters import to_posterior
 from sedd_samplers.controls import controlled, top_k
 from sedd_samplers.multistage import correct
 
-ANY_GRAPH = {
+ANY_GRAPH: dict[str, Method] = {
     "Euler": Euler(),
     "tau-leaping": TauLeaping(),
     "Tweedie": Tweedie(),
@@ -50,7 +51,7 @@ ANY_GRAPH = {
     "corrected Tweedie": PredictorCorrector(),
     "corrected trapezoidal": PredictorCorrector(Trapezoidal(), corrections=2, ratio=0.3),
 }
-ABSORBING = {
+ABSORBING: dict[str, Method] = {
     "first-hitting": FirstHitting(),
     "remasking, capped": Remasking(capped(0.3)),
     "remasking, rescaled": Remasking(rescaled(0.5)),

@@ -119,7 +119,7 @@ def test_the_score_of_a_posterior_over_far_states_is_the_sum_of_positive_terms(r
     """32 ordered states, of which some can become others only with 1e-40: no term of the sum may be lost."""
     Q, forward = walk(32, sigma)
 
-    class Walk(ref.MatrixGraph):
+    class Walk(ref.MatrixGraph):  # type: ignore[misc, name-defined]
         def transition_into(self, x, sigma):
             return self._row(forward[x])
 

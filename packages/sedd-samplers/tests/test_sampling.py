@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -249,7 +250,7 @@ def test_finished_sequences_stop_and_all_finished_end_the_loop(ref):
         return torch.tensor([state.step >= 2, state.step >= 4, False])
 
     x, given = torch.zeros(3, 400).long(), torch.zeros(3, 400).bool()
-    options = {"x": x, "given": given, "steps": 8, "seeds": range(3)}
+    options: dict[str, Any] = {"x": x, "given": given, "steps": 8, "seeds": range(3)}
     states = list(trajectory(score, graph, ref.LogLinear(), until=until, **options))
     assert len(states) == 10
     assert rows == [3, 3, 2, 2, 1, 1, 1, 1]  # by the denoise none is left to call for
@@ -263,7 +264,7 @@ def test_finished_sequences_stop_and_all_finished_end_the_loop(ref):
 
 def test_a_finished_sequence_stays_finished(ref):
     """Whatever `until` says of it later."""
-    states = list(trajectory(flat(6, -2.0), ref.StructuredAbsorbing(5), ref.LogLinear(), x=torch.zeros(2, 40).long(),
+    states = list(trajectory(flat(6, -8.0), ref.StructuredAbsorbing(5), ref.LogLinear(), x=torch.zeros(2, 40).long(),
                              given=torch.zeros(2, 40).bool(), steps=6, seeds=[1, 2],
                              until=lambda state: torch.tensor([state.step == 2, False])))  # fmt: skip
     assert torch.equal(states[2].x[0], states[-1].x[0])
@@ -272,8 +273,12 @@ def test_a_finished_sequence_stays_finished(ref):
 
 def test_until_must_answer_for_every_sequence(ref):
     for answer in (True, torch.tensor([True]), torch.tensor([1.0, 0.0])):
+
+        def until(state, answer=answer):
+            return answer
+
         with pytest.raises(ValueError, match=r"until must return bool of shape \(2,\)"):
-            sample(flat(6), ref.StructuredUniform(6), ref.LogLinear(), shape=(2, 3), until=lambda state, a=answer: a)
+            sample(flat(6), ref.StructuredUniform(6), ref.LogLinear(), shape=(2, 3), until=until)
 
 
 def test_an_error_names_the_step_it_happened_in(ref):
@@ -349,10 +354,12 @@ def test_slips_of_a_first_hour_are_told(ref, change, told):
     [("num_steps", "you may mean steps="), ("seed", "seeds=, one a sequence"), ("temperature", "controls=")],
 )
 def test_options_that_are_none_are_told_with_what_was_meant(ref, option, told):
+    wrong: dict[str, Any] = {option: 1}
+    x = torch.zeros(2, 3).long()
     with pytest.raises(TypeError, match=rf"sample has no option '{option}': .*{told}.* Its options are steps, method"):
-        sample(flat(6), ref.StructuredAbsorbing(5), ref.LogLinear(), shape=(2, 3), **{option: 1})
+        sample(flat(6), ref.StructuredAbsorbing(5), ref.LogLinear(), shape=(2, 3), **wrong)
     with pytest.raises(TypeError, match=f"infill has no option '{option}'"):
-        infill(flat(6), ref.StructuredAbsorbing(5), ref.LogLinear(), x=0, given=0, **{option: 1})
+        infill(flat(6), ref.StructuredAbsorbing(5), ref.LogLinear(), x=x, given=x > 0, **wrong)
 
 
 class Net(torch.nn.Module):

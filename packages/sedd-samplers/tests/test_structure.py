@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sedd_samplers import (
     ConfidenceUnmasking,
     Euler,
     FirstHitting,
+    Method,
     PredictorCorrector,
     Remasking,
     TauLeaping,
@@ -25,7 +27,7 @@ from sedd_samplers import (
     trajectory,
 )
 from sedd_samplers.adapters import from_logits, from_posterior
-from sedd_samplers.controls import temperature, top_k, top_p
+from sedd_samplers.controls import Control, temperature, top_k, top_p
 from sedd_samplers.randomness import uniforms
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -234,7 +236,7 @@ def test_beside_the_network_s_answer_only_pieces_are_held_whatever_the_number_of
     peaks = []
     for steps in (1, 4):
         network = lambda x, sigma, where: answer[: int(where.sum())]  # noqa: E731, nothing allocated here
-        score = from_posterior(network, graph) if adapted else network
+        score: Callable[..., torch.Tensor] = from_posterior(network, graph) if adapted else network
         with Peak() as memory:
             sample(score, graph, ref.LogLinear(), shape=shape, steps=steps, seeds=range(8), denoise=False)
         peaks.append(memory.peak / (answer.numel() * 4))
@@ -243,7 +245,7 @@ def test_beside_the_network_s_answer_only_pieces_are_held_whatever_the_number_of
     assert min(peaks) > 0.02  # the meter runs
 
 
-HELD = {
+HELD: dict[str, tuple[Method, tuple[Control, ...]]] = {
     "Euler": (Euler(), ()),
     "tau-leaping": (TauLeaping(), ()),
     "Tweedie": (Tweedie(), ()),
@@ -276,7 +278,12 @@ def test_no_method_or_control_holds_half_of_what_the_network_returns(ref, name):
 def test_the_rate_of_absorption_is_looked_up_once_a_run(ref, monkeypatch):
     calls = []
     plain = masked.absorption_rate
-    monkeypatch.setattr(masked, "absorption_rate", lambda *args: calls.append(1) or plain(*args))
+
+    def counted(*args):
+        calls.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(masked, "absorption_rate", counted)
     for method in (Unmasking(), Remasking(at_rate(1.0)), ConfidenceUnmasking(), FirstHitting()):
         calls.clear()
         sample(lambda x, sigma: torch.zeros(*x.shape, 4), ref.StructuredAbsorbing(3), ref.LogLinear(), shape=(2, 8),

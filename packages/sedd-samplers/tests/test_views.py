@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -121,7 +122,9 @@ def test_a_file_gets_ten_lines_and_no_control_characters():
 
 
 def data_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found
+    return json.loads(found[1])
 
 
 def test_a_page_holds_the_trajectory_and_needs_nothing_else(tmp_path):
@@ -156,7 +159,7 @@ def test_a_page_is_written_when_the_loop_is_left_and_keeps_the_rows_asked_for(tm
     path = tmp_path / "page.html"
     views = record(course(), path, TEXT, mask_id=MASK, rows=1)
     next(views), next(views)
-    views.close()
+    views.close()  # type: ignore[attr-defined]
     data = data_of(path.read_text(encoding="utf-8"))
     assert len(data["start"]) == 1
     assert len(data["changes"]) == 1
@@ -235,9 +238,9 @@ def test_what_makes_no_sense_is_refused(tmp_path):
 
 
 def test_a_page_that_cannot_be_written_is_told_before_anything_is_sampled(tmp_path):
-    def never():
+    def never() -> Iterator[State]:
         raise AssertionError("sampled")
-        yield
+        yield  # type: ignore[unreachable]  # what makes it a generator
 
     with pytest.raises(OSError, match="nowhere"):
         list(record(never(), tmp_path / "nowhere" / "p", TEXT))
