@@ -16,7 +16,7 @@ model, Austin et al. 2021 (arXiv 2107.03006); velocity, Gat et al. 2024 (arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from torch import Tensor
 
 from .controls import Control, apply_controls
 from .fast import Answer, Part
+from .heads import logits_of, path_of_head, with_head_at
 from .interfaces import Graph, RowModel, ScoreModel
+from .leave_one_out import score_of, without_own
 from .model_calls import ModelCall, Wrapper, offers, per_sequence
 from .precision import check_recoverable, fastest_rate, working_dtype
-from .steps import denoise_probs, score_of, tweedie_probs, without_own
+from .steps import denoise_probs, tweedie_probs
 
 __all__ = [
     "from_posterior",
@@ -175,8 +177,7 @@ def from_masked_lm(
         raise ValueError("a masked language model needs a graph with a mask: its mask_id is None")
     if not callable(model):
         raise ValueError(f"the masked language model must be callable, got a {type(model).__name__}")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    path = next((name for name, part in _named_modules(model) if part is head), None) if head is not None else None
+    path = path_of_head(model)
     takes_mask = offers(model, "attention_mask") or offers(model, "kwargs")
 
     def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
@@ -189,7 +190,7 @@ def from_masked_lm(
         source = (position - 1).clamp(min=0) if shifted else position
         asked = torch.zeros_like(where).index_put((sequence, source), torch.ones_like(where[sequence, source]))
         called = model if path is None else with_head_at(model, path, asked)
-        logits = _logits_of(called(input_ids=x, **further))
+        logits = logits_of(called(input_ids=x, **further))
         if logits.ndim == 3:
             return Answer(logits.flatten(0, 1), sequence * x.shape[1] + source)
         slot = asked.flatten().cumsum(0).view_as(asked) - 1
@@ -351,64 +352,3 @@ def _check_path(graph: Graph) -> None:
             "a flow's path is kappa delta_x0 + (1 - kappa) prior; this graph's transitions are no such mixture with "
             "kappa = e^-sigma, as those of absorbing and uniform graphs are. Adapt the posterior instead"
         )
-
-
-def _logits_of(answer: object) -> Tensor:
-    """The logits in what a model of transformers, or of anybody's, returns."""
-    logits = getattr(answer, "logits", answer)
-    if isinstance(logits, tuple | list) and logits:
-        logits = logits[0]
-    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(answer).__name__}"
-        raise ValueError(
-            f"the masked language model must return logits (B, L, N), alone, as .logits or first, got {got}"
-        )
-    return logits
-
-
-def _named_modules(model: object) -> Iterator[tuple[str, torch.nn.Module]]:
-    yield from model.named_modules() if isinstance(model, torch.nn.Module) else ()
-
-
-class _HeadAt(torch.nn.Module):
-    """A module that sees the positions `where` of its input (B, L, D) only, as (M, D)."""
-
-    def __init__(self, head: torch.nn.Module, where: Tensor) -> None:
-        super().__init__()
-        self.head, self._where = head, where
-
-    def forward(self, h: Tensor, *further: Any) -> Tensor:
-        """The head's answer, (M, N)."""
-        out: Tensor = self.head(h[self._where] if h.ndim == 3 else h, *further)
-        return out
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("head"), name)
-
-
-def with_head_at(model: torch.nn.Module, path: str, where: Tensor) -> torch.nn.Module:
-    """The same model with its head, the submodule at `path`, run at some positions only.
-
-    The modules on the way to the head are copied, without their parameters; nothing of the model itself is touched, so
-    that other threads may be in the middle of a call of it.
-    """
-    *way, last = path.split(".")
-    root = node = _shallow(model)
-    for name in way:
-        copy = _shallow(node._modules[name])
-        node._modules[name] = copy
-        node = copy
-    head = node._modules[last]
-    assert head is not None
-    node._modules[last] = _HeadAt(head, where)
-    return root
-
-
-def _shallow(module: torch.nn.Module | None) -> torch.nn.Module:
-    assert module is not None
-    copy: torch.nn.Module = object.__new__(type(module))
-    copy.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
-    return copy

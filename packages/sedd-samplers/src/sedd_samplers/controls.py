@@ -34,9 +34,9 @@ from torch import Tensor
 
 from .fast import Answer, Part, log
 from .interfaces import Graph, RowModel, ScoreModel
+from .leave_one_out import leave_one_out, score_of
 from .model_calls import ModelCall, Wrapper
 from .precision import check_recoverable, fastest_rate, working_dtype
-from .steps import leave_one_out, score_of
 
 __all__ = ["Control", "controlled", "temperature", "top_k", "top_p", "allowed_tokens", "apply_controls"]
 
