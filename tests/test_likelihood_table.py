@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,32 +14,65 @@ from sedd_train.text8 import to_text8
 SCRIPT = Path(__file__).parents[1] / "integration" / "likelihood_table.py"
 TINY = (
     *("--", "--width", "16", "--depth", "1", "--heads", "2", "--cond-dim", "8", "--steps", "2"),
-    *(
-        "--batch-size",
-        "4",
-        "--evaluate-blocks",
-        "2",
-        "--evaluate-times",
-        "2",
-        "--sample-steps",
-        "2",
-        "--no-tensorboard",
-    ),
+    *("--batch-size", "4", "--evaluate-blocks", "2", "--evaluate-times", "2", "--sample-steps", "2"),
+    "--no-tensorboard",
 )
-
-
-def table(*options, cache, code=0):
-    how = ["--cache", str(cache), "--blocks", "4", "--num-times", "2"]
-    command = [sys.executable, str(SCRIPT), options[0], *how, *options[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        yield importlib.import_module("likelihood_table")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Of the processes, the one that a table starts for each row included."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def command(cache, environment):
+    """command(*options): the script in a process of its own, what it prints."""
+
+    def run(*options):
+        words = [sys.executable, str(SCRIPT), *few(*options, cache=cache)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture
+def table(script, cache, environment, monkeypatch, capfd):
+    """table(*options, code=0): the script in this process, which spares its start; what it prints."""
+
+    def run(*options, code=0):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *few(*options, cache=cache)])
+        capfd.readouterr()
+        found = 0
+        try:
+            script.main()
+        except SystemExit as end:
+            found = end.code
+        printed = "".join(capfd.readouterr())
+        assert found == code, printed[-4000:]
+        return printed
+
+    return run
+
+
+def few(*options, cache):
+    """The options of a table of four blocks, two times each."""
+    return [options[0], "--cache", str(cache), "--blocks", "4", "--num-times", "2", *options[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +100,10 @@ def lm1b(speeches, tmp_path_factory):
     return f"lm1b:{folder}"
 
 
-def test_rows_are_kept_and_those_that_are_done_are_not_done_again(tmp_path, cache, text8):
+def test_rows_are_kept_and_those_that_are_done_are_not_done_again(tmp_path, command, table, text8):
     folder = tmp_path / "text8"
     here = ["--corpus", text8, "--output", str(folder), *TINY]
-    assert "SEDD absorb: " in table("text8", "--rows", "SEDD absorb", "Autoregressive", *here, cache=cache)
+    assert "SEDD absorb: " in command("text8", "--rows", "SEDD absorb", "Autoregressive", *here)
     first = json.loads((folder / "table.json").read_text())
     assert {name: len(cell["nats"]) for name, cell in first["cells"].items()} == {"SEDD absorb": 4, "Autoregressive": 4}
     assert all(2 < nats / 256 < 9 for cell in first["cells"].values() for nats in cell["nats"])
@@ -79,7 +112,7 @@ def test_rows_are_kept_and_those_that_are_done_are_not_done_again(tmp_path, cach
     assert "| MAC (quoted) | – | – | 1.40 |" in shown
     assert (folder / "table.png").stat().st_size > 10_000
 
-    again = table("text8", "--rows", "Autoregressive", "D3PM uniform", *here, cache=cache)
+    again = table("text8", "--rows", "Autoregressive", "D3PM uniform", *here)
     assert "D3PM uniform: " in again
     assert "Autoregressive: " not in again
     cells = json.loads((folder / "table.json").read_text())["cells"]
@@ -87,10 +120,10 @@ def test_rows_are_kept_and_those_that_are_done_are_not_done_again(tmp_path, cach
     assert cells["D3PM uniform"]["trained"]["graph"] == "uniform"
 
 
-def test_padded_rows_are_measured_by_token_of_text(tmp_path, cache, lm1b):
+def test_padded_rows_are_measured_by_token_of_text(tmp_path, table, lm1b):
     folder = tmp_path / "lm1b"
     here = ["--corpus", lm1b, "--output", str(folder), *TINY]
-    said = table("lm1b", "--padded", "--rows", "SEDD absorb", *here, cache=cache)
+    said = table("lm1b", "--padded", "--rows", "SEDD absorb", *here)
     held = json.loads((folder / "table.json").read_text())
     assert 4 < held["settings"]["tokens"] < 4 * 64
     assert "padded: a document a row" in said
@@ -106,7 +139,7 @@ def test_padded_rows_are_measured_by_token_of_text(tmp_path, cache, lm1b):
         (["--padded"], "has no documents"),
     ],
 )
-def test_what_is_wrong_is_said_before_training(tmp_path, cache, text8, options, message):
+def test_what_is_wrong_is_said_before_training(tmp_path, table, text8, options, message):
     here = ["--corpus", text8, *options, "--output", str(tmp_path / "text8")]
-    assert message in table("text8", *here, cache=cache, code=2)
+    assert message in table("text8", *here, code=2)
     assert not (tmp_path / "text8").exists()
