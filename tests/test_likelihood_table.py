@@ -58,7 +58,7 @@ def table(script, cache, environment, monkeypatch, capfd):
     def run(*options, code=0):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *few(*options, cache=cache)])
         capfd.readouterr()
-        found = 0
+        found: object = 0
         try:
             script.main()
         except SystemExit as end:
