@@ -56,10 +56,13 @@ model does not look at. **Approximate** where tokens are noised."""
 class Particles:
     """Infilling by weighted particles: for every graph, exact as `count` and the number of steps grow.
 
-    A step costs two evaluations of the score for `count` sequences to each that is asked for. With two positions of
-    four or five tokens, one of them given, 64 particles and 256 steps are within .01 of the conditional in total
-    variation under absorbing, uniform and hybrid graphs, within .015 under clustered and ordinal ones
-    (tests/test_infilling.py); more given tokens, and tokens that are less likely, take more.
+    A step costs two evaluations of the score for `count` sequences to each that is asked for. Two errors are left, both
+    measured in total variation from the conditional, two positions of four tokens, one of them given
+    (tests/test_infilling.py). That of the steps, by enumeration: .008 to .021 at 64 steps, .002 to .005 at 256, the
+    largest under clustered and ordinal graphs. That of the particles, clustered: .024 for 16, .005 for 256. 256
+    particles and 256 steps together: .005 to .008, under every graph, with .002 to .003 of it the measurement's; 64
+    particles and 256 steps were at .014 under clustered graphs, with .0045 the measurement's. More given tokens, and
+    tokens that are less likely, take more of both.
 
     Args:
         count: K, at least 2.
@@ -187,7 +190,10 @@ def _given_rows(reverse: Reverse, x: Tensor, tokens: Tensor, t: Tensor, s: Tenso
 
 
 def _start(reverse: Reverse, tokens: Tensor, t: Tensor) -> Tensor:
-    """Free positions from the prior, given ones noised from their tokens; what that changes in law is weighed."""
+    """Free positions from the prior, given ones noised from their tokens.
+
+    At the first time the two laws differ by what is not forgotten there, as the forward process and its prior do.
+    """
     x = reverse.prior()
     sequence, position = reverse.frozen.nonzero(as_tuple=True)
     if not len(sequence):
