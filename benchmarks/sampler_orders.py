@@ -121,7 +121,7 @@ class Enumerator(Reverse):
     def __init__(self, score: ExactScore, x: Tensor, middle: Tensor) -> None:
         frozen = torch.zeros_like(x, dtype=torch.bool)
         super().__init__(score, score.graph, NOISE, frozen=frozen, seeds=torch.zeros_like(x[:, 0]))
-        self.middle, self.rows = middle, list[Tensor]()
+        self.middle, self.kept = middle, list[Tensor]()
 
     def redraw(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel, *, moves: Moves | None = None) -> Tensor:
         """The kernel's rows are kept."""
@@ -129,7 +129,7 @@ class Enumerator(Reverse):
         if where.any():
             probs = self.evaluate(x, sigma, where, kernel).clamp(min=0)
             rows[where] = probs / probs.sum(-1, keepdim=True)
-        self.rows.append(rows)
+        self.kept.append(rows)
         return self.middle
 
     def flip(self, x: Tensor, where: Tensor, state: int, probability: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Enumerator(Reverse):
         share = (where * probability[:, None])[..., None]
         rows = rows * (1 - share)
         rows[..., state] += share[..., 0]
-        self.rows.append(rows)
+        self.kept.append(rows)
         return self.middle
 
 
@@ -150,7 +150,7 @@ def transition(score: ExactScore, method: Method, stages: int, t: Tensor, s: Ten
     reverse = Enumerator(score, x, middle)
     method(reverse, x, t.expand(len(x)), s.expand(len(x)))
     position = torch.arange(LENGTH)
-    first, *second = (rows[:, position, states].prod(-1) for rows in reverse.rows)
+    first, *second = (rows[:, position, states].prod(-1) for rows in reverse.kept)
     if not second:
         return first
     return torch.einsum("xm,xmy->xy", first.view(S, S, S)[:, 0], second[0].view(S, S, S))
