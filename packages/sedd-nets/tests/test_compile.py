@@ -156,7 +156,7 @@ def test_compiled_choices_of_dropout_are_the_same(make_sedd, batch):
         torch.testing.assert_close(net(x, sigma, dropout_seeds=seeds), eager, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("packed", "checkpointed"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("packed", "checkpointed"), [pytest.param(False, False, marks=pytest.mark.slow), (True, True)])
 def test_a_gpus_code_is_made_of_a_training_step(make_sedd, batch, gpus_code, packed, checkpointed):
     """Forward and backward in bfloat16, with dropout, down to the kernels' source: without breaks, on a CPU."""
     x, sigma = batch
