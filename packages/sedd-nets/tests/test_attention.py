@@ -4,7 +4,7 @@ import types
 import pytest
 import torch
 from sedd_nets import Documents, FlashAttention, FlexAttention, attention_named, sdpa
-from sedd_nets.attention import ScaledDotProduct
+from sedd_nets.attention import Rotary, ScaledDotProduct
 from torch.nn.attention.flex_attention import flex_attention
 
 IDS = torch.zeros(2, 160, dtype=torch.int64)
@@ -28,6 +28,13 @@ def by_definition(q, k, v, ids):
     within = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] >= 0)
     scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~within[:, None], -torch.inf)
     return (torch.softmax(scores, dim=-1).nan_to_num() @ v).transpose(1, 2)
+
+
+def test_angles_are_positions_times_powers_of_ten_thousand():
+    angle = torch.arange(5)[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])
+    cos, sin = Rotary(8)(5)
+    torch.testing.assert_close(cos, angle.cos(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(sin, angle.sin(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -150,8 +157,11 @@ def test_attention_by_name(flash_attn):
     assert attention_named("sdpa") is sdpa
     assert isinstance(attention_named("flex"), FlexAttention)
     q, k, v = heads(torch.bfloat16)
-    for name in ("flash", "flash-4"):
-        torch.testing.assert_close(attention_named(name)(q, k, v, None), sdpa(q, k, v, None), atol=2e-2, rtol=0)
+    for name, module in (("flash", "flash_attn"), ("flash-4", "flash_attn.cute")):
+        attend = attention_named(name)
+        assert isinstance(attend, FlashAttention)
+        assert attend.rows is sys.modules[module].flash_attn_func
+        torch.testing.assert_close(attend(q, k, v, None), sdpa(q, k, v, None), atol=2e-2, rtol=0)
     with pytest.raises(ValueError, match="no attention 'xformers': one of sdpa, flex, flash, flash-4"):
         attention_named("xformers")
     with pytest.raises(ValueError, match=r"version=3"):

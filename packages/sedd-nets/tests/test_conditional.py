@@ -1,5 +1,6 @@
 """RADD and MDLM: networks that predict the clean token, and the score that follows."""
 
+import itertools
 import json
 import math
 import shutil
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sedd_nets import MDLM, RADD, SEDD, from_pretrained, read_config
+from sedd_nets import MDLM, RADD, SEDD, UDLM, from_pretrained, read_config
 
 FAMILIES = {"sedd-tiny-absorb": SEDD, "sedd-tiny-uniform": SEDD, "radd-tiny": RADD, "mdlm-tiny": MDLM}
 SIZES: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "length": 12, "dropout": 0.0}
@@ -170,8 +171,9 @@ def test_hidden_and_head_make_forward(make, wide):
 
 def test_time_enters_where_it_is_asked_to(batch, randomise_):
     x, sigma = batch
-    for conditioned in (False, True):
-        net = MDLM(11, **SIZES, cond_dim=8, time_conditioning=conditioned)
+    families: list[Any] = [MDLM, UDLM]
+    for family, conditioned in itertools.product(families, (False, True)):
+        net = family(11, **SIZES, cond_dim=8, time_conditioning=conditioned)
         randomise_(net)
         assert torch.equal(net.hidden(x, sigma), net.hidden(x, sigma + 1)) is not conditioned
     radd = RADD(11, **SIZES)
@@ -182,6 +184,14 @@ def test_time_enters_where_it_is_asked_to(batch, randomise_):
         math.log(math.expm1(1.05) / math.expm1(0.05)),
         rel_tol=1e-5,
     )
+
+
+def test_a_network_that_sees_the_time_is_of_one_schedule_which_its_writer_must_name(tmp_path):
+    assert not MDLM(11, **SIZES).time_conditioning
+    assert MDLM(11, **SIZES).sections["noise"] == {"type": "loglinear"}
+    with pytest.warns(UserWarning, match="will not say which noise the network"):
+        MDLM(11, **SIZES, time_conditioning=True).save_pretrained(tmp_path)
+    assert "noise" not in read_config(tmp_path)
 
 
 def test_float32_after_the_head_under_autocast(make, batch):
@@ -202,6 +212,18 @@ def test_float32_after_the_head_under_autocast(make, batch):
     assert log_score.dtype == torch.float32
     masked = x == 10
     torch.testing.assert_close(log_score[masked][:, :10].double(), expected[masked], atol=1e-5, rtol=0)
+
+
+def test_norms_are_float32_in_a_network_cast_to_bfloat16(randomise_):
+    """Weights and biases are bfloat16 then; what leaves is rounded once, by 2^-8 at most."""
+    net = RADD(11, **SIZES)
+    randomise_(net)
+    norm: Any = net.bfloat16().blocks[0].norm1
+    h = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(4)).bfloat16()
+    out = norm(h)
+    assert out.dtype == torch.bfloat16
+    exact = torch.nn.functional.layer_norm(h.double(), (16,), norm.weight.double(), norm.bias.double())
+    torch.testing.assert_close(out.double(), exact, atol=1e-6, rtol=2**-8)
 
 
 def test_dropout_in_training_only(make, batch):

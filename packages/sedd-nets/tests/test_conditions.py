@@ -24,6 +24,19 @@ def test_unconditional_path_is_untouched(make_sedd, batch, randomise_, embed, gi
     assert not torch.allclose(net(x, sigma, condition=given)[0], before[0], atol=1e-3)
 
 
+@pytest.mark.parametrize(("embed", "given", "none"), conditions(), ids=["label", "prompt"])
+def test_a_condition_is_added_to_the_noise_levels_embedding(make_sedd, batch, randomise_, embed, given, none):
+    """c = silu(embed(sigma) + embed(y)), with y a row of the table or a linear map of the prompt."""
+    x, sigma = batch
+    net = make_sedd()
+    net.condition_embed = embed
+    randomise_(embed)
+    weight = next(embed.parameters())
+    of_y = weight[given] * (given >= 0)[:, None] if isinstance(embed, LabelCondition) else given @ weight.T
+    a = (net.sigma_map(sigma[:, None]) + of_y)[:, None]
+    torch.testing.assert_close(net.conditioning(x, sigma, given), a / (1 + torch.exp(-a)), atol=1e-6, rtol=1e-5)
+
+
 def test_each_sequence_has_its_own_label(make_sedd, wide, randomise_):
     x, sigma = wide
     net = make_sedd().double()
@@ -77,9 +90,13 @@ def test_bad_conditions_are_named(make_sedd, batch):
         net(x, sigma, condition=torch.tensor([0, -2, 2]))
     with pytest.raises(ValueError, match=r"labels must be \(B,\) int64"):
         net(x, sigma, condition=torch.tensor([[0, 1, 2]]))
+    with pytest.raises(ValueError, match=r"labels must be \(B,\) int64; got torch\.int32"):
+        net(x, sigma, condition=torch.tensor([0, 1, 2], dtype=torch.int32))
     net.condition_embed = PromptCondition(6, 8)
     with pytest.raises(ValueError, match=r"prompts must be \(B, 6\); got \(3, 5\)"):
         net(x, sigma, condition=torch.zeros(3, 5))
+    with pytest.raises(ValueError, match=r"prompts must be \(B, 6\); got \(3, 1, 6\)"):
+        net(x, sigma, condition=torch.zeros(3, 1, 6))
     radd = RADD(11, width=16, depth=1, heads=2)
     with pytest.raises(ValueError, match="RADD is not modulated"):
         radd(x, sigma, condition=torch.tensor([0, 1, 2]))

@@ -17,6 +17,19 @@ def test_spans_lengths_and_padding():
     assert Documents(IDS.abs()).kept is None
 
 
+def test_what_is_known_moves_along():
+    for ids in (IDS, IDS.abs()):
+        documents, moved = Documents(ids), Documents(ids).to("cpu")
+        assert torch.equal(moved.ids, ids)
+        assert (moved.spans, moved.longest) == (documents.spans, documents.longest)
+        assert torch.equal(moved.cu_seqlens, documents.cu_seqlens)
+        if documents.kept is None:
+            assert moved.kept is None
+        else:
+            assert moved.kept is not None
+            assert torch.equal(moved.kept, documents.kept)
+
+
 def test_padded_rows():
     assert Documents.padded([2, 5], 5).ids.tolist() == [[0, 0, -1, -1, -1], [0] * 5]
     assert Documents.padded(torch.tensor([2, 5]), 5).spans == ((0, 2), (5, 10))

@@ -6,11 +6,12 @@ from itertools import combinations
 
 import pytest
 import torch
-from sedd_nets import RADD, SEDD
+from sedd_nets import BD3LM, RADD, SEDD, UDLM, Causal
 from sedd_nets.fast.dropout import dropped, place_words
 from sedd_nets.fast.memory_efficient import add_gated
 
 ScaledSEDD = partial(SEDD, scale_by_sigma=True)
+OneBlock = partial(BD3LM, block_size=12)
 SEEDS = torch.tensor([0, 1, 2, -1, 2**40, 2**62 + 12345])
 SIZES = {"width": 16, "depth": 2, "heads": 2, "length": 12, "dropout": 0.3}
 P, LIMIT = 0.3, 5.0
@@ -102,7 +103,7 @@ def test_patterns_of_eight_neighbours_are_equally_frequent(axis):
     assert ((counts - expected).square() / expected).sum() < 390
 
 
-@pytest.fixture(params=[ScaledSEDD, RADD])
+@pytest.fixture(params=[ScaledSEDD, RADD, UDLM, Causal, OneBlock])
 def net(request, randomise_):
     net = request.param(11, **SIZES).train()
     randomise_(net)

@@ -37,6 +37,24 @@ def test_every_head_of_every_block_looks_first_at_its_offset(net):
         h = block(h, c, cos, sin, net.attention)
 
 
+def test_scores_fall_with_the_distance_from_the_offset_as_the_formula_says():
+    """Without the fresh weights' own part: score(m, n) = sharpness mean_i cos(omega_i (n - m - delta))."""
+    net = networks()[0]
+    for block in net.blocks:
+        torch.nn.init.zeros_(block.attn_qkv.weight)
+    init_local_attention(net, sharpness=50.0)
+    x = torch.randint(40, (1, 64), generator=torch.Generator().manual_seed(1))
+    c, h, (cos, sin) = net.conditioning(x, torch.ones(1), None), net.vocab_embed(x), net.rotary_emb(64)
+    distance = torch.arange(64)[None, :] - torch.arange(64)[:, None]
+    for b, block in enumerate(net.blocks):
+        shift, scale = block.adaLN_modulation(c).chunk(6, -1)[:2]
+        q, k, _ = rotated(block.attn_qkv(block.norm1(h, shift, scale)).unflatten(-1, (3, 4, -1)), cos, sin)
+        scores = torch.einsum("lhd,mhd->hlm", q[0], k[0]) / q.shape[-1] ** 0.5
+        for head in range(4):
+            angle = (distance - offset(b, head))[..., None] * net.rotary_emb.inv_freq
+            torch.testing.assert_close(scores[head], 50 * angle.cos().mean(-1), atol=1e-3, rtol=0)
+
+
 def test_offsets_go_to_both_sides_and_farther_in_later_blocks():
     assert [offset(0, h) for h in range(6)] == [-1, 1, -2, 2, -3, 3]
     assert [offset(2, h) for h in range(6)] == [-1, 1, -4, 4, -7, 7]

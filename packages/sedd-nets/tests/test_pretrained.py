@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_a_config_that_does_not_say_whether_to_scale_means_what_its_graph_needs(
     (tmp_path / "config.json").write_text(json.dumps(config))
     log_score = SEDD.from_pretrained(tmp_path)(expected["xt"], expected["sigma"])
     torch.testing.assert_close(log_score, expected["log_score"], atol=1e-5, rtol=0)
+
+
+def test_a_config_that_says_nothing_of_dropout_has_none(golden, tmp_path):
+    folder, _ = golden("sedd-tiny-absorb")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = read_config(folder)
+    del config["model"]["dropout"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert SEDD.from_pretrained(tmp_path).dropout == 0
 
 
 def test_what_a_checkpoint_says_of_its_noise_is_kept(golden, tmp_path):
@@ -154,12 +164,18 @@ def test_names_go_to_the_hub(golden, hub):
     folder, expected = golden("sedd-tiny-absorb")
     asked = hub(folder)
     options: HubOptions = {"revision": "v1", "token": "secret", "cache_dir": "there", "local_files_only": True}
-    net = SEDD.from_pretrained("someone/sedd-small", **options)
-    torch.testing.assert_close(net(expected["xt"], expected["sigma"]), expected["log_score"], atol=1e-5, rtol=0)
-    assert asked == [
+    files = [
         ("someone/sedd-small", file, "v1", "secret", "there", True) for file in ("config.json", "model.safetensors")
     ]
-    assert read_config("someone/sedd-small")["tokens"] == 40
+    for read in (SEDD.from_pretrained, from_pretrained):
+        asked.clear()
+        net = read("someone/sedd-small", **options)
+        torch.testing.assert_close(net(expected["xt"], expected["sigma"]), expected["log_score"], atol=1e-5, rtol=0)
+        assert asked == files
+    asked.clear()
+    assert read_config("someone/sedd-small", **options)["tokens"] == 40
+    read_config("someone/sedd-small")
+    assert asked == [files[0], ("someone/sedd-small", "config.json", None, None, None, False)]
     with pytest.raises(TypeError, match="revison"):
         SEDD.from_pretrained("someone/sedd-small", revison="v1")  # type: ignore[call-arg]
 
@@ -199,6 +215,27 @@ def test_the_config_is_moved_into_place_last(make_sedd, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", noted_replace)
     make_sedd().save_pretrained(tmp_path)
     assert done == ["synchronised"] * 2 + ["model.safetensors", "config.json"]
+
+
+def test_the_disk_is_waited_for(make_sedd, tmp_path, monkeypatch):
+    """Of the very files that are moved into place: a rename keeps their inodes."""
+    waited, fsync = [], os.fsync
+
+    def noted(descriptor):
+        waited.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    make_sedd().save_pretrained(tmp_path)
+    assert waited == [(tmp_path / name).stat().st_ino for name in ("model.safetensors", "config.json")]
+
+
+def test_weights_laid_out_otherwise_are_written(make_sedd, tmp_path):
+    net = make_sedd()
+    state = {key: value.mT.contiguous().mT if value.ndim == 2 else value for key, value in net.state_dict().items()}
+    assert not state["vocab_embed.embedding"].is_contiguous()
+    net.save_pretrained(tmp_path, state_dict=state)
+    assert all(torch.equal(value, state[key]) for key, value in load_file(tmp_path / "model.safetensors").items())
 
 
 def test_failed_save_leaves_the_last_checkpoint(make_sedd, tmp_path, monkeypatch):
@@ -379,6 +416,9 @@ def test_it_is_said_that_graph_and_schedule_are_forgotten(tmp_path):
         net.save_pretrained(tmp_path, sections={"graph": {"type": "uniform"}})
     with pytest.raises(ValueError, match=r"nobody could use me/net: .* would not say which graph and noise"):
         net.push_to_hub("me/net")
+    net.save_pretrained(tmp_path, sections={"objective": {"type": "d3pm"}})  # no score, and needs neither
+    with pytest.warns(UserWarning, match="will not say which graph and noise"):
+        net.save_pretrained(tmp_path, sections={"objective": {"type": "score-entropy"}})
 
 
 def test_the_mask_stands_in_one_place(tmp_path):

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sedd_nets import BD3LM, MDLM, RADD, SEDD, UDLM, from_pretrained, read_config
+from sedd_nets import BD3LM, MDLM, RADD, SEDD, UDLM, Documents, from_pretrained, read_config
+from sedd_nets.attention import ScaledDotProduct
 
 WIDTH, DEPTH, HEADS, COND = 16, 2, 2, 8
 
@@ -307,6 +308,19 @@ def test_mdlm(tmp_path, states, mask_id):
     assert (again.mask_id, again.sections) == (net.mask_id, net.sections)
 
 
+def test_the_mask_is_where_the_config_says(tmp_path):
+    """The first state, too; and a trainer's word for what is predicted leaves the graph that its config has."""
+    for number, config in enumerate(
+        [
+            flat("mdlm", 21, time_conditioning=False, mask_id=0),
+            {"parameterization": "subs", "model": dict(DIT), "graph": {"type": "absorb", "mask_id": 0}},
+        ]
+    ):
+        net = from_pretrained(write(tmp_path / str(number), config, tensors(21)))
+        assert net.sections["graph"] == {"type": "absorb", "mask_id": 0}
+        assert (net(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1))[..., 0] == 0).all()
+
+
 def uniform_log_score(posterior_logits, x, sigma):
     """log p_t(y) / p_t(x) for w = softmax(logits): (N a w_y + 1 - a) / (N a w_x + 1 - a), a = e^-sigma."""
     a, w = math.exp(-sigma), torch.softmax(posterior_logits, -1)
@@ -354,6 +368,12 @@ def test_udlm_s_classes(tmp_path):
         net(x, sigma, condition=torch.tensor([3, 0, 0]))
     with pytest.raises(ValueError, match="network without conditions"):
         from_pretrained(udlm(tmp_path / "plain"))(x, sigma, condition=labels)
+
+
+def test_another_graph_is_not_the_uniform_networks(tmp_path):
+    config = {"model": DIT | {"type": "udlm"}, "graph": {"type": "absorb"}}
+    with pytest.raises(ValueError, match=r"graph\.type is 'absorb', and this network is the uniform graph's"):
+        from_pretrained(write(tmp_path / "udlm", config, tensors(21)))
 
 
 def test_uniform_score_is_the_ratio_of_probabilities():
@@ -461,6 +481,16 @@ def test_bd3lm_comes_back(tmp_path):
     assert read_config(tmp_path / "again")["model"]["block_size"] == 4
 
 
+def test_bd3lm_attends_in_its_own_way(tmp_path):
+    net = from_pretrained(bd3lm(tmp_path / "bd3lm"))
+    x, sigma = some_states(20), torch.ones(3)
+    with pytest.raises(ValueError, match="takes no documents and no other `attention`"):
+        net(x, sigma, documents=Documents(torch.zeros_like(x)))
+    net.attention = ScaledDotProduct(causal=True)
+    with pytest.raises(ValueError, match="takes no documents and no other `attention`"):
+        net(x, sigma)
+
+
 @pytest.mark.parametrize("name", ["cross_attn", "adaln", "time_conditioning"])
 def test_bd3lm_s_other_variants_are_refused(tmp_path, name):
     value = name == "time_conditioning"
@@ -524,3 +554,16 @@ def test_transformers_auto_model_reads_them_and_runs_nothing_of_theirs(tmp_path,
     assert not (tmp_path / "it-ran").exists()
     with pytest.raises(ValueError, match="dtype is not for sedd_nets' networks"):
         transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def test_what_transformers_is_told_of_the_hub_is_passed_on_and_what_it_cannot_have_is_refused(monkeypatch):
+    pytest.importorskip("transformers")
+    auto = importlib.import_module("sedd_nets.auto")
+    asked: list[Any] = []
+    monkeypatch.setattr(auto, "from_pretrained", lambda name, **hub: asked.append((name, hub)))
+    hub = {"revision": "v1", "token": "secret", "cache_dir": "there", "local_files_only": True}
+    auto._Reader.from_pretrained("someone/mdlm", trust_remote_code=True, **hub)
+    assert asked == [("someone/mdlm", hub)]
+    for option in ("dtype", "torch_dtype", "device_map", "quantization_config", "attn_implementation"):
+        with pytest.raises(ValueError, match=f"{option} is not for sedd_nets' networks"):
+            auto._Reader.from_pretrained("someone/mdlm", **{option: "auto"})

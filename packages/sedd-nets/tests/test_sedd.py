@@ -235,6 +235,7 @@ def test_weights_are_used_by_their_owners_alone(make_sedd, batch):
     ("options", "named"),
     [
         ({"heads": 3}, "width 16 over 3 heads"),
+        ({"heads": 16}, "width 16 over 16 heads: every head needs an even"),
         ({"width": 0}, "width"),
         ({"depth": -1}, "depth"),
         ({"dropout": 1.5}, "dropout"),
@@ -255,6 +256,8 @@ def test_bad_input_is_named(make_sedd, batch):
         net(x.masked_fill(x == x[0, 0], -1), sigma)
     with pytest.raises(ValueError, match="13 tokens; this network takes 1 to 12"):
         net(torch.zeros(1, 13, dtype=torch.int64), sigma[:1])
+    with pytest.raises(ValueError, match="0 tokens; this network takes 1 to 12"):
+        net(torch.zeros(1, 0, dtype=torch.int64), sigma[:1])
     with pytest.raises(ValueError, match=r"sigma has shape \(3, 1\)"):
         net(x, sigma[:, None])
     with pytest.raises(ValueError, match=r"sigma has shape \(2,\)"):
