@@ -360,6 +360,7 @@ def posterior_of(score, graph, x):
 def test_shifted_logits_are_those_of_the_token_before(ref):
     """Dream's: the logits at i are of token i + 1, the first token's its own. Also with the head at some positions."""
     graph, x = ref.StructuredAbsorbing(9, 4), masked_x()
+    x[:, 0] = 4
     logits = TinyMaskedLM(10)(x, torch.ones_like(x)).logits
     plain = from_logits(lambda x, sigma: torch.cat([logits[:, :1], logits[:, :-1]], 1), graph)
     for head in (True, False):

@@ -9,6 +9,7 @@ import torch
 from sedd_samplers import Tweedie, infill, pad_prompts, sample, uniform_grid
 from sedd_samplers.adapters import from_posterior, to_posterior
 from sedd_samplers.controls import allowed_tokens, controlled, temperature, top_k, top_p
+from sedd_samplers.leave_one_out import leave_one_out
 
 ROW = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]], dtype=torch.float64)
 NOWHERE = torch.zeros(1, dtype=torch.int64)
@@ -87,6 +88,7 @@ CONTROLS = {
         P0 * torch.tensor([0.0, 1, 0, 1, 1]),
     ),
     "hot, then top-2": ([temperature(2.0), top_k(2)], P0**0.5 * torch.tensor([1.0, 1, 0, 0, 0])),
+    "top-3, then top-p": ([top_k(3), top_p(0.75)], P0 * torch.tensor([1.0, 1, 0, 0, 0])),  # .7 of .85 is .82
 }
 NOISED = {
     "absorbing": lambda ref: ref.absorbing_matrix(5, 2),
@@ -171,6 +173,13 @@ def test_without_controls_a_score_is_normalised(ref):
     score = lambda x, sigma: torch.zeros(*x.shape, 5, dtype=torch.float64)  # noqa: E731
     s = controlled(score, graph)(x, sigma).exp()
     torch.testing.assert_close(s[..., :4] * sigma.expm1(), torch.full((1, 3, 4), 0.25).double())
+
+
+def test_what_is_said_of_tokens_that_cannot_have_become_x_is_no_part_of_its_law(ref):
+    """Under absorption a token was itself, whatever a network answers there; a mask was any."""
+    x, level = torch.tensor([2, 4]), torch.full((2,), 0.7, dtype=torch.float64)
+    law = leave_one_out(torch.zeros(2, 5, dtype=torch.float64), x, ref.StructuredAbsorbing(4), level)
+    torch.testing.assert_close(law, torch.tensor([[0.0, 0, 1, 0, 0], [0.25, 0.25, 0.25, 0.25, 0]]).double())
 
 
 def test_one_position_is_sampled_at_its_temperature(ref):

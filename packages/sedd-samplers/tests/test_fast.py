@@ -161,6 +161,7 @@ def test_an_answer_is_converted_in_pieces_as_at_once(picked, monkeypatch):
     assert torch.equal(answer.tensor(), plain.float())
     assert torch.equal(answer[torch.tensor([5, 0])], plain[[5, 0]])
     assert answer[2:4].dtype == torch.float64
+    assert torch.equal(answer.then(lambda r, part: r / 3, torch.float32)[2:4], plain[2:4] / 3)
     assert len(answer) == len(plain)
 
 

@@ -130,13 +130,14 @@ def test_a_condition_for_each_sequence(ref):
     assert ((x[0] == 0) | (x[0] == 3)).all()
 
 
-def test_what_one_score_excludes_is_excluded():
+@pytest.mark.parametrize("weight", [0.3, 0.7, 2.0])
+def test_what_one_score_excludes_is_excluded(weight):
     s = torch.tensor([[[0.0, -torch.inf, 1.0, -torch.inf]]])
     t = torch.tensor([[[0.0, 2.0, -torch.inf, -torch.inf]]])
     x, sigma = torch.zeros(1, 1).long(), torch.ones(1)
-    free = classifier_free(lambda x, sigma: s, lambda x, sigma: t, 2.0, num_states=4)(x, sigma)
+    free = classifier_free(lambda x, sigma: s, lambda x, sigma: t, weight, num_states=4)(x, sigma)
     assert free.tolist() == [[[0.0, -torch.inf, -torch.inf, -torch.inf]]]
-    guided = classifier_guided(lambda x, sigma: s, lambda x, sigma: t + torch.inf, 2.0, num_states=4)
+    guided = classifier_guided(lambda x, sigma: s, lambda x, sigma: t + torch.inf, weight, num_states=4)
     assert guided(x, sigma)[0, 0, 1] == -torch.inf
 
 

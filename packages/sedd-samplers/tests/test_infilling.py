@@ -143,6 +143,16 @@ def test_the_error_of_the_particles_falls_with_their_number(ref):
     assert 3 * error[256] < error[16]
 
 
+def test_particles_that_are_drawn_anew_weigh_what_their_parents_outlook_leaves():
+    """Shares .7, .1, .1, .1 at the teeth .125, .375, .625, .875; equal shares leave everything as it is."""
+    share = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
+    ahead = torch.tensor([[-1.0, -2.0, -3.0, -4.0]] * 2, dtype=torch.float64)
+    weight = share.log() - ahead
+    parent, after = Particles(4)._resample(weight, ahead, torch.full((2,), 0.5, dtype=torch.float64))
+    assert parent.tolist() == [0, 0, 0, 2, 4, 5, 6, 7]
+    assert after.tolist() == [[1.0, 1.0, 1.0, 3.0], weight[1].tolist()]
+
+
 def test_a_sample_by_particles_keeps_what_is_given_and_depends_on_its_seed_alone(ref):
     graph = GRAPHS["hybrid"](ref)
     p0 = ref.random_data(4, 3, 5, 4)
@@ -206,7 +216,7 @@ def test_clamping_is_the_approximation_it_is_said_to_be(ref):
         ({"conditioning": Particles(4), "until": lambda state: state}, "neither start nor until"),
         ({"conditioning": Particles(4), "start": torch.zeros(1, 2).long()}, "neither start nor until"),
         ({"start": torch.zeros(1, 3).long()}, r"start must be int64 of x's shape \(1, 2\), got torch.int64 \(1, 3\)"),
-        ({"start": torch.full((1, 2), 9)}, "a state outside 0..3"),
+        ({"start": torch.full((1, 2), 4)}, "a state outside 0..3"),
         ({"times": [0.5, 0.1], "steps": None}, r"times begin at 0.5, below 1: say from which states, start="),
     ],
 )

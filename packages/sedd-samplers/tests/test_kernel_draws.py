@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -83,6 +84,15 @@ def test_a_row_with_nothing_to_draw_is_named_as_without_a_kernel(bad, ref, by_ke
     ):
         sample(score, graph, ref.LogLinear(), shape=(3, 5), steps=2, seeds=torch.arange(3))
     assert by_kernels
+
+
+def test_the_final_step_leaves_no_mask_of_a_posterior_that_sums_to_a_tenth(ref, by_kernels):
+    def score(x, sigma):
+        return (-sigma.expm1().log() - math.log(60))[:, None, None].expand(*x.shape, 7)
+
+    x = sample(score, ref.StructuredAbsorbing(6), ref.LogLinear(), shape=(3, 5), steps=1, seeds=torch.arange(3))
+    assert len(by_kernels) == 2
+    assert (x < 6).all()
 
 
 def test_on_a_cpu_no_kernel_is_used():

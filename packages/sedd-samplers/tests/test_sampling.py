@@ -395,6 +395,9 @@ def test_a_module_is_found_whatever_it_is_wrapped_in(ref, how):
     with pytest.warns(UserWarning, match=r"the Net is in training mode.*call \.eval\(\)"):
         sample(score, graph, ref.LogLinear(), shape=(1, 2), steps=1)
     sample(WRAPPED[how](Net().eval(), graph), graph, ref.LogLinear(), shape=(1, 2), steps=1)
+    same = Net().train()
+    same.dropout.p = 0.0  # in training mode or not
+    sample(WRAPPED[how](same, graph), graph, ref.LogLinear(), shape=(1, 2), steps=1)
 
 
 def test_a_sequence_that_is_finished_from_the_start_is_left_alone(ref):
