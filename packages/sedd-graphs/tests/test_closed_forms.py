@@ -173,6 +173,11 @@ def test_sample_prior_is_the_limit():
     assert (drawn.flatten().bincount() - 20_000).abs().max() < 6 * 120  # six standard deviations
 
 
+def test_sample_prior_lies_where_it_is_asked_for():
+    drawn = Uniform(3).sample_prior((2, 3), generator=torch.Generator(), device="meta")
+    assert (drawn.device.type, drawn.shape) == ("meta", (2, 3))
+
+
 @pytest.mark.parametrize("kappa", [1.0, 2.0, 5.0])
 def test_kimura_has_its_transitions_and_its_pace(kappa):
     """A-G and C-T at kappa times the rate of each transversion, and one substitution a unit of noise (Kimura 1980)."""

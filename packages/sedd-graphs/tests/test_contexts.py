@@ -26,6 +26,7 @@ from sedd_graphs import (
     Polynomial,
     Uniform,
 )
+from sedd_graphs._constants import Constant
 
 
 def chain(n, *, reversible=False):
@@ -152,6 +153,14 @@ def test_inference_mode_leaves_nothing_behind(graph):
         total = each.transition_from(X0, sigma).value.square().sum() + each.propagate(v, sigma).square().sum()
         slopes.append(torch.autograd.grad(total, (sigma, v)))
     torch.testing.assert_close(slopes[0], slopes[1])
+
+
+def test_tables_copied_under_inference_mode_are_ordinary():
+    table = Constant(torch.arange(3.0))
+    with torch.inference_mode():
+        copied = table.on(torch.device("meta"))
+    assert not copied.is_inference()
+    assert table.on(torch.device("meta")) is copied
 
 
 def test_schedules_run_under_inference_mode(noise):

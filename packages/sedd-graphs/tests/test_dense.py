@@ -129,6 +129,16 @@ def test_levels_of_a_batch_do_not_mix():
         torch.testing.assert_close(rows[b], Dense(irreversible()).transition_from(x[b], sigma[b]).dense())
 
 
+def test_many_levels_are_taken_in_parts(monkeypatch):
+    """Five levels, two matrices at a time, give what they give all at once."""
+    states, sigma = torch.arange(6)[:5], torch.tensor([0.5, 2.0, 0.1, 1.0, 0.3], dtype=DOUBLE)
+    v = random(5, 6)
+    expected = [Dense(irreversible()).transition_from(states, sigma).dense(), Dense(irreversible()).propagate(v, sigma)]
+    monkeypatch.setattr("sedd_graphs.dense._AT_ONCE", 2 * 6 * 6)
+    found = [Dense(irreversible()).transition_from(states, sigma).dense(), Dense(irreversible()).propagate(v, sigma)]
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
 def test_gradients_reach_sigma(Q):
     """d exp(sigma Q) / d sigma = Q exp(sigma Q)."""
     graph, states = Dense(Q), torch.arange(len(Q))

@@ -115,7 +115,7 @@ GRAPHS = [
     PacedAbsorbing(torch.tensor([0.2])),
     Masked(Ordinal(8), mask_rate=0.5, mask_id=4),
     Masked(Clustered.kimura(4.0), rate=0.3, mask_id=0),
-    Masked(Dense(generator_matrix(5)), mask_id=2),
+    Masked(Dense(generator_matrix(5)), rate=0.3, mask_id=2),
     Wheel(7),
 ]
 

@@ -59,6 +59,13 @@ def test_a_vocabulary_is_noised_exactly():
     assert (graph.sample_prior((5,)) >= 0).all()
 
 
+def test_endless_noise_draws_the_limit():
+    graph = Neighbours(nearest(9, 3), some_rates((9, 3)), between=1.0)
+    endless = torch.tensor(torch.inf)
+    drawn = graph.sample(torch.full((20_000,), 3), endless, generator=torch.Generator().manual_seed(0))
+    assert_frequencies(drawn, graph.prior(endless).dense().double(), "draws without end")
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

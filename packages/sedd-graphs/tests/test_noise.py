@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sedd_graphs import Cosine, Geometric, Learned, Linear, LogLinear, MaskProbability, Polynomial
+from sedd_graphs import Cosine, Geometric, Learned, Linear, LogLinear, MaskProbability, Polynomial, testing
 from sedd_graphs.testing import NOISE_LAWS
 
 
@@ -84,6 +84,57 @@ def test_the_inverse_takes_rounding_at_the_ends(noise):
     low, high = noise.sigma(torch.tensor([0.0, 1.0]))
     assert float(noise.inverse(high * (1 + 5e-6))) == pytest.approx(1, abs=1e-6)
     assert float(noise.inverse(low - 5e-6 * high)) == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize("noise", [LogLinear(eps=0.345), Polynomial(power=0.5, eps=0.42)], ids=repr)
+def test_the_inverse_is_a_time(noise):
+    """Also where rounding would take the time of the last noise above 1."""
+    last = noise.sigma(torch.tensor(1.0))
+    assert noise.time(last) > 1
+    assert noise.inverse(last) == 1
+
+
+class Slow(LogLinear):
+    """A derivative that is too small."""
+
+    def dsigma(self, t):
+        return 0.9 * super().dsigma(t)
+
+
+class Fast(LogLinear):
+    """A derivative that is too large."""
+
+    def dsigma(self, t):
+        return 1.1 * super().dsigma(t)
+
+
+class Late(LogLinear):
+    """An inverse that comes too late."""
+
+    def time(self, sigma):
+        return super().time(sigma).sqrt()
+
+
+class Falling(LogLinear):
+    """Noise that goes away."""
+
+    def sigma(self, t):
+        return super().sigma(1 - t)
+
+
+@pytest.mark.parametrize(
+    ("noise", "broken"),
+    [
+        (Slow(), "dsigma_is_the_derivative"),
+        (Fast(), "dsigma_is_the_derivative"),
+        (Late(), "inverse_returns_to_the_time"),
+        (Falling(), "sigma_increases"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_laws_find_what_is_wrong(noise, broken):
+    with pytest.raises(AssertionError):
+        getattr(testing, broken)(noise)
 
 
 def test_half_precision_times_are_raised():

@@ -74,6 +74,13 @@ def test_rare_states_are_drawn():
     assert row.quantile(u).tolist() == [0, 9, 9]
 
 
+def test_rounding_draws_no_state_that_is_none():
+    """Here the greatest uniform number, less the named state's share, is two whole shares of the two others."""
+    base, value = torch.tensor([0.7453761605775864, 0.22765563659688126], dtype=torch.float64)
+    greatest = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    assert Row(base, torch.tensor([0]), value[None], 3).quantile(greatest).tolist() == [2]
+
+
 MANY = 2**40  # states: a float32 uniform number tells 2^24 of them apart
 
 
