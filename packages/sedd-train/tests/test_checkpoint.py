@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +178,23 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_folder_stays_until_the_one_in_its_place_is_on_the_disk(tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            storage.publish(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "file").read_text() == "old"
+    storage.publish(tmp_path / "new", tmp_path / "old")
+    assert [(path.name, (path / "file").read_text()) for path in tmp_path.iterdir()] == [("old", "new")]
+
+
 # What is kept, and which one is used
 
 
@@ -195,6 +213,21 @@ def test_milestones_and_what_others_put_there_are_left_alone(tmp_path):
     assert not checkpoint.exist(tmp_path)  # a copy and a link are no checkpoints of this run
 
 
+def test_what_latest_names_comes_before_what_was_never_published(tmp_path):
+    """A process that died between the two renames leaves a last folder that `latest` does not name."""
+    for step in (1, 2, 3):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        counts: dict[str, Any] = {"step": step, "adam_steps": step, "ema_updates": step, "files": {}}
+        (folder / "manifest.json").write_text(json.dumps(counts))
+    assert checkpoint.find(tmp_path) == tmp_path / "step-00000003"
+    (tmp_path / "latest").write_text("step-00000002")
+    assert checkpoint.find(tmp_path) == tmp_path / "step-00000002"
+    (tmp_path / "step-00000002" / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="step-00000002 is incomplete"):
+        assert checkpoint.find(tmp_path) == tmp_path / "step-00000003"
+
+
 def test_the_best_is_kept_besides_the_last(tmp_path):
     bounds = [5.0, 3.0, None, 4.0, 3.5, float("nan")]
     for step, bound in enumerate(bounds):
@@ -210,6 +243,19 @@ def test_the_best_is_kept_besides_the_last(tmp_path):
     assert checkpoint.best(tmp_path / "none") is None
 
 
+def test_room_for_what_is_kept_the_best_and_one_being_written(tmp_path, monkeypatch):
+    """1000 parameters of 16 bytes, five times; what older checkpoints hold is given back."""
+    free = SimpleNamespace(free=16 * 1000 * 5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    checkpoint.check_space(tmp_path, 1000, keep=3)
+    free.free -= 7
+    with pytest.raises(checkpoint.CheckpointError, match=r"has room for .* a smaller --keep"):
+        checkpoint.check_space(tmp_path, 1000, keep=3)
+    (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "step-00000001" / "file").write_bytes(b"1234567")
+    checkpoint.check_space(tmp_path, 1000, keep=3)
+
+
 # Runs in this process
 
 
@@ -217,6 +263,7 @@ def test_the_best_is_kept_besides_the_last(tmp_path):
 def test_the_average_stands_still_at_a_step_that_is_skipped(old, process, tmp_path, monkeypatch):
     """The sixth step's loss is NaN: seven updates after eight steps, and only then is the average another."""
     averages: list[tuple[int, int, dict[str, torch.Tensor]]] = []
+    bounds: list[float | None] = []
     calls: list[int] = []
 
     class Spoilt(ScoreEntropy):
@@ -229,15 +276,17 @@ def test_the_average_stands_still_at_a_step_that_is_skipped(old, process, tmp_pa
 
     def noted(run, engine, ema, tokenizer, **how):
         averages.append((how["step"], ema.updates, ema.gather()))
+        bounds.append(how["bound"])
         return save(run, engine, ema, tokenizer, **how)
 
     monkeypatch.setattr(checkpoint, "save", noted)
-    recipe = recipes.for_run(old, "", {"checkpoint_every": 1}, resume=True)
+    recipe = recipes.for_run(old, "", {"checkpoint_every": 1, "evaluate_every": 2}, resume=True)
     objective = Spoilt(Absorbing(27), LogLinear())
     train(recipe, output=old, resume=True, objective=objective, cache=tmp_path, tensorboard=False)
     assert [(step, updates) for step, updates, _ in averages] == [(5, 5), (6, 5), (7, 6), (8, 7)]
     same = [all(torch.equal(a[n], b[n]) for n in a) for (*_, a), (*_, b) in itertools.pairwise(averages)]
     assert same == [True, False, False]
+    assert [bound is None for bound in bounds] == [True, False, True, False]  # measured at every second step
     (skipped,) = [line for line in loggers.read(old / "log.jsonl") if line["kind"] == "skipped"]
     assert skipped["step"] == 6
     assert len(skipped["samples"]) == 8

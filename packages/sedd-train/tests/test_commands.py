@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from sedd_train import commands, distributed, load_trained
+from sedd_graphs import Absorbing, LogLinear
+from sedd_nets import SEDD
+from sedd_train import Model, commands, distributed, load_trained
+from sedd_train.commands import sample
+from sedd_train.text8 import character_tokenizer
 
 SMALL = (
     *("--recipe", "tiny", "--tokenizer", "bpe:300", "--length", "32", "--width", "32", "--depth", "1", "--heads", "2"),
@@ -90,3 +94,19 @@ def test_a_plan_is_made_without_training(text, cache):
     code, printed, _ = run("plan", 2, *SMALL, "--corpus", text, "--cache", cache)
     assert code == 0
     assert "ZeRO 3" in printed
+
+
+def test_a_sample_is_of_its_seed_however_many_are_drawn(monkeypatch, capsys):
+    """And `--seed` is the first one's."""
+    graph = Absorbing(27)
+    net = SEDD(28, width=16, depth=1, heads=2, cond_dim=8, dropout=0.0, length=12, scale_by_sigma=True).eval()
+    monkeypatch.setattr(sample, "load", lambda name: Model(net, graph, LogLinear(), character_tokenizer()))
+
+    def drawn(*options: str) -> list[list[int]]:
+        rows: list[list[int]] = sample.main(["--checkpoint", "none", "--steps", "4", *options]).tolist()
+        return rows
+
+    three = drawn("--num", "3", "--seed", "5")
+    assert len({tuple(row) for row in three}) == 3
+    assert [drawn("--num", "1", "--seed", seed)[0] for seed in ("5", "6", "7")] == three
+    assert "seed 7" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,32 @@ def test_a_text_cannot_end_a_document_by_spelling_it(name):
     assert [coder.decode(part[:-1].tolist()) for part in np.split(flat, ends + 1)[:-1]] == texts
 
 
+def test_a_tokenizer_that_frames_texts_frames_none_here():
+    """BERT's puts [CLS] before and [SEP] behind each text: here a document has its text and one end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1, "a": 2, "b": 3}, "a"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    fast: Any = PreTrainedTokenizerFast
+    framing = fast(tokenizer_object=inner, eos_token="[SEP]")
+    assert framing.encode("a b") == [0, 2, 3, 1]
+    tokens = tokenise(["a b", "b"], framing)
+    assert tokens.flat.tolist() == [2, 3, 1, 3, 1]
+    assert tokens.ends.tolist() == [3, 5]
+
+
+def test_a_long_text_is_cut_where_a_word_begins_and_loses_nothing():
+    assert list(tokenizers.pieces("one two three four", 8)) == ["one two", " three", " four"]
+    assert list(tokenizers.pieces("one two, three", 9)) == ["one", " two, thr", "ee"]  # some merge marks and spaces
+    assert list(tokenizers.pieces("x" * 20, 8)) == ["x" * 8, "x" * 8, "x" * 4]
+    assert list(tokenizers.pieces("x" * 8, 8)) == ["x" * 8]
+    assert list(tokenizers.pieces("", 8)) == []
+
+
 def test_blocks_are_the_text_in_order(coder):
     tokens = tokenise(TEXTS, coder)
     blocks = tokens.block(range(tokens.blocks(16)), 16)
@@ -108,6 +135,16 @@ def test_a_cache_is_read_whole_once_and_from_a_disk_that_can_only_be_read(folder
     assert not list((tmp_path / "cache").glob("*.lock"))
 
 
+def test_a_fingerprint_is_of_what_is_trained_on_and_of_what_is_watched(tmp_path):
+    def fingerprint(train, valid, tokenizer="bpe:257"):
+        texts = corpora.Texts(f"{train}, {valid}", lambda: [train], lambda: [valid], lambda: ["the same"])
+        return token_cache.prepare(texts, tokenizer, tmp_path).fingerprint
+
+    pairs = [("one", "two"), ("one", "three"), ("four", "two"), ("two", "one")]
+    assert len({fingerprint(*pair) for pair in pairs}) == 4
+    assert fingerprint("one", "two") != fingerprint("one", "two", "bpe:258")
+
+
 def test_what_a_killed_process_left_of_a_cache_is_removed(folder, tmp_path):
     token_cache.prepare(str(folder), "bpe:300", tmp_path)
     (made,) = [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -124,6 +161,11 @@ def test_a_document_is_held_out_or_trained_on_never_both(folder, tmp_path):
     train, valid = list(corpus.train()), list(corpus.valid())
     assert len(train) + len(valid) == len(TEXTS)
     assert len(valid) == round(len(TEXTS) * corpora.HELD_OUT)
+
+
+def test_a_file_s_mark_of_its_encoding_is_no_text(tmp_path):
+    (tmp_path / "one.txt").write_text("one two three " * 20, encoding="utf-8-sig")
+    assert next(iter(corpora.load_texts(str(tmp_path / "one.txt")).train())).startswith("one two")
 
 
 def test_crops_begin_anywhere_and_depend_on_the_sample_alone():
@@ -460,6 +502,17 @@ def test_padding_needs_an_end_of_text(tmp_path):
         corpus.check_length(16, packing=False)
 
 
+@pytest.mark.parametrize(
+    ("short", "told"), [("train", "the training text has 15"), ("valid", "the held-out text has 15")]
+)
+def test_each_part_has_at_least_one_block(short, told):
+    parts = {name: Tokens(np.zeros(16, np.uint16), np.array([16]), 16) for name in ("train", "valid", "test")}
+    token_cache.Corpus(**parts, tokenizer=None, fingerprint="").check_length(16)
+    parts[short] = Tokens(np.zeros(15, np.uint16), np.array([15]), 15)
+    with pytest.raises(ValueError, match=f"{told} tokens, fewer than one block of 16"):
+        token_cache.Corpus(**parts, tokenizer=None, fingerprint="").check_length(16)
+
+
 # Streams
 
 
@@ -497,6 +550,17 @@ def test_a_stream_gives_the_documents_of_a_stored_data_set(splits, kind, stored,
             texts = list(getattr(stream, part)())
             assert texts == list(getattr(whole, part)())
             assert texts
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_twentieth_rounded_up_is_held_out(streaming, tmp_path):
+    rows = [json.dumps({"text": f"row {i}"}) for i in range(21)]
+    for count, held_out in [(2, 1), (20, 1), (21, 2)]:
+        file = tmp_path / f"rows-{count}.jsonl"
+        file.write_text("\n".join(rows[:count]))
+        corpus = corpora.load_texts(f"lm1b:{file}", streaming=streaming)
+        assert list(corpus.train()) == [f"row {i}" for i in range(count - held_out)]
+        assert list(corpus.valid()) == [f"row {i}" for i in range(count - held_out, count)]
 
 
 def test_a_stream_fills_the_same_cache(stored, tmp_path):
@@ -560,6 +624,8 @@ def test_blanks(coder):
     the, of = coder.encode("the"), coder.encode(" of")
     assert prompt.given.tolist() == [True] * len(the) + [False] * 3 + [True] * len(of)
     assert prompt.x[prompt.given].tolist() == the + of
+    exact = prompts.with_blanks(coder, "the ___ of", len(prompt.x))  # the most the model takes
+    assert torch.equal(exact.x, prompt.x)
 
 
 def test_prompts_that_leave_nothing_to_do(coder):
@@ -575,3 +641,15 @@ def test_prompts_that_leave_nothing_to_do(coder):
 def test_counts_are_of_every_state():
     tokens = Tokens(np.array([3, 1, 3, 0], np.uint16), np.array([4]), characters=4)
     assert tokens.counts(6).tolist() == [1, 1, 0, 2, 0, 0]
+
+
+def test_the_first_blocks_or_documents_are_as_many_as_there_are():
+    tokens = Tokens(np.arange(20, dtype=np.uint16), np.array([3, 20]), characters=20)
+    for most in (None, 2, 9):
+        blocks, lengths = tokens.first(most, 8)
+        assert (blocks.flatten().tolist(), lengths) == (list(range(16)), None)
+        rows, lengths = tokens.first(most, 8, end=99)
+        assert rows.tolist() == [[0, 1, 2, *[99] * 5], list(range(3, 11))]
+        assert lengths is not None
+        assert lengths.tolist() == [3, 8]
+    assert tokens.first(1, 8)[0].tolist() == [list(range(8))]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from sedd_graphs import Absorbing, LogLinear
 from sedd_train import evaluation
-from sedd_train.evaluation import Evaluation, bounds, by_noise_level, measure
+from sedd_train.evaluation import Evaluation, bounds, by_noise_level, evaluate, measure
 from sedd_train.objectives import ScoreEntropy
 from torch import nn
 
@@ -77,6 +77,16 @@ def test_every_chunk_has_its_own_noise_and_its_own_rows():
     bounds(NET, other, blocks, seed=8, chunk=4)
     assert [number for _, _, number, _ in again.given] == seeds
     assert not {number for _, _, number, _ in other.given} & set(seeds)
+
+
+def test_evaluate_is_the_mean_of_bounds_of_the_same_numbers(monkeypatch):
+    seen, again = Recorded(), Recorded()
+    monkeypatch.setattr(ScoreEntropy, "bound", lambda self, net, x0, **given: seen.bound(net, x0, **given))
+    blocks = torch.arange(10).reshape(5, 2)
+    options: dict[str, Any] = {"num_times": 3, "seed": 7, "chunk": 2}
+    found = evaluate(NET, Absorbing(5), LogLinear(), blocks, characters_per_token=2.0, **options)
+    assert found.nats_per_token == pytest.approx(float(bounds(NET, again, blocks, **options).mean()))
+    assert [given[1:] for given in seen.given] == [given[1:] for given in again.given]
 
 
 @pytest.mark.parametrize("lengths", [None, torch.tensor([2, 4, 6])])

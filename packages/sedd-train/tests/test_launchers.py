@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -38,12 +40,13 @@ def outside(monkeypatch):
         ({}, [None] * 5),
         (SLURM | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}, ["5", "8", "1", "10.0.0.7", str(20000 + 123456 % 20000)]),
         (SLURM | {"MASTER_ADDR": "first", "MASTER_PORT": "29"}, ["5", "8", "1", "first", "29"]),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "1"}, ["5", "8", "1", "127.0.0.1", str(20000 + 123456 % 20000)]),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, [None] * 5),  # one process, perhaps with others inside
         (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ["1", "2", "1", "127.0.0.1", "20000"]),
         ({"PMI_RANK": "0", "PMI_SIZE": "4", "MASTER_ADDR": "first"}, ["0", "4", "0", "first", "20000"]),
         (OPEN_MPI | {"RANK": "0", "WORLD_SIZE": "1"}, ["0", "1", None, None, None]),  # torchrun under mpirun
     ],
-    ids=["nobody", "srun", "srun, told", "srun, one", "mpirun", "mpich", "torchrun"],
+    ids=["nobody", "srun", "srun, told", "srun, one machine", "srun, one", "mpirun", "mpich", "torchrun"],
 )
 def test_a_launcher_is_known_by_its_variables(variables, place, outside):
     for name, value in variables.items():
@@ -189,6 +192,21 @@ def test_a_path_with_any_character_is_read_back(tmp_path):
     recipe = recipes.override(recipes.Recipe(), {"corpus": 'my "texts" \\ 🙂/é'})
     (tmp_path / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
     assert recipes.read_recipe(tmp_path / "recipe.toml") == recipe
+
+
+def test_a_run_keeps_what_makes_it_that_run(tmp_path):
+    """Each value that FIXED lists, by name here too: what is trained on, by what, for what, and in which order."""
+    data = {"corpus": "another", "tokenizer": "characters", "length": 8, "crops": True, "packing": False, "seed": 1}
+    process = {"graph": "uniform", "noise": "geometric", "sigma_min": 0.01, "sigma_max": 5.0, "scale_by_sigma": False}
+    network = {"network": "radd", "width": 24, "depth": 1, "heads": 3, "cond_dim": 8}
+    others: dict[str, Any] = {"objective": "d3pm", "d3pm_steps": 10, "batch_size": 4} | data | process | network
+    assert others.keys() == set(recipes.FIXED)
+    recipe = recipes.Recipe()
+    (tmp_path / "recipe.toml").write_text(recipes.to_toml(recipe))
+    recipes.check_run(dataclasses.replace(recipe, steps=7, learning_rate=1e-5, keep=9), tmp_path, resume=True)
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=f"^{name} = {value!r}, but the run in .* was started with"):
+            recipes.check_run(dataclasses.replace(recipe, **{name: value}), tmp_path, resume=True)
 
 
 # Advice that leaves the experiment as it is

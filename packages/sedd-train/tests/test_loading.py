@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
-from sedd_train import recipes
+from sedd_train import randomness, recipes
 from sedd_train.loading import Batches, order
 from sedd_train.objectives import ScoreEntropy
 from sedd_train.tokens import Tokens
@@ -81,3 +81,8 @@ def test_x_t_is_noise_of_x_0_at_the_times_told():
     assert t.tolist() == sorted(t.tolist())
     masked = (xt == 100).float().mean(1)
     assert masked[0] < masked[1]
+
+
+def test_times_are_of_the_recipe_s_seed_and_least_time():
+    ((_, _, t, *_),) = batches(t_min=0.5).make(3)
+    assert torch.equal(t, randomness.times(5, 3, range(4), 4, 0.5))

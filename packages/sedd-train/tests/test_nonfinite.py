@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from sedd_train import TrainingError, loggers, plotting
+import torch
+from sedd_train import TrainingError, loggers, nonfinite, plotting
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both():
@@ -64,3 +66,9 @@ def test_json_is_strict():
     text = loggers.to_json(values)
     expected = {"a": None, "b": [1.5, None, {"c": None}], "d": [1, None, True, "NaN"]}
     assert json.loads(text, parse_constant=refuse) == expected
+
+
+def test_the_largest_weight_is_the_one_farthest_from_0():
+    weights = {"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([2.0]), "none": torch.zeros(0)}
+    assert nonfinite._weights(weights) == "weights: all finite, the largest 3 in a"
+    assert nonfinite._weights(weights | {"b": torch.tensor([math.inf])}) == "weights: not finite in b"

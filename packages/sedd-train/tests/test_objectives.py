@@ -13,6 +13,7 @@ from sedd_objectives import lambda_cross_entropy_loss
 from sedd_train import load, load_trained, randomness
 from sedd_train.evaluation import bounds
 from sedd_train.objectives import D3PM, Autoregressive, Objective, ScoreEntropy
+from sedd_train.tokens import inside
 
 NOISE = LogLinear()
 SIZES: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0, "length": 8}
@@ -103,6 +104,39 @@ def test_a_document_in_a_padded_row_costs_what_it_costs_alone(kind):
     for slope, *parts in zip(slopes, *(parts for _, parts in alone), strict=True):
         if slope is not None:
             torch.testing.assert_close(slope, sum(parts), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["score-entropy", "d3pm", "autoregressive"])
+def test_what_fills_a_row_up_is_no_part_of_its_bound(kind):
+    graph, lengths = Absorbing(11), torch.tensor([8, 3, 5])
+    objectives: dict[str, Objective] = {
+        "score-entropy": ScoreEntropy(graph, NOISE),
+        "d3pm": D3PM(graph, NOISE, 50),
+        "autoregressive": Autoregressive(start=11),
+    }
+    net = Causal(12, **SIZES) if kind == "autoregressive" else SEDD(12, cond_dim=8, **SIZES, scale_by_sigma=True)
+    net, x0 = randomise(net), torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(1))
+    found = []
+    for filling in (0, 7):
+        rows = torch.where(inside(lengths, 8) > 0, x0, filling)
+        generator = torch.Generator().manual_seed(2)
+        found.append(objectives[kind].bound(net, rows, num_times=4, generator=generator, lengths=lengths).detach())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
+
+
+def test_left_to_right_samples_hold_tokens_alone():
+    """However likely the network takes the state that stands before the first token."""
+
+    class Fond(torch.nn.Module):
+        num_states = 4
+
+        def forward(self, x, **_):
+            return torch.tensor([0.0, 0.0, 0.0, 30.0]).expand(*x.shape, 4)
+
+    generator = torch.Generator().manual_seed(0)
+    x = Autoregressive(start=3).sample(Fond(), (8, 5), steps=1, generator=generator, device="cpu")
+    assert x.shape == (8, 5)
+    assert set(x.flatten().tolist()) == {0, 1, 2}
 
 
 @pytest.mark.filterwarnings("default")  # DeepSpeed warns

@@ -117,3 +117,22 @@ def test_ranks_share_what_the_stage_says():
     assert all(four[name] == one[name] / 4 for name in shared)
     with pytest.raises(ValueError, match="expected a stage of 0 to 3"):
         plan.memory(1, 4, 1)
+
+
+def test_memory_is_that_of_the_table():
+    """1000 parameters on 4 ranks: bytes of weights, gradients, masters, moments, average, averaged network, bucket."""
+    assert [list(plan.memory(1000, stage, 4).values()) for stage in plan.STAGES] == [
+        [4000, 4000, 0, 8000, 4000, 4000, 0],
+        [4000, 4000, 1000, 2000, 1000, 4000, 4000],
+        [4000, 1000, 1000, 2000, 1000, 4000, 4000],
+        [1000, 1000, 1000, 2000, 1000, 4000, 4000],
+    ]
+    assert plan.memory(1 << 30, 1, 4)["bucket"] == 4 << 26
+
+
+@pytest.mark.parametrize("name", ["dropout", "ema", "beta1", "beta2"])
+def test_a_decay_or_a_probability_of_dropping_is_below_1(name):
+    assert getattr(recipes.override(recipes.Recipe(), {name: 0.0}), name) == 0
+    for value in (1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"{name} = {value}: expected a number in \[0, 1\)"):
+            recipes.override(recipes.Recipe(), {name: value})

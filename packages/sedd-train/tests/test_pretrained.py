@@ -30,7 +30,9 @@ from sedd_graphs import (
 )
 from sedd_nets import MDLM, RADD, SEDD
 from sedd_samplers import sample
-from sedd_train import Model, checkpoint, load, load_trained
+from sedd_train import Model, checkpoint, load, load_trained, recipes
+from sedd_train.objectives import D3PM
+from sedd_train.pretrained import make_objective, sections
 from sedd_train.sections import graph_section, make_noise, noise_section, read_graph
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -133,6 +135,16 @@ def test_schedules_come_back(noise):
     t = torch.linspace(0, 1, 5)
     assert type(again) is type(noise)
     assert all(torch.equal(a, b) for a, b in zip(again(t), noise(t), strict=True))
+
+
+def test_a_recipe_s_schedule_and_objective_come_back():
+    values = {"noise": "geometric", "sigma_min": 0.02, "sigma_max": 5.0, "objective": "d3pm", "d3pm_steps": 7}
+    described = sections(recipes.override(recipes.Recipe(), values), tokens=10)
+    noise = make_noise(described["noise"])
+    assert [float(noise(torch.tensor([t]))[0]) for t in (0.0, 1.0)] == pytest.approx([0.02, 5.0], rel=1e-5)
+    graph = Absorbing(10)
+    assert make_objective(described["objective"], graph, noise) == D3PM(graph, noise, 7)
+    assert (described["tokens"], described["graph"]) == (10, {"type": "absorb"})
 
 
 def test_what_config_json_cannot_describe_is_named_and_given(tmp_path):
@@ -314,6 +326,17 @@ def test_sections_are_checked(tmp_path, section, value, told):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=told):
         load_trained(tmp_path)
+
+
+def test_a_separator_ends_texts_where_nothing_else_does(tmp_path):
+    net = trained(SEDD(21, **SIZES, cond_dim=8, scale_by_sigma=True))
+    tokenizer = words(20)
+    tokenizer.add_special_tokens({"sep_token": "w7"})
+    Model(net, Absorbing(20), LogLinear(), tokenizer).save_pretrained(tmp_path)
+    assert load(tmp_path).tokenizer.eos_token_id == 7
+    tokenizer.add_special_tokens({"eos_token": "w3"})
+    tokenizer.save_pretrained(tmp_path)
+    assert load(tmp_path).tokenizer.eos_token_id == 3
 
 
 def test_a_broken_tokenizer_is_named(tmp_path):

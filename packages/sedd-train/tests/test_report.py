@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
@@ -62,6 +63,14 @@ def test_the_picture_is_drawn_of_whatever_there_is(tmp_path):
     empty, full, again = ((tmp_path / f"{name}.png").read_bytes() for name in ("empty", "full", "again"))
     assert full == again
     assert len(full) > len(empty) > 1000
+
+
+def test_a_smoothed_curve_has_no_bias_at_its_start():
+    """An average over 2 % of the curve, ten points here: a constant stays what it is."""
+    assert plotting._smoothed(np.full(500, 3.0)).tolist() == pytest.approx([3.0] * 500)
+    found = plotting._smoothed(np.array([0.0, 1.0, *[0.0] * 498]))
+    assert found[:2].tolist() == pytest.approx([0.0, 0.1 / 0.19])
+    assert plotting._smoothed(np.array([1.0, 5.0])).tolist() == [1.0, 5.0]
 
 
 # Loss by noise level
@@ -135,6 +144,16 @@ def test_the_page_needs_no_other_file_and_shows_all(run):
     assert "<b>" not in page
 
 
+def test_a_summary_is_of_the_last_measurement(run):
+    last = {"nats_per_token": 2.0, "perplexity": 7.4, "bits_per_character": 1.44}
+    loggers.Log(run / "log.jsonl", step=4).write("valid", step=8, standard_error=0.1, sample="", **last)
+    text = report.write(run, title="", unigram_entropy=math.log(4), characters_per_token=2.0, steps=8)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary == {"steps": 8, **last, "unigram_bits_per_character": 1.0}  # log 4 nats are 2 bits
+    assert "1.440 bits a character  (2.000 nats a token, perplexity 7.4)" in text
+    assert {"loss.png", "levels.png", "report.html"} <= {path.name for path in run.iterdir()}
+
+
 def test_a_folder_without_a_run_has_no_page(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         report.page(tmp_path)
@@ -193,6 +212,21 @@ def test_the_arithmetic_of_training():
     if not torch.cuda.is_available():
         assert flops.peak_flops("bf16") is None
     assert flops.memory() > 1e7
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 19.5e12),
+        ("Abacus", None, None),
+    ],
+)
+def test_what_a_gpu_can_do_at_best(name, bf16, fp32, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert (flops.peak_flops("bf16"), flops.peak_flops("fp32")) == (bf16, fp32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/cpuinfo").exists(), reason="needs Linux without CUDA")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -108,3 +109,27 @@ def test_what_does_not_fit_is_said_before_anything_is_written(prose, cache, tmp_
     with pytest.raises(SetupError, match="fewer than one block"):
         train(dataclasses.replace(SMALL, length=10**6), output=run, **given)
     assert not run.exists()
+
+
+def test_the_optimiser_s_numbers_are_the_recipe_s(prose, cache, tmp_path, monkeypatch):
+    """Each has a value that nothing has by default."""
+    told: dict[str, Any] = {}
+
+    def stopped(loss, **given):
+        told.update(given)
+        raise InterruptedError
+
+    monkeypatch.setattr("sedd_train.training.start_engine", stopped)
+    numbers: dict[str, Any] = {
+        "clip": 0.5,
+        "eps": 1e-6,
+        "weight_decay": 0.02,
+        "precision": "bf16",
+        "offload": True,
+        "batch_size": 6,
+    }
+    recipe = dataclasses.replace(SMALL, **numbers, beta1=0.8, beta2=0.95, zero_stage=2, micro_batch_size=2)
+    given = {"corpus": prose, "tokenizer": character_tokenizer(), "cache": cache, "tensorboard": False}
+    with pytest.raises(InterruptedError):
+        train(recipe, output=tmp_path, net=Network(), **given)
+    assert told == numbers | {"betas": (0.8, 0.95), "stage": 2, "micro_batches": 3}
