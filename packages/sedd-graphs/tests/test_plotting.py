@@ -70,7 +70,7 @@ def test_a_distribution_is_that_of_the_graph():
     p0[2] = 1
     figure = draw_distribution(graph, noise, p0, steps=5)
     image = figure.axes[0].images[0]
-    assert (image.origin, image.get_extent()) == ("lower", [0, 1, -0.5, 7.5])  # states upwards
+    assert (image.origin, list(image.get_extent())) == ("lower", [0, 1, -0.5, 7.5])  # states upwards
     shown = torch.tensor(image.get_array())
     sigma = noise(torch.linspace(0, 1, 5, dtype=torch.float64))[0]
     torch.testing.assert_close(shown.T, graph.transition_from(torch.full((5,), 2), sigma).dense())
