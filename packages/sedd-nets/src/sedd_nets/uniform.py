@@ -31,7 +31,9 @@ class UDLM(Transformer):
 
     Args:
         num_states: N, all of them tokens.
-        width, depth, heads: D, the number of blocks, the attention heads of a block.
+        width: D.
+        depth: the number of blocks.
+        heads: the attention heads of a block.
         cond_dim: width of the embedding of sigma.
         dropout: on the output of attention and MLP, in training mode.
         length: the longest sequence accepted.
