@@ -41,7 +41,9 @@ class BD3LM(ConditionalTransformer):
 
     Args:
         num_states: N, the mask state included.
-        width, depth, heads: D, the number of blocks of the trunk, the attention heads of each.
+        width: D.
+        depth: the number of blocks of the trunk.
+        heads: the attention heads of each.
         block_size: S, the positions of a block of text.
         cond_dim: width of the embedding of sigma, which is always that of 0.
         dropout: on the output of attention and MLP, in training mode.
