@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from . import adapters, autoregressive, controls, guidance, masked, multistage, steps, views
+from . import adapters, autoregressive, controls, correctors, guidance, masked, multistage, steps, views
 from .caching import cached
+from .correctors import ByConfidence, LeaveOneOut, Looped, PathPlanning, Psi, when_still
 from .exact import FirstHitting, Uniformization
 from .grids import adaptive_grid, noise_grid, uniform_grid
 from .infilling import Particles, clamped
@@ -24,10 +25,12 @@ from .masked import (
     capped,
     confidence,
     entropy,
+    entropy_bound,
     margin,
     mask_probability,
     random_order,
     rescaled,
+    threshold,
 )
 from .multistage import PredictorCorrector, Trapezoidal
 from .prompts import pad_prompts
@@ -58,11 +61,19 @@ __all__ = [
     "capped",
     "rescaled",
     "at_rate",
+    "ByConfidence",
+    "Looped",
+    "when_still",
+    "Psi",
+    "LeaveOneOut",
+    "PathPlanning",
     "ConfidenceUnmasking",
     "confidence",
     "entropy",
     "margin",
     "random_order",
+    "threshold",
+    "entropy_bound",
     "uniform_grid",
     "noise_grid",
     "adaptive_grid",
@@ -80,6 +91,7 @@ __all__ = [
     "guidance",
     "autoregressive",
     "views",
+    "correctors",
     "masked",
     "multistage",
     "steps",

@@ -157,7 +157,7 @@ def left_to_right(
         if len(row):
             law = _next(call, torch.cat([first[row, None], x[row, :i]], 1), row)
             place = torch.full_like(row, i)
-            law = apply_controls(controls, law, row, place)
+            law = apply_controls(controls, law, row, place, x)
             x = x.clone()
             x[row, i] = draw_categorical(law, uniforms(seeds[row], torch.zeros_like(row), place))
         state = State(x, 1 - (i + 1) / total, i + 1, total)

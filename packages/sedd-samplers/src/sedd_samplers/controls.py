@@ -22,7 +22,8 @@ What that is exactly, and what not, under every graph:
 Where tokens are noised, pi of a model of posteriors is its answer divided by p(x | c): near sigma = 0 the small entries
 of the answer count, as those of a softmax are right relative to themselves.
 
-A control is a callable (p (M, N), sequence (M,), position (M,)) -> (M, N), non-negative; rows need not sum to 1.
+A control is a callable (p (M, N), sequence (M,), position (M,)) -> (M, N), non-negative; rows need not sum to 1. One
+that has a parameter `counts` is told, by that name, how often each state stands in the row's sequence, (M, N).
 """
 
 from __future__ import annotations
@@ -35,12 +36,22 @@ from torch import Tensor
 from .fast import Answer, Part, log
 from .interfaces import Graph, RowModel, ScoreModel
 from .leave_one_out import leave_one_out, score_of
-from .model_calls import ModelCall, Wrapper
+from .model_calls import ModelCall, Wrapper, offers
 from .precision import check_recoverable, fastest_rate, working_dtype
 
-__all__ = ["Control", "controlled", "temperature", "top_k", "top_p", "allowed_tokens", "apply_controls"]
+__all__ = [
+    "Control",
+    "controlled",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "allowed_tokens",
+    "apply_controls",
+]
 
-Control = Callable[[Tensor, Tensor, Tensor], Tensor]
+Control = Callable[..., Tensor]
 """(law of x0 given the other positions (M, N), sequence (M,), position (M,)) -> (M, N), non-negative."""
 
 
@@ -76,7 +87,7 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
 
         def convert(log_score: Tensor, part: Part) -> Tensor:
             pi = leave_one_out(log_score, here[part], graph, level[part])
-            pi = apply_controls(controls, pi, sequence[part], position[part])
+            pi = apply_controls(controls, pi, sequence[part], position[part], x, index[part])
             return score_of(pi, here[part], graph, level[part])
 
         return answer.then(convert, working_dtype(rate, answer.device))
@@ -84,11 +95,38 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
     return Wrapper(at, score)
 
 
-def apply_controls(controls: Sequence[Control], p: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
-    """One control after another, each on rows that sum to 1; ValueError where one leaves nothing."""
+def apply_controls(
+    controls: Sequence[Control],
+    p: Tensor,
+    sequence: Tensor,
+    position: Tensor,
+    x: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """One control after another, each on rows that sum to 1.
+
+    Args:
+        controls: applied in this order.
+        p: (M, N) float, non-negative.
+        sequence: (M,) int64, which sequence of the run each row belongs to.
+        position: (M,) int64, and where in it.
+        x: (B, L) int64, the states that controls with a parameter `counts` count; negative ones stand for nothing.
+        index: (M,) int64, which row of x each is; `sequence` when None.
+
+    Raises:
+        ValueError: a control leaves nothing, or asks for counts where there is no x.
+    """
     p = p / p.sum(-1, keepdim=True)
     for control in controls:
-        p = control(p, sequence, position)
+        if offers(control, "counts"):
+            if x is None:
+                raise ValueError(
+                    "a control asks what stands in the sequence, and is not told here: apply it by "
+                    "controlled(score, graph, control)"
+                )
+            p = control(p, sequence, position, counts=_counts(x, sequence if index is None else index, p.shape[-1]))
+        else:
+            p = control(p, sequence, position)
         total = p.sum(-1, keepdim=True)
         if (total == 0).any():
             row = int((total[:, 0] == 0).nonzero()[0])
@@ -98,6 +136,14 @@ def apply_controls(controls: Sequence[Control], p: Tensor, sequence: Tensor, pos
             )
         p = p / total
     return p
+
+
+def _counts(x: Tensor, index: Tensor, num_states: int) -> Tensor:
+    """How often each of the N states stands in x[index], (M, N) int32."""
+    rows, which = torch.unique(index, return_inverse=True)
+    there = x[rows]
+    counts = torch.zeros(len(rows), num_states, dtype=torch.int32, device=x.device)
+    return counts.scatter_add_(1, there.clamp(min=0), (there >= 0).int())[which]
 
 
 def temperature(value: float) -> Control:
@@ -137,6 +183,27 @@ def top_p(mass: float) -> Control:
         return torch.zeros_like(p).scatter_(1, order, falling)
 
     return keep
+
+
+def min_p(share: float) -> Control:
+    """The tokens at least `share` times as likely as the likeliest.
+
+    Nguyen et al., *Turning up the heat: min-p sampling* (arXiv 2407.01082, 2024). ValueError unless 0 <= share <= 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"min_p must lie in [0, 1], got {share!r}")
+    return lambda p, sequence, position: p.masked_fill(p < share * p.amax(-1, keepdim=True), 0.0)
+
+
+def repetition_penalty(penalty: float) -> Control:
+    """P to the power `penalty` for tokens that stand in the sequence already, which above 1 makes them less likely.
+
+    Keskar et al., *CTRL* (arXiv 1909.05858, 2019), with the penalty on log-probabilities: on logits it depends on the
+    constant that a softmax ignores. ValueError unless positive and finite.
+    """
+    if not 0 < penalty < float("inf"):
+        raise ValueError(f"repetition_penalty must be positive and finite, got {penalty!r}")
+    return lambda p, sequence, position, counts: torch.where(counts > 0, p**penalty, p)
 
 
 def allowed_tokens(tokens: Tensor) -> Control:

@@ -15,6 +15,7 @@ p(x0 | x_t):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +41,9 @@ __all__ = [
     "entropy",
     "margin",
     "random_order",
+    "Rule",
+    "threshold",
+    "entropy_bound",
     "absorption_rate",
     "mask_probability",
 ]
@@ -200,6 +204,45 @@ def random_order(posterior: Tensor, token: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """How many of the ranked positions of a sequence may be unmasked at once.
+
+    Attributes:
+        statistic: what is read off each position's posterior and drawn token.
+        within: its values (B, K), a sequence's best position first and NaN behind its last -> (B, K) bool.
+    """
+
+    statistic: Order
+    within: Callable[[Tensor], Tensor]
+
+
+def threshold(probability: float) -> Rule:
+    """Every token of at least this probability: parallel decoding by confidence.
+
+    Wu et al., *Fast-dLLM* (arXiv 2505.22618, 2025), who prove that greedy parallel decoding of n tokens is greedy
+    sequential decoding where each has a probability above 1 - 1 / (n + 1). ValueError unless 0 < probability <= 1.
+    """
+    if not 0 < probability <= 1:
+        raise ValueError(f"threshold must lie in (0, 1], got {probability!r}")
+    return Rule(confidence, lambda log_p: log_p >= math.log(probability))
+
+
+def entropy_bound(gamma: float) -> Rule:
+    """The longest row U of the best positions with sum of H - max of H over U at most gamma, in nats.
+
+    Ben-Hamu et al., *Accelerated sampling from masked diffusion models via entropy bounded unmasking* (arXiv
+    2505.24857, 2025): what is given up by drawing the positions of U as if they were independent is at most that. At
+    gamma = 0 one position at a time, and what is certain beside it. ValueError unless finite and at least 0.
+    """
+    if not 0 <= gamma < float("inf"):
+        raise ValueError(f"gamma must be finite and at least 0, got {gamma!r}")
+    return Rule(
+        lambda posterior, token: -entropy(posterior, token),
+        lambda H: H.cumsum(1) - H.cummax(1).values <= gamma,
+    )
+
+
+@dataclass(frozen=True)
 class ConfidenceUnmasking:
     """Unmasks the first positions by some order, for absorbing graphs; one evaluation of the score a step.
 
@@ -214,6 +257,12 @@ class ConfidenceUnmasking:
         margin          first minus second probability        Kim et al., Train for the worst, plan for the best (2025)
         random_order    0: any order                          Hoogeboom et al., Autoregressive diffusion models (2022)
 
+    With a rule, the number is the rule's or the grid's, whichever is greater, and at least one: with as many steps as
+    there are positions the rule decides alone, and the steps that are left when all is done cost nothing.
+
+        threshold(p)            every token of at least probability p             Wu et al., Fast-dLLM (2025)
+        entropy_bound(gamma)    while sum of H - max of H is at most gamma nats   Ben-Hamu et al., EB-Sampler (2025)
+
     Equal positions come in random order. Ranks are read off the model's own posterior, while `controls` change what
     tokens are drawn from: `ConfidenceUnmasking(confidence, controls=(top_k(1),))` is greedy decoding. (A score whose
     posterior has but one token left would be equally confident everywhere.)
@@ -227,6 +276,7 @@ class ConfidenceUnmasking:
         randomness: how much Gumbel noise, times the mask probability, is added to the rank; MaskGIT's temperature.
         controls: temperature, top-k and the like, applied in this order to what tokens are drawn from, not to what
             ranks them; what a grid leaves to the final denoise is drawn without them.
+        rule: how many more than the grid says may be unmasked in a step; None: none.
 
     Raises:
         ValueError: for a negative randomness; when called, for a graph that is not absorbing.
@@ -235,6 +285,7 @@ class ConfidenceUnmasking:
     order: Order = confidence
     randomness: float = 0.0
     controls: tuple[Control, ...] = ()
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.randomness < float("inf"):
@@ -247,7 +298,8 @@ class ConfidenceUnmasking:
         masked = reverse.movable(x)
         left = ((~reverse.frozen).sum(1) * mask_probability(reverse.noise(s)[0], rate)).round()
         due = (masked.sum(1) - left).clamp(min=0)
-        masked &= (due > 0)[:, None]
+        if self.rule is None:
+            masked &= (due > 0)[:, None]
         sequence, position = masked.nonzero(as_tuple=True)
         if not len(sequence):
             return x
@@ -255,17 +307,24 @@ class ConfidenceUnmasking:
             x, sigma, masked, lambda log_score, x, b, _: tweedie_posterior(log_score, x, reverse.graph, sigma[b])
         )
         uniform, u = reverse.uniforms(sequence, position), reverse.uniforms(sequence, position)
-        token, rank = torch.empty_like(sequence), torch.empty_like(u)
+        token, rank, value = torch.empty_like(sequence), torch.empty_like(u), torch.empty_like(u)
         for part in posteriors.parts():
             law = posterior = posteriors[part]
             if self.controls:
-                law = apply_controls(self.controls, posterior, sequence[part], position[part])
+                law = apply_controls(self.controls, posterior, sequence[part], position[part], x)
             token[part] = draw_categorical(law, uniform[part])
             rank[part] = self.order(posterior, token[part]).double()
+            if self.rule is not None:
+                value[part] = self.rule.statistic(posterior, token[part]).double()
         if self.randomness:
             gumbel = -torch.log(-torch.log1p(-u))
             rank += self.randomness * mask_probability(sigma, rate)[sequence] * gumbel
-        chosen = _first(masked, rank, u) < due[sequence]
+        place = _first(masked, rank, u)
+        chosen = place < due[sequence]
+        if self.rule is not None:
+            ranked = torch.full(masked.shape, torch.nan, dtype=torch.float64, device=x.device)
+            ranked[sequence, place] = value
+            chosen |= (place == 0) | self.rule.within(ranked)[sequence, place]
         x = x.clone()
         x[sequence[chosen], position[chosen]] = token[chosen]
         return x

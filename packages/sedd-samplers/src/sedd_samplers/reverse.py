@@ -158,9 +158,10 @@ class Reverse:
         return answer.then(checked, self._work)
 
     def flip(self, x: Tensor, where: Tensor, state: int, probability: Tensor) -> Tensor:
-        """X (B, L) with each position of `where` (B, L) bool set to `state` with its sequence's probability (B,)."""
+        """X (B, L) with each position of `where` (B, L) bool set to `state` with a probability, (B,) or (B, L)."""
         sequence, position = where.nonzero(as_tuple=True)
-        flipped = self.uniforms(sequence, position) < probability[sequence]
+        chance = probability[sequence] if probability.ndim == 1 else probability[sequence, position]
+        flipped = self.uniforms(sequence, position) < chance
         x = x.clone()
         x[sequence[flipped], position[flipped]] = state
         return x

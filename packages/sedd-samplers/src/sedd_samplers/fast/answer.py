@@ -79,8 +79,12 @@ class Answer:
 
     def parts(self) -> list[slice]:
         """Slices that a cache, or a GPU, holds."""
+        return self.pieces(len(self))
+
+    def pieces(self, count: int) -> list[slice]:
+        """The same of `count` of the rows, for a reader of some of them."""
         size = rows_at_a_time(self._rows.shape[-1], self.device)
-        return [slice(i, i + size) for i in range(0, len(self), size)]
+        return [slice(i, i + size) for i in range(0, count, size)]
 
     def tensor(self) -> Tensor:
         """All rows (M, N), in the model's precision, float32 at least."""
