@@ -35,9 +35,11 @@ from .masked import (
 from .multistage import PredictorCorrector, Trapezoidal
 from .prompts import pad_prompts
 from .randomness import draw_categorical
+from .renoising import EntropyBoundRenoising
 from .reverse import Reverse
 from .sampling import State, infill, sample, trajectory
 from .steps import Ancestral, Euler, Method, TauLeaping, Tweedie
+from .token_ids import prompt_ids
 
 __all__ = [
     "sample",
@@ -45,6 +47,7 @@ __all__ = [
     "trajectory",
     "State",
     "pad_prompts",
+    "prompt_ids",
     "Particles",
     "clamped",
     "Method",
@@ -68,6 +71,7 @@ __all__ = [
     "LeaveOneOut",
     "PathPlanning",
     "ConfidenceUnmasking",
+    "EntropyBoundRenoising",
     "confidence",
     "entropy",
     "margin",

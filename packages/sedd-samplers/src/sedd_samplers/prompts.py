@@ -15,6 +15,7 @@ def pad_prompts(
     length: int | Sequence[int],
     *,
     pad_id: int | None = None,
+    left: bool = False,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `infill` needs to continue prompts.
@@ -24,12 +25,14 @@ def pad_prompts(
 
     Padding is given, so that it never moves, and the model sees it as the tokens `pad_id`. To a model that knows
     padding, as that of `from_masked_lm(..., pad_id=)` does, it is nothing: a sequence's sample is the one that it would
-    have alone.
+    have alone. Where padding is told by an attention mask instead, `from_hf(..., attention_mask=)`, that is 0 at the
+    last (or, padded on the left, the first) positions of the shorter ones.
 
     Args:
         prompts: for each sequence the tokens that it begins with; none is an empty list.
         length: of all sequences, or of each.
         pad_id: the token after a sequence's end; needed where lengths differ.
+        left: whether padding comes before a sequence instead of after it.
         device: where the result lives.
 
     Returns:
@@ -48,10 +51,11 @@ def pad_prompts(
     if pad_id is None and len(set(lengths)) > 1:
         raise ValueError(f"lengths differ, from {min(lengths)} to {max(lengths)}: name the token that pads, pad_id=")
     x = torch.full((len(prompts), max(lengths)), 0 if pad_id is None else pad_id, dtype=torch.int64)
-    given = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-    for i, prompt in enumerate(prompts):
-        x[i, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
-        given[i, : len(prompt)] = True
+    begin = [max(lengths) - own if left else 0 for own in lengths]
+    given = torch.ones_like(x, dtype=torch.bool)
+    for i, (prompt, own) in enumerate(zip(prompts, lengths, strict=True)):
+        x[i, begin[i] : begin[i] + len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
+        given[i, begin[i] + len(prompt) : begin[i] + own] = False
     return x.to(device), given.to(device)
 
 
