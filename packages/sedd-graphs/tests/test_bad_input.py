@@ -11,6 +11,8 @@ import re
 import pytest
 import torch
 from sedd_graphs import Absorbing, Clustered, Dense, Hybrid, LogLinear, Masked, Ordinal, PacedAbsorbing, Uniform
+from sedd_graphs._checks import check_states, readable
+from torch._subclasses import FakeTensorMode
 
 GRAPHS = [
     Absorbing(5, mask_id=2),
@@ -219,3 +221,27 @@ def test_vectors_must_be_over_the_states(graph):
 def test_impossible_parameters_are_refused(make, error, message):
     with raises(error, message):
         make()
+
+
+def test_a_single_number_is_no_vector(graph):
+    with raises(ValueError, "v must have the graph's 6 states on its last axis, got shape ()"):
+        graph.propagate(torch.tensor(1.0), torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_gpu_checks_values_itself(monkeypatch, wrong):
+    """Of a tensor that only says that it lies there: nothing is read, and the device is told what to demand."""
+    asked = []
+    monkeypatch.setattr(
+        torch, "_assert_async", lambda right, told: asked.append((right.shape, right.device.type, told))
+    )
+    with FakeTensorMode():
+        states = torch.zeros(2, 3, dtype=torch.int64, device="cuda") + 9 * wrong
+        check_states("x", states, 6)
+        assert not readable(states)
+    assert asked == [((), "cuda", "x must hold states 0 to 5 of the graph")]
+
+
+def test_values_are_read_on_the_host_alone():
+    assert readable(torch.tensor([1.0, math.nan]))
+    assert not readable(torch.ones(2, device="meta"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sedd_graphs import Absorbing, Clustered, Hybrid, LogLinear, Masked, Ordinal, PacedAbsorbing, Uniform
+from sedd_graphs import Absorbing, Clustered, Dense, Hybrid, LogLinear, Masked, Ordinal, PacedAbsorbing, Uniform
 
 GRAPHS = [
     Absorbing(5),
@@ -202,3 +202,51 @@ def test_equal_rates_are_the_absorbing_graph():
     ]:
         torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-12, atol=0)
     torch.testing.assert_close(graph.prior_kl(x0, s), same.prior_kl(x0, 2 * s), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        *(Absorbing(5, mask_id=2), Uniform(6), Hybrid(5, uniform_rate=0.7, mask_rate=0.4, mask_id=1), Ordinal(4)),
+        *(Masked(Uniform(4), rate=0.5, mask_rate=2.0, mask_id=2), Clustered.kimura(kappa=2.5)),
+    ],
+    ids=repr,
+)
+def test_a_graph_says_how_it_was_made(graph):
+    again = eval(repr(graph), {**globals(), "Clustered": Clustered})
+    states = torch.arange(graph.num_states)
+    assert (type(again), again.mask_id, repr(again)) == (type(graph), graph.mask_id, repr(graph))
+    assert torch.equal(again.rates_into(states).dense(), graph.rates_into(states).dense())
+
+
+def test_graphs_of_much_data_say_what_they_are():
+    assert (
+        repr(Clustered([3, 3, 1], within=1.0, between=0.25))
+        == "Clustered(3 states in 2 clusters, within=1, between=0.25)"
+    )
+    assert repr(PacedAbsorbing(torch.ones(4), mask_id=1)) == "PacedAbsorbing(4 rates, mask_id=1)"
+    assert repr(Dense(torch.ones(3, 3) - 3 * torch.eye(3), mask_id=1)) == "Dense(Q of 3 states, mask_id=1)"
+    assert repr(Dense(torch.ones(3, 3) - 3 * torch.eye(3))) == "Dense(Q of 3 states)"
+
+
+def test_rates_and_masks_unless_told_otherwise():
+    assert (Masked(Uniform(3)).rate, Masked(Uniform(3)).mask_rate, Masked(Uniform(3)).mask_id) == (1, 1, 3)
+    assert Absorbing(7).mask_id == Hybrid(7, uniform_rate=1, mask_rate=1).mask_id == 7
+    assert PacedAbsorbing(torch.ones(7)).mask_id == 7
+    assert (Absorbing(7).vocab_size, Hybrid(7, uniform_rate=1, mask_rate=1).vocab_size, Uniform(7).vocab_size) == (
+        7,
+        7,
+        7,
+    )
+    assert PacedAbsorbing(torch.ones(7)).vocab_size == 7
+    assert (Uniform(3).mask_id, Ordinal(3).mask_id, Clustered.kimura(2.0).mask_id) == (None, None, None)
+
+
+def test_there_is_no_way_back_from_what_cannot_have_come():
+    """NaN where x0 cannot have become x, and a distribution at the other positions of the batch."""
+    x, x0 = torch.tensor([1, 1, 2, 2]), torch.tensor([0, 1, 0, 2])
+    s, t = torch.tensor([0.4, 0.4, 0.4, 0.4]), torch.tensor([1.1, 1.1, 1.1, 1.1])
+    for graph in (Absorbing(5, mask_id=2), PacedAbsorbing(torch.ones(5), mask_id=2)):
+        total = graph.posterior(x, x0, s, t).sum()
+        assert total.isnan().tolist() == [True, False, False, False]
+        torch.testing.assert_close(total[1:], torch.ones(3))

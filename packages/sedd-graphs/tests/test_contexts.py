@@ -290,3 +290,26 @@ def test_rates_and_times_are_never_in_half_precision(graph, noise):
     assert {part.dtype for part in noise(torch.tensor([0.3], dtype=torch.bfloat16))} == {torch.float32}
     fresh = Learned(LogLinear())
     assert fresh.log_density.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_raised_first(graph, dtype):
+    """Of noise and vectors that half precision holds exactly everything is what it is of float32."""
+    v = torch.eye(graph.num_states)[X]
+    for name, call in {
+        "transition_from": lambda s: graph.transition_from(X0, s).dense(),
+        "transition_into": lambda s: graph.transition_into(X, s).dense(),
+        "ratio": lambda s: graph.ratio(X, X0, s).dense(),
+        "posterior": lambda s: graph.posterior(X, X0, s / 2, s).dense(),
+        "prior": lambda s: graph.prior(s).dense(),
+        "prior_kl": lambda s: graph.prior_kl(X0, s),
+        "propagate": lambda s: graph.propagate(v.to(s.dtype), s),
+    }.items():
+        torch.testing.assert_close(call(SIGMA.to(dtype)), call(SIGMA), equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_times_are_raised_first(noise, dtype):
+    t = torch.tensor([0.25, 0.75])
+    torch.testing.assert_close(noise(t.to(dtype)), noise(t))
+    torch.testing.assert_close(noise.inverse(torch.tensor([1.0], dtype=dtype)), noise.inverse(torch.tensor([1.0])))

@@ -201,3 +201,37 @@ class TestNoGenerator:
     def test_the_mask_must_be_a_state(self):
         with pytest.raises(ValueError, match="mask_id must be between 0 and 5, got 6"):
             Dense(irreversible(), mask_id=6)
+
+
+def test_a_chain_of_one_matrix_too_many_is_still_taken(monkeypatch):
+    """Where not even one exponential fits the memory that is meant for them, one is made at a time."""
+    states, sigma = torch.arange(6)[:3], torch.tensor([0.5, 2.0, 0.1], dtype=DOUBLE)
+    v = random(3, 6)
+    expected = [Dense(irreversible()).transition_from(states, sigma).dense(), Dense(irreversible()).propagate(v, sigma)]
+    monkeypatch.setattr("sedd_graphs.dense._AT_ONCE", 1)
+    found = [Dense(irreversible()).transition_from(states, sigma).dense(), Dense(irreversible()).propagate(v, sigma)]
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+def test_rounding_of_a_generator_is_no_error():
+    """Columns of 400 float32 numbers sum to 0 but for rounding; one rate off by a thousandth of its column does not."""
+    rates = torch.rand(400, 400, generator=torch.Generator().manual_seed(0)).fill_diagonal_(0)
+    Q = rates - rates.sum(0).diag()
+    assert Q.double().sum(0).abs().max() > 0
+    graph = Dense(Q)
+    total = graph.rates_out_of(torch.arange(400)).sum()
+    torch.testing.assert_close(total, torch.zeros(400), rtol=0, atol=1e-3)
+    assert graph.max_rate() == pytest.approx(float(rates.double().sum(0).max()), rel=1e-6)
+    with pytest.raises(ValueError, match=r"columns that sum to 0, found .* in column 7"):
+        Dense(Q.index_put((torch.tensor(3), torch.tensor(7)), Q[3, 7] + 0.2))
+
+
+def test_a_generator_is_taken_as_numbers_at_that_time():
+    Q = irreversible().requires_grad_()
+    graph = Dense(Q)
+    before = graph.rates_into(torch.tensor(0)).value
+    assert not before.requires_grad
+    assert not graph.transition_from(torch.tensor(0), torch.tensor(0.5)).value.requires_grad
+    with torch.no_grad():
+        Q.zero_()
+    assert torch.equal(graph.rates_into(torch.tensor(0)).value, before)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import math
+import re
 
 import pytest
 import torch
@@ -307,3 +311,214 @@ def test_laws_find_what_is_wrong(graph, broken):
 def test_laws_restore_the_default_dtype():
     testing.rates_form_a_generator(Uniform(3))
     assert torch.get_default_dtype() == torch.float32
+
+
+ONE_A_SEQUENCE = ("transition_from", "transition_into", "ratio", "propagate", "prior_kl")
+CALLS = (*ONE_A_SEQUENCE, "posterior", "prior")
+
+# Each demand of a law can fail: one method that is wrong in one way, and what the law says of it.
+
+
+def broken(graph, **methods):
+    """The graph with methods `wrong(graph, ...)` in the place of its own; the others do without them."""
+    wrong = copy.copy(graph)
+    for name in (*CALLS, "sample", "sample_prior"):
+        setattr(wrong, name, getattr(graph, name))
+    for name, method in methods.items():
+        setattr(wrong, name, functools.partial(method, graph))
+    return wrong
+
+
+def moved(row, state, by):
+    """The row with `by` (...) added at a state (...) and taken away at the next one."""
+    after = (state + 1) % row.num_states
+    return row.put(state, row.at(state) + by).put(after, row.at(after) - by)
+
+
+def at_one_level(name, wrong):
+    """The method, wrong wherever `wrong` says so of sigma."""
+    return lambda g, *given: getattr(g, name)(*given[:-1], wrong(given[-1]))
+
+
+SIX, TWO, MASKED = Uniform(6), Clustered([0, 0, 0, 1, 1, 2], within=1.0, between=0.0), Absorbing(5)
+
+
+def one_more(tensor):
+    return tensor[None]
+
+
+def of_row(name, change):
+    """The method's row with one of its fields changed."""
+    field, how = change
+
+    def wrong(g, *given):
+        row = getattr(g, name)(*given)
+        return dataclasses.replace(row, **{field: how(getattr(row, field))})
+
+    return wrong
+
+
+DEMANDS = [
+    (
+        "rates_form_a_generator",
+        broken(SIX, rates_out_of=lambda g, x: g.rates_out_of(x).put(x, 0.1 + g.rates_out_of(x).at(x))),
+        "columns of Q must sum to 0",
+    ),
+    (
+        "rates_form_a_generator",
+        broken(SIX, rates_out_of=lambda g, x: moved(g.rates_out_of(x), x, torch.full(x.shape, 0.5))),
+        "rates must not be negative",
+    ),
+    (
+        "transitions_are_probabilities",
+        broken(SIX, transition_from=lambda g, x, s: moved(g.transition_from(x, s), x, torch.full(x.shape, 0.5))),
+        "is negative at sigma",
+    ),
+    (
+        "transitions_compose",
+        broken(SIX, transition_into=lambda g, x, s: g.transition_into(x, s**1.01)),
+        "exp(0.0001 Q)",
+    ),
+    (
+        "ratios_are_quotients_of_transitions",
+        broken(SIX, ratio=lambda g, *a: g.ratio(*a).map(lambda r: r * 1.001)),
+        "ratio",
+    ),
+    (
+        "propagate_is_the_exponential",
+        broken(SIX, propagate=lambda g, v, s: g.propagate(v, s[:1].expand(s.shape))),
+        "propagate at two levels at once",
+    ),
+    (
+        "prior_is_the_limit",
+        broken(SIX, prior=lambda g, s: g.prior(s).map(lambda p: p / 0)),
+        "prior(inf) must be finite",
+    ),
+    ("prior_is_the_limit", broken(SIX, prior=lambda g, s: g.prior(s).map(lambda p: p * 2)), "the sum of prior(inf)"),
+    (
+        "prior_is_the_limit",
+        broken(SIX, prior=lambda g, s: moved(g.prior(s), torch.tensor(0), torch.tensor(1e-3))),
+        "Q prior(inf)",
+    ),
+    (  # stationary, but of one part that the others never reach
+        "prior_is_the_limit",
+        broken(TWO, prior=lambda g, s: Row.full(torch.tensor([1.0, 1, 1, 0, 0, 0]) / 3)),
+        "against exp(2^20 Q)",
+    ),
+    ("prior_kl_is_the_divergence", broken(SIX, prior_kl=lambda g, *a: g.prior_kl(*a) + 1e-9), "prior_kl at sigma"),
+    ("prior_kl_is_the_divergence", broken(SIX, prior_kl=lambda g, *a: g.prior_kl(*a) - 5e-11), "prior_kl is negative"),
+    (
+        "detailed_balance_carries_over",
+        broken(SIX, transition_into=lambda g, x, s: moved(g.transition_into(x, s), x, torch.full(x.shape, 1e-9))),
+        "the probability flow",
+    ),
+    (
+        "rows_are_well_formed",
+        broken(SIX, sample=lambda g, *a, **k: g.sample(*a, **k).flatten()),
+        "must have x0's shape",
+    ),
+    ("rows_are_well_formed", broken(SIX, sample=lambda g, *a, **k: g.sample(*a, **k).int()), "samples must be int64"),
+    *(
+        ("rows_are_well_formed", broken(SIX, ratio=of_row("ratio", change)), what)
+        for change, what in [
+            (("base", one_more), "ratio: base must be (3, 5)"),
+            (("value", one_more), "ratio: index and value must have one shape"),
+            (("index", lambda y: y - 7), "ratio: negative state"),
+            (("index", lambda y: y + 6), "ratio: state out of range"),
+            (("index", lambda y: y.int()), "ratio: index must be int64"),
+            (("value", lambda r: r.double()), "ratio: must come in sigma's dtype"),
+        ]
+    ),
+    (
+        "rows_are_well_formed",
+        broken(SIX, prior=lambda g, s: dataclasses.replace(Row.full(g.prior(s).dense()), base=torch.ones_like(s))),
+        "prior: a row that names every state must have base 0",
+    ),
+    *(
+        ("noise_per_position_is_noise_per_sequence", broken(SIX, **{name: at_one_level(name, wrong)}), name)
+        for name in ONE_A_SEQUENCE
+        for wrong in (lambda s: s * (1 + 1e-6 * (s.dim() == 0)), lambda s: s * (1 + 1e-6 * (s.dim() == 1)))
+    ),
+    *(
+        (
+            "every_position_has_its_own_noise",
+            broken(MASKED, **{name: at_one_level(name, lambda s: s[:, :1].expand(s.shape) if s.dim() == 2 else s)}),
+            f"{name} with a level a position",
+        )
+        for name in (*ONE_A_SEQUENCE, "prior")
+    ),
+    *(
+        (
+            "no_positions_give_no_rows",
+            broken(SIX, **{name: lambda g, x, *_, name=name: Row.full(torch.ones(2, 6))}),
+            name,
+        )
+        for name in ("rates_into", "rates_out_of", "transition_from", "transition_into", "posterior", "prior")
+    ),
+    *(
+        ("no_positions_give_no_rows", broken(SIX, **{name: lambda g, *_: torch.ones(2)}), name)
+        for name in ("sample", "sample_prior", "prior_kl", "propagate")
+    ),
+    *(
+        (
+            "single_precision_agrees_with_double",
+            broken(SIX, **{name: at_one_level(name, lambda s: s * (1 + 2e-4 * (s.dtype == torch.float32)))}),
+            name,
+        )
+        for name in ("transition_from", "transition_into", "ratio", "prior_kl", "propagate")
+    ),
+    *(
+        (
+            "bad_input_is_refused",
+            broken(SIX, **{name: lambda g, x, *a, name=name: getattr(g, name)(x.long().clamp(0, 5), *a)}),
+            "x = ",
+        )
+        for name in ("rates_into", "rates_out_of", "transition_from", "transition_into", "ratio", "sample", "prior_kl")
+    ),
+    *(
+        (
+            "bad_input_is_refused",
+            broken(SIX, **{name: at_one_level(name, lambda s: s.double().nan_to_num().abs())}),
+            "sigma = ",
+        )
+        for name in ("transition_from", "transition_into", "ratio", "sample", "prior_kl", "prior")
+    ),
+    (
+        "bad_input_is_refused",
+        broken(SIX, propagate=lambda g, v, s: g.propagate(v, s.nan_to_num())),
+        "sigma = [nan, nan]",
+    ),
+    ("bad_input_is_refused", broken(SIX, propagate=lambda g, v, s: g.propagate(v[..., :6], s)), "v = "),
+    ("bad_input_is_refused", broken(SIX, posterior=lambda g, x, x0, s, t: g.posterior(x, x0, t, t)), "sigma_s = "),
+    (
+        "samples_follow_the_transition",
+        broken(SIX, sample=lambda g, x0, s, generator: g.sample(x0, s)),
+        "the same generator",
+    ),
+    (
+        "prior_samples_follow_the_limit",
+        broken(SIX, sample_prior=lambda g, shape, **k: g.sample_prior((math.prod(shape),), **k)),
+        "must have the shape asked for",
+    ),
+    (
+        "prior_samples_follow_the_limit",
+        broken(SIX, sample_prior=lambda g, shape, **k: g.sample_prior(shape)),
+        "the same generator",
+    ),
+    (
+        "prior_samples_follow_the_limit",
+        broken(SIX, sample_prior=lambda g, shape, **k: g.sample_prior((*shape[:-1], 1), **k).expand(shape)),
+        "pairs of a prior",
+    ),
+    (
+        "prior_samples_follow_the_limit",
+        broken(SIX, sample_prior=lambda g, shape, **k: g.sample_prior(shape, **k).clamp(max=4)),
+        "pairs of a prior",
+    ),
+]
+
+
+@pytest.mark.parametrize(("law", "graph", "told"), DEMANDS, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_demand_of_a_law_can_fail(law, graph, told):
+    with pytest.raises(AssertionError, match=re.escape(told)):
+        getattr(testing, law)(graph)

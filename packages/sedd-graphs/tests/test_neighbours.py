@@ -99,3 +99,51 @@ def test_endless_noise_draws_the_limit():
 def test_what_is_no_graph_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_slopes_are_those_of_the_generator():
+    """d exp(sigma Q) / dsigma = Q exp(sigma Q) = exp(sigma Q) Q, of rows, columns and products; Q is not symmetric."""
+    states, weight = torch.arange(9), torch.rand(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    Q = UNEVEN.rates_into(states).dense().double()
+    sigma = torch.full((9,), 0.7, dtype=torch.float64, requires_grad=True)
+    slope = Q @ torch.matrix_exp(0.7 * Q)
+    for found, expected in [
+        (UNEVEN.transition_from(states, sigma).dense() * weight, slope.T),
+        (UNEVEN.transition_into(states, sigma).dense() * weight, slope),
+        (UNEVEN.propagate(torch.eye(9, dtype=torch.float64), sigma) * weight, slope.T),
+    ]:
+        (gradient,) = torch.autograd.grad(found.sum(), sigma)
+        torch.testing.assert_close(gradient, (weight * expected).sum(-1), rtol=1e-5, atol=1e-6)  # Q came in float32
+
+
+def test_a_slow_leak_is_waited_for():
+    """Two pairs that mix fast, and a way from one to the other at 1 / 50 of that rate: the limit to its last digits."""
+    index = torch.tensor([[1, 2], [0, 2], [3, 0], [2, 0]])
+    rates = torch.tensor([[1.0, 0.02], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    graph = Neighbours(index, rates, between=0.01)
+    Q = torch.full((4, 4), 0.01 / 4, dtype=torch.float64)
+    for x in range(4):
+        Q[index[x], x] += rates[x]
+    Q.fill_diagonal_(0)
+    Q -= Q.sum(0).diag()
+    expected = torch.linalg.solve(Q + 1, torch.ones(4, dtype=torch.float64))  # J p = 1 where p sums to 1, and Q p = 0
+    found = graph.prior(torch.tensor(torch.inf, dtype=torch.float64)).dense()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for row in (graph.transition_from(torch.tensor(2), torch.tensor(1e5)), graph.prior(torch.tensor(1e5))):
+        torch.testing.assert_close(row.dense().double(), expected, rtol=1e-6, atol=0)
+    into = graph.transition_into(torch.tensor(2), torch.tensor(1e5)).dense()
+    torch.testing.assert_close(into.double(), expected[2].expand(4), rtol=1e-6, atol=0)
+
+
+def test_neighbours_come_at_equal_rates_unless_told_otherwise():
+    graph = Neighbours(torch.tensor([[1, 2], [0, 2], [0, 3], [0, 1]]))
+    assert repr(graph) == "Neighbours(4 states with 2 each, between=0.1)"
+    expected = torch.tensor([-1 - 0.1 * 3 / 4, 0.5 + 0.1 / 4, 0.5 + 0.1 / 4, 0.1 / 4])
+    torch.testing.assert_close(graph.rates_out_of(torch.tensor(0)).dense(), expected)
+
+
+def test_rates_are_taken_as_numbers():
+    rates = some_rates((9, 3)).requires_grad_()
+    assert not Neighbours(nearest(9, 3), rates).transition_from(torch.tensor(0), torch.tensor(0.5)).value.requires_grad
+    with pytest.raises(ValueError, match="rates must be finite and at least 0, found inf"):
+        Neighbours(nearest(9, 3), torch.full((9, 3), torch.inf))

@@ -160,3 +160,38 @@ def test_impossible_parameters_are_refused():
         MaskProbability(lambda t: 0.9 * (1 - (2 * t - 1) ** 2))
     with pytest.raises(ValueError, match="knots must be at least 1, got 0"):
         Learned(LogLinear(), knots=0)
+
+
+def test_a_mask_probability_may_rest():
+    noise = MaskProbability(lambda t: t.clamp(max=0.5))
+    torch.testing.assert_close(noise.sigma(torch.tensor([0.25, 0.5, 1.0])), -torch.tensor([0.75, 0.5, 0.5]).log())
+    assert noise(torch.tensor([0.75]))[1] == 0
+    with pytest.raises(ValueError, match=r"falls at t = 0\.75"):  # and not where it rests
+        MaskProbability(lambda t: t.clamp(max=0.5) - (t - 0.75).clamp(min=0))
+    with pytest.raises(ValueError, match=r"mask must map times elementwise .*, got shape \(\)"):
+        MaskProbability(lambda t: 0.5 * t.mean())
+    with pytest.raises(ValueError, match=r"got values from -0\.1 to 0\.4"):
+        MaskProbability(lambda t: 0.5 * t - 0.1)
+
+
+def test_bisection_ends_at_the_last_digit():
+    t = torch.linspace(0, 1, 21, dtype=torch.float64)
+    noise = MaskProbability(lambda t: 0.9 * t)
+    torch.testing.assert_close(noise.time(noise.sigma(t)), t, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("noise", [Linear(2.0, 1.0), Learned(Linear(2.0, 1.0))], ids=repr)
+def test_noise_beyond_rounding_is_refused(noise):
+    for wrong in (2 + 3e-5, 1 - 3e-5):  # 1e-5 of the most is put down to rounding
+        with pytest.raises(ValueError, match=r"between 1 and 2, which this schedule spans, found"):
+            noise.inverse(torch.tensor(wrong))
+    assert [noise.inverse(torch.tensor(level)).detach().item() for level in (1 - 1e-5, 2 + 1e-5)] == [0, 1]
+
+
+def test_what_schedules_are_unless_told_otherwise():
+    assert [repr(make()) for make in (LogLinear, Cosine, Polynomial, Geometric, Linear)] == [
+        *("LogLinear(eps=0.001)", "Cosine(eps=0.001)", "Polynomial(power=2.0, eps=0.001)"),
+        *("Geometric(sigma_min=0.0001, sigma_max=20.0)", "Linear(sigma_max=7.0, sigma_min=0.0)"),
+    ]
+    assert repr(Learned(LogLinear())) == "Learned(LogLinear(eps=0.001), knots=16)"
+    assert Learned(LogLinear()).log_density.shape == (17,)

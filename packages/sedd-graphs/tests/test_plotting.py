@@ -112,3 +112,59 @@ def test_what_cannot_be_drawn_is_refused():
         draw_distribution(Uniform(6), Geometric(), torch.ones(5))
     with pytest.raises(ValueError, match="schedules must name at least one schedule"):
         draw_schedules({})
+
+
+def test_a_sentence_is_read_from_top_to_bottom():
+    """Times beside the lines, one a line; columns as wide as their longest word and half a word's room."""
+    figure = draw_sentence(
+        Absorbing(5), LogLinear(), SENTENCE, WORDS, generator=torch.Generator().manual_seed(0), steps=4
+    )
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.00", "0.25", "0.50", "0.75", "1.00"]
+    assert list(axes.get_yticks()) == [0, 1, 2, 3, 4]
+    assert axes.get_ylim() == (4.5, -0.5)
+    assert (axes.get_ylabel(), list(axes.get_xticks())) == ("t", [])
+    drawn = lines(figure, 4)
+    widths = [max(len(line[i].get_text()) for line in drawn) + 1.5 for i in range(len(SENTENCE))]
+    for line in drawn:
+        for i, text in enumerate(line):
+            assert text.get_position()[0] == pytest.approx(sum(widths[:i]) + 0.75)
+            assert (text.get_bbox_patch() is not None) == (text.get_text() == "[mask]")
+    assert axes.get_xlim() == pytest.approx((0, sum(widths)))
+    assert len(lines(draw_sentence(Uniform(6), Geometric(), SENTENCE, WORDS), 8)[8]) == 6  # nine lines unless told
+
+
+def test_a_chain_goes_on_from_where_it_is():
+    """A path's states at the last time have the noise of all of it, and each step only its own."""
+    noise, count = Geometric(sigma_min=0.1, sigma_max=1.0), 10_000
+    x0 = torch.zeros(count, dtype=torch.int64)
+    t, path = _path(Uniform(2), noise, x0, 3, torch.Generator().manual_seed(0))
+    assert t.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert torch.equal(path[0], x0)
+    sigma = noise.sigma(t)
+    sigma[0] = 0  # the first line is clean
+    for i in range(3):
+        moved, due = (path[i + 1] != path[i]).double().mean(), -(sigma[i] - sigma[i + 1]).expm1() / 2
+        assert abs(moved - due) <= 6 * (due * (1 - due) / count).sqrt()
+
+
+def test_pictures_say_what_they_show():
+    picture = draw_distribution(Ordinal(8), Geometric(), torch.eye(8)[0])
+    axes, colours = picture.axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("t", "state", "Ordinal(num_states=8)")
+    assert colours.get_ylabel() == "probability"
+    image = axes.images[0]
+    assert image.get_array().shape == (8, 200)
+    assert (image.norm.vmin, image.norm.vmax) == (0.01 / 8, 1)  # type: ignore[union-attr]
+    total, rate, masked = draw_schedules({"a": LogLinear(), "b": Geometric()}).axes
+    assert [each.get_title() for each in (total, rate, masked)] == [
+        "total noise sigma",
+        "rate dsigma/dt",
+        "1 - exp(-sigma)",
+    ]
+    assert [each.get_yscale() for each in (total, rate, masked)] == ["log", "log", "linear"]
+    assert [each.get_subplotspec().get_geometry() for each in (total, rate, masked)] == [(1, 3, i, i) for i in range(3)]  # type: ignore[union-attr]
+    for each in (total, rate, masked):
+        assert [line.get_linestyle() for line in each.lines] == ["-", "--"]
+        x = list(each.lines[0].get_xdata())  # type: ignore[arg-type]
+        assert (len(x), x[0], x[-1]) == (400, 1 / 400, 1)

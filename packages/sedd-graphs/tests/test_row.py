@@ -111,3 +111,28 @@ def test_values_below_zero_count_as_zero():
         torch.testing.assert_close(drawn.bincount(minlength=3).float(), expected, rtol=0, atol=1.5)
     row = Row(torch.tensor(-0.5), torch.tensor([3]), torch.tensor([0.25]), 5)
     assert (row.quantile(u) == 3).all()
+
+
+def test_the_algebra_of_rows_is_that_of_their_values():
+    """Of every pair of a sparse row, one that names all and one that names none but one: all N values, exactly."""
+    base = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    rows = [
+        Row(base, torch.tensor([[3, 0], [1, 2]]), torch.tensor([[0.5, 4.0], [3.0, 0.25]]).double(), 5),
+        Row(base + 1, torch.tensor([[4], [1]]), torch.tensor([[8.0], [-3.0]]).double(), 5),
+        Row.full(torch.arange(10.0).double().reshape(2, 5) - 4),
+    ]
+    state, value, factor = torch.tensor([3, 4]), torch.tensor([7.0, -6.0]).double(), torch.tensor([0.5, 3.0]).double()
+    for row in rows:
+        full = row.dense()
+        assert row.shape == (2,)
+        assert torch.equal(row.map(lambda v: v * v - 1).dense(), full * full - 1)
+        assert torch.equal(row.scale(factor).dense(), full * factor[:, None])
+        assert torch.equal(row.put(state, value).dense(), full.scatter(-1, state[:, None], value[:, None]))
+        assert torch.equal(row.at(state), full.gather(-1, state[:, None])[:, 0])
+        torch.testing.assert_close(row.sum(), full.sum(-1), rtol=1e-15, atol=1e-15)
+        assert row.to(torch.float32).value.dtype == row.to(torch.float32).base.dtype == torch.float32
+        for other in rows:
+            both = row.combine(other, lambda a, b: a - 2 * b)
+            assert torch.equal(both.dense(), full - 2 * other.dense())
+            assert (both.base == 0).all() or both.index.shape[-1] < 5
+    assert (rows[2].map(lambda v: v + 1).base == 0).all()  # no state is left for it
