@@ -183,3 +183,46 @@ def test_network_uses_the_attention_it_is_given(make_sedd, batch):
     assert torch.equal(net(x, sigma), expected)
     net(x, sigma, documents=documents)
     assert given == [*[(*[(3, 7, 2, 8)] * 3, None)] * 2, *[(*[(3, 7, 2, 8)] * 3, documents)] * 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flash_takes_either_half_precision(flash_attn, dtype):
+    q, k, v = heads(dtype)
+    out = FlashAttention()(q, k, v, Documents(IDS))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), by_definition(q, k, v, IDS), atol=2e-2, rtol=0)
+    with pytest.raises(TypeError, match=r"was given torch\.float64"):
+        FlashAttention()(q.double(), k.double(), v.double(), None)
+
+
+def test_angles_stay_float32_whatever_the_network_becomes():
+    exact = Rotary(8).inv_freq.clone()
+    for cast in (torch.bfloat16, torch.float64):
+        rotary = Rotary(8).to(cast)
+        assert torch.equal(rotary.inv_freq, exact)
+        assert rotary.inv_freq.dtype == torch.float32
+    assert Rotary(8).to("meta").inv_freq.is_meta
+    assert torch.allclose(Rotary(8, base=100.0)(2)[0][1], torch.tensor([1.0, 0.316228, 0.1, 0.0316228]).cos())
+
+
+def test_left_to_right_within_each_document():
+    q, k, v = heads(torch.float32)
+    out = ScaledDotProduct(causal=True)(q, k, v, Documents(IDS))
+    within = (IDS[:, :, None] == IDS[:, None, :]) & (IDS[:, :, None] >= 0)
+    score = torch.einsum("blhd,bmhd->bhlm", q.double(), k.double()) / 4
+    score = score.masked_fill(~within.tril()[:, None], -torch.inf)
+    expected = torch.einsum("bhlm,bmhd->blhd", score.softmax(-1).nan_to_num(), v.double())
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_masks_are_made_beforehand_where_a_device_would_wait(monkeypatch):
+    documents = Documents(IDS)
+    sdpa.prepare(documents)
+    assert "mask" not in vars(documents)  # on the host documents are attended one by one
+    monkeypatch.setattr("sedd_nets.attention.on_host", lambda _tensor: False)
+    sdpa.prepare(documents)
+    assert "mask" in vars(documents)
+    FlexAttention.prepare(FlexAttention.__new__(FlexAttention), documents)
+    assert "block_mask" in vars(documents)
+    FlashAttention.prepare(FlashAttention.__new__(FlashAttention), documents)
+    assert {"kept", "cu_seqlens", "longest"} <= vars(documents).keys()

@@ -59,3 +59,21 @@ def test_another_family_s_config_is_refused(tmp_path):
     RADD(11, **SIZES).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"not Causal's: .* are RADD's"):
         Causal.from_pretrained(tmp_path)
+
+
+def test_noise_is_ignored_and_sizes_are_checked(net, x):
+    assert torch.equal(net(x, torch.tensor([0.1, 2.0, 5.0])), net(x))
+    assert torch.equal(net(x, None, x > 4), net(x, where=x > 4))
+    assert net(x).shape == (3, 7, 11)
+    with pytest.raises(ValueError, match="13 tokens; this network takes 1 to 12"):
+        net(torch.zeros(1, 13, dtype=torch.int64))
+    with pytest.raises(ValueError, match="Causal is not modulated and takes no condition"):
+        net(x, condition=torch.tensor([0, 1, 2]))
+
+
+def test_logits_are_those_of_a_linear_head(net, x):
+    hidden = net.hidden(x, torch.zeros(3))
+    linear = net.output_layer.linear
+    torch.testing.assert_close(net(x), hidden @ linear.weight.T + linear.bias, rtol=0, atol=1e-12)
+    net.train()
+    assert torch.equal(net(x, dropout_seeds=torch.tensor([1, 2, 3])), net(x))  # dropout 0

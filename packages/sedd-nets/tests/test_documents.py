@@ -110,3 +110,19 @@ def test_bad_documents_are_named(make_sedd, batch):
             Documents.padded(lengths, 5)
     with pytest.raises(ValueError, match=r"a batch \(2, 7\); x is \(3, 7\)"):
         make_sedd()(x, sigma, documents=Documents(IDS[:2]))
+
+
+def test_who_sees_whom_position_by_position():
+    documents = Documents(torch.tensor([[4, 4, 1, 4, -1, -1], [-1, 2, 2, -1, 2, 3]]))
+    assert documents.inside.tolist() == [[True] * 4 + [False] * 2, [False, True, True, False, True, True]]
+    assert documents.runs.tolist() == [[0, 0, 1, 2, -1, -1], [-1, 1, 1, -1, 3, 4]]
+    for row, mask in zip(documents.runs.tolist(), documents.mask, strict=True):
+        assert mask.tolist() == [[a == b for b in row] for a in row]
+    assert documents.longest == 2
+
+
+def test_a_row_as_long_as_its_only_text():
+    documents = Documents.padded([5, 1], 5)
+    assert (documents.spans, documents.longest) == (((0, 5), (5, 6)), 5)
+    assert Documents.padded([5, 5], 5).kept is None
+    assert documents.cu_seqlens.tolist() == [0, 5, 6]

@@ -109,3 +109,47 @@ def test_counts_must_be_numbers_of_occurrences(counts):
 def test_sharpness_must_be_a_positive_number():
     with pytest.raises(ValueError, match="sharpness must be a positive number, got 0"):
         init_local_attention(networks()[0], sharpness=0)
+
+
+def test_norms_without_modulation_shift_by_one():
+    """A network that is not modulated has the constant in its norms' biases, of attention alone; its gates are open."""
+    net = networks()[1]
+    before = copy.deepcopy(net.state_dict())
+    init_local_attention(net)
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"blocks.{b}.{part}" for b in range(3) for part in ("attn_qkv.weight", "norm1.bias")}
+    assert all((block.norm1.bias == 1).all() for block in net.blocks)
+
+
+def test_shifts_and_gates_are_one_and_scales_are_not_touched():
+    net = networks()[0]
+    init_local_attention(net)
+    for block in net.blocks:
+        shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation.bias.chunk(6)
+        assert all((part == 1).all() for part in (shift1, gate1, gate2))
+        assert all((part == 0).all() for part in (scale1, shift2, scale2))
+
+
+def test_sharpness_unless_told_otherwise():
+    told, untold = networks()[1], networks()[1]
+    init_local_attention(told, sharpness=200.0)
+    init_local_attention(untold)
+    assert all(torch.equal(a, b) for a, b in zip(told.parameters(), untold.parameters(), strict=True))
+
+
+def test_half_an_occurrence_is_added_to_each():
+    net = networks()[1]
+    counts = torch.zeros(40)
+    counts[3] = 19
+    init_unigram_bias(net, counts)
+    expected = torch.full((40,), 0.5).index_fill(0, torch.tensor([3]), 19.5) / 39 * 39
+    torch.testing.assert_close(net.output_layer.linear.bias.detach(), expected.log())
+    for wrong in (torch.full((40,), torch.nan), torch.ones(40).index_fill(0, torch.tensor([5]), -0.5)):
+        with pytest.raises(ValueError, match="none negative or infinite, not all 0"):
+            init_unigram_bias(net, wrong)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("inf"), float("nan")])
+def test_sharpness_must_be_finite(wrong):
+    with pytest.raises(ValueError, match="sharpness must be a positive number"):
+        init_local_attention(networks()[0], sharpness=wrong)

@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import pickle
@@ -11,8 +12,10 @@ import pytest
 import sedd_nets.files
 import sedd_nets.pretrained
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sedd_nets import RADD, SEDD, from_pretrained, read_config
+from sedd_nets import BD3LM, MDLM, RADD, SEDD, UDLM, Causal, from_pretrained, read_config
+from sedd_nets.config import one_layout
 from sedd_nets.files import HubOptions
 
 SECTIONS = {"tokens": 10, "graph": {"type": "absorb"}, "noise": {"type": "loglinear", "eps": 1e-3}}
@@ -477,3 +480,150 @@ def test_what_is_pushed_is_what_load_needs(make_sedd, batch, monkeypatch):
         '{"type": "loglinear"}',
     ):
         assert part in card
+
+
+# What is said where nothing is told, and to whom it belongs
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        (SEDD, {"cond_dim": 128, "dropout": 0.1, "length": 1024}),
+        (RADD, {"dropout": 0.02, "length": 1024, "mask_id": None}),
+        (MDLM, {"cond_dim": 128, "dropout": 0.1, "length": 1024, "mask_id": None, "time_conditioning": False}),
+        (UDLM, {"cond_dim": 128, "dropout": 0.1, "length": 1024, "time_conditioning": True, "classes": 0}),
+        (BD3LM, {"cond_dim": 128, "dropout": 0.1, "length": 1024, "mask_id": None}),
+        (Causal, {"dropout": 0.1, "length": 1024}),
+    ],
+)
+def test_sizes_unless_told_otherwise(family, told):
+    """The published networks' own: a checkpoint that does not say must not come out as another network."""
+    given = inspect.signature(family).parameters.values()
+    assert {each.name: each.default for each in given if each.default is not inspect.Parameter.empty} == told
+    need = {"scale_by_sigma": True} if family is SEDD else {"block_size": 4} if family is BD3LM else {}
+    net = family(11, width=16, depth=3, heads=2, **need)
+    assert (net.width, net.depth, net.heads, net.num_states) == (16, 3, 2, 11)
+    assert {name: getattr(net, name) for name in told if name not in ("mask_id", "classes")} == {
+        name: value for name, value in told.items() if name not in ("mask_id", "classes")
+    }
+    section = net.model_section()
+    sizes = [section[name] for name in ("hidden_size", "n_blocks", "n_heads", "length", "dropout")]
+    assert sizes == [16, 3, 2, 1024, told["dropout"]]
+    assert section.get("cond_dim") == told.get("cond_dim")
+    assert net.training
+    assert not net.checkpoint_activations
+
+
+@pytest.mark.parametrize("wrong", [16.0, "16", None])
+def test_sizes_are_whole_numbers(wrong):
+    with pytest.raises(ValueError, match="depth must be a positive integer"):
+        RADD(11, width=16, depth=wrong, heads=2)
+
+
+def test_dropout_is_a_probability_below_one():
+    for wrong in (1.0, -0.1):
+        with pytest.raises(ValueError, match=f"dropout is a probability below 1; got {wrong}"):
+            RADD(11, width=16, depth=1, heads=2, dropout=wrong)
+    assert RADD(11, width=16, depth=1, heads=2, dropout=0.0).dropout == 0
+
+
+def test_a_network_shares_nothing_with_what_it_was_read_from(golden):
+    """Neither weights nor sections: changing either later changes no network, and no network changes them."""
+    folder, _ = golden("sedd-tiny-absorb")
+    config, stored = one_layout(read_config(folder)), load_file(folder / "model.safetensors")
+    net, other = (SEDD.from_checkpoint(config, stored, source="there") for _ in range(2))
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    for value in stored.values():
+        value.zero_()
+    for value in net.state_dict().values():
+        value.fill_(7)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    net.sections["graph"]["type"] = "another"
+    assert (config["graph"]["type"], other.sections["graph"]["type"]) == ("absorb", "absorb")
+    written = other.config_json()
+    written["graph"]["type"] = "another"
+    assert other.sections["graph"]["type"] == "absorb"
+
+
+def test_weights_say_that_they_are_pytorchs(make_sedd, tmp_path):
+    """transformers asks for it."""
+    make_sedd().save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_newer_form_of_the_weights_is_read_where_there_are_two(golden, tmp_path):
+    folder, expected = golden("sedd-tiny-absorb")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not to be read")
+    (tmp_path / "model.safetensors.index.json").write_text("nor this")
+    net = SEDD.from_pretrained(tmp_path)
+    torch.testing.assert_close(net(expected["xt"], expected["sigma"]), expected["log_score"], atol=1e-5, rtol=0)
+
+
+def hub_says(kind):
+    """An error of the hub, as its client raises it."""
+    return kind("said the hub", response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (huggingface_hub.errors.HFValidationError("no"), FileNotFoundError, "'a/b' is neither a folder nor a name on"),
+        (hub_says(huggingface_hub.errors.RemoteEntryNotFoundError), FileNotFoundError, "has no config.json"),
+        (hub_says(huggingface_hub.errors.RevisionNotFoundError), FileNotFoundError, "a/b .* has no revision 'v1'"),
+        (hub_says(huggingface_hub.errors.RepositoryNotFoundError), FileNotFoundError, "nor a public repository"),
+        (huggingface_hub.errors.LocalEntryNotFoundError("no"), ConnectionError, r"reached \(LocalEntryNotFoundError\)"),
+        (hub_says(huggingface_hub.errors.HfHubHTTPError), ConnectionError, r"cannot be reached \(HfHubHTTPError\)"),
+        (OSError("cable"), ConnectionError, r"cannot be reached \(OSError\).*hf download a/b --local-dir"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_hub_says_is_told_as_it_is(monkeypatch, error, kind, told):
+    def fail(*_given, **_hub):
+        raise error
+
+    monkeypatch.setattr(sedd_nets.files, "hf_hub_download", fail)
+    with pytest.raises(kind, match=told):
+        read_config("a/b", revision="v1")
+
+
+def test_a_push_without_a_tokenizer(make_sedd, monkeypatch):
+    done: list[Any] = []
+
+    def api(*, token):
+        done.append(token)
+        return SimpleNamespace(
+            create_repo=lambda name, **how: done.append((name, how)),
+            upload_folder=lambda *, repo_id, folder_path, commit_message: (
+                done.append((repo_id, sorted(os.listdir(folder_path)), commit_message)) or SimpleNamespace(commit_url=1)
+            ),
+        )
+
+    monkeypatch.setattr(sedd_nets.pretrained, "HfApi", api)
+    assert make_sedd().push_to_hub("me/net") == "1"
+    assert done == [
+        None,
+        ("me/net", {"private": None, "exist_ok": True}),
+        ("me/net", ["README.md", "config.json", "model.safetensors"], "Upload the network"),
+    ]
+
+
+def test_a_model_card_tells_sizes(make_sedd):
+    net = make_sedd()
+    card = net.model_card("me/net", {"noise": {"type": "cosine"}})
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    assert f"A discrete diffusion model: SEDD of {parameters:,} parameters over 11 states." in card
+    assert '| noise | `{"type": "cosine"}` |' in card
+    assert f"| network | `{json.dumps(net.model_section())}` |" in card
+    assert "tags: [discrete-diffusion, score-entropy, sedd]" in card
+
+
+def test_json_may_be_as_large_as_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(sedd_nets.files, "LARGEST_JSON", 10)
+    (tmp_path / "config.json").write_text('{"a": 123}')
+    assert read_config(tmp_path) == {"a": 123}
+    (tmp_path / "config.json").write_text('{"a": 1234}')
+    with pytest.raises(ValueError, match="has 11 bytes, and a checkpoint's JSON files have 10 at most"):
+        read_config(tmp_path)

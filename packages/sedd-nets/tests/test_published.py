@@ -567,3 +567,105 @@ def test_what_transformers_is_told_of_the_hub_is_passed_on_and_what_it_cannot_ha
     for option in ("dtype", "torch_dtype", "device_map", "quantization_config", "attn_implementation"):
         with pytest.raises(ValueError, match=f"{option} is not for sedd_nets' networks"):
             auto._Reader.from_pretrained("someone/mdlm", **{option: "auto"})
+
+
+@pytest.mark.parametrize(
+    ("says", "family"),
+    [
+        *(
+            (({"algo": {"name": name}}), family)
+            for name, family in [
+                ("duo", UDLM),
+                ("duo_base", UDLM),
+                ("distillation", UDLM),
+                ("mdlm", MDLM),
+                ("sedd", SEDD),
+            ]
+        ),
+        ({"parameterization": "subs"}, MDLM),
+        ({"parameterization": "sedd"}, SEDD),
+        ({"parameterization": "d3pm", "diffusion": "uniform"}, UDLM),
+    ],
+)
+def test_what_a_trainer_s_word_is_taken_for(tmp_path, says, family):
+    config = says | {"noise": {"type": "log-linear", "eps": 0.01}, "model": {**DIT, "type": "ddit", "dropout": 0.25}}
+    net = from_pretrained(write(tmp_path / "trainer", config, tensors(21)))
+    assert type(net) is family
+    assert net.sections["noise"] == {"type": "loglinear", "eps": 0.01}
+    assert net.sections["graph"] == {"type": "uniform" if family is UDLM else "absorb"}
+    assert (net.length, net.dropout, net.training) == (12, 0.25, False)
+    assert getattr(net, "time_conditioning", None) == {SEDD: None, MDLM: False, UDLM: True}[family]
+
+
+@pytest.mark.parametrize("told", [{"algo": {"name": "mdlm", "time_conditioning": True}}, {"algo": {"name": "mdlm"}}])
+def test_a_trainer_s_word_on_time(tmp_path, told):
+    net = from_pretrained(write(tmp_path / "trainer", told | {"model": dict(DIT)}, tensors(21)))
+    assert isinstance(net, MDLM)
+    assert net.time_conditioning == told["algo"].get("time_conditioning", False)
+    assert net.sections["noise"] == {"type": "loglinear"}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"algo": {"name": "mdlm", "causal_attention": True}, "model": DIT}, "algo.name 'mdlm' is none of"),
+        ({"algo": {"name": 3}, "model": DIT}, "name must be a string; got 3"),
+        ({"algo": "mdlm", "model": DIT}, "algo must be an object; got 'mdlm'"),
+        ({"parameterization": "d3pm", "model": DIT}, "parameterization 'd3pm' is none of"),
+        ({"parameterization": ["subs"], "model": DIT}, "parameterization .* is none of"),
+        (
+            {"model": DIT | {"type": "mdlm"}, "graph": {"type": "uniform"}},
+            "graph.type is 'uniform', and must be 'absorb'",
+        ),
+        (
+            {"model": DIT | {"type": "mdlm"}, "graph": {"type": "absorb", "mask_id": 21}},
+            "mask_id must be a whole number of 0 to 20",
+        ),
+        (flat("mdlm", 21) | {"vocab_size": -1}, "vocab_size must be a whole number of 0 to"),
+        (flat("mdlm", 21) | {"vocab_size": 22}, "says 21 tokens and the absorb graph, which make 22 states"),
+        (flat("udlm", 22), "says 22 tokens and the uniform graph, which make 22 states, and the weights have 21"),
+        (flat("udlm", 21, cfg=True), "cfg_num_classes must be a whole number .*; there is none"),
+        (flat("bd3lm", 21, cross_attn=True, adaln=True, time_conditioning=False), "block_size must be a whole number"),
+        (flat("mdlm", 21, causal="no"), "causal must be true or false; got 'no'"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_named(tmp_path, config, told):
+    with pytest.raises(ValueError, match=told):
+        from_pretrained(write(tmp_path / "other", config, tensors(21), prefix="backbone."))
+
+
+def test_a_flat_config_without_a_vocabulary_s_size(tmp_path):
+    config = flat("mdlm", 21, time_conditioning=False)
+    del config["vocab_size"]
+    net = from_pretrained(write(tmp_path / "mdlm", config, tensors(21), prefix="backbone."))
+    assert (net.num_states, net.sections["tokens"], net.sections["graph"]) == (21, 20, {"type": "absorb"})
+
+
+@pytest.mark.parametrize("kind", ["mdlm", "udlm", "duo", "DUO", "bd3lm"])
+def test_transformers_finds_every_model_type(kind):
+    transformers = pytest.importorskip("transformers")
+    auto = importlib.import_module("sedd_nets.auto")
+    assert kind in auto.MODEL_TYPES
+    config = transformers.AutoConfig.for_model(kind)
+    assert config.model_type == kind
+    for mapping in (transformers.AutoModel, transformers.AutoModelForMaskedLM):
+        assert issubclass(mapping._model_mapping[type(config)], auto._Reader)
+
+
+def test_bd3lm_s_trunk_does_not_see_the_noise(tmp_path):
+    net = from_pretrained(bd3lm(tmp_path / "bd3lm"))
+    clean = some_states(20)
+    x = clean.clone()
+    x[:, 4:8] = 20
+    few, much = torch.full((3,), 0.1), torch.full((3,), 4.0)
+    assert torch.equal(net.hidden(x, few), net.hidden(x, much))
+    assert torch.equal(net.hidden(x, few, clean=clean), net.hidden(x, much, clean=clean))
+    ratio = math.log(math.expm1(4.0) / math.expm1(0.1))
+    found = (net(x, few) - net(x, much))[:, 4:8, :20]
+    torch.testing.assert_close(found, torch.full_like(found, ratio), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"sigma has shape \(2,\)"):
+        net(x, few[:2])
+    with pytest.raises(ValueError, match="13 tokens; this network takes 1 to 12"):
+        net(torch.zeros(3, 13, dtype=torch.int64), few)
+    with pytest.raises(ValueError, match=r"clean must be \(3, 12\) int64, as x; got torch\.float32"):
+        net(x, few, clean=clean.float())
