@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import math
 from typing import Any
@@ -11,13 +12,29 @@ import pytest
 import torch
 from sedd_objectives import (
     any_order_loss,
+    autoregressive_loss,
+    cross_entropy_loss,
     d3pm_bound,
     d3pm_loss,
     denoising_loss,
+    elbo_loss,
+    enumerated_implicit_score_entropy_loss,
+    fused_cross_entropy_loss,
+    fused_denoising_loss,
+    implicit_score_entropy_loss,
     lambda_cross_entropy_loss,
+    leave_one_out_loss,
     likelihood_bound,
+    low_discrepancy_times,
+    masked_likelihood_bound,
+    posterior_loss,
     reconstruction_loss,
+    stratified_times,
+    time_varying_loss,
+    uniform_times,
 )
+from sedd_objectives.checks import check_sigma, check_states, require
+from torch._subclasses import FakeTensorMode
 
 bound_module = importlib.import_module("sedd_objectives.bound")
 d3pm_module = importlib.import_module("sedd_objectives.d3pm")
@@ -247,3 +264,64 @@ def test_the_decoder_is_bayes_rule_for_one_position(kind, make_graphs, log_linea
         joint = p * kernel[:, x]
         want = -math.log((1 - 1e-6) * float(joint[clean] / joint.sum()) + 1e-6 / 4)
         assert float(found) == pytest.approx(want, rel=1e-6)
+
+
+def defaults(function):
+    given = inspect.signature(function).parameters.values()
+    told = {each.name: each.default for each in given if each.default is not inspect.Parameter.empty}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def test_numbers_unless_told_otherwise():
+    late, seen = {"t_min": 1e-3}, {"refuse_nan": True}
+    for loss in (cross_entropy_loss, elbo_loss, leave_one_out_loss, posterior_loss, time_varying_loss):
+        assert defaults(loss) == late, loss
+    for sampler in (uniform_times, stratified_times, low_discrepancy_times):
+        assert defaults(sampler) == late, sampler
+    for loss in (fused_denoising_loss, fused_cross_entropy_loss, autoregressive_loss, d3pm_loss):
+        assert defaults(loss) == seen, loss
+    assert defaults(denoising_loss) == late | seen
+    for loss in (any_order_loss, lambda_cross_entropy_loss, implicit_score_entropy_loss, reconstruction_loss):
+        assert defaults(loss) == {}, loss
+    bound = {"num_times": 128, "num_reconstructions": 16}
+    assert defaults(likelihood_bound) == bound | late | {"small_noise_share": 0.0}
+    assert defaults(d3pm_bound) == bound
+    assert defaults(masked_likelihood_bound) == {"num_times": 108, "num_parts": 8, "num_reconstructions": 3} | late
+    assert defaults(enumerated_implicit_score_entropy_loss) == {"batch_size": 1024}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [denoising_loss, cross_entropy_loss, posterior_loss, leave_one_out_loss],
+    ids=lambda loss: loss.__name__,
+)
+def test_times_that_are_drawn_are_one_a_stratum_from_t_min_on(loss, make_graphs, generator):
+    told = []
+
+    def noise(t):
+        told.append(t)
+        return -torch.log1p(-0.999 * t), 1 / (1 - t)
+
+    x0 = torch.zeros(8, 3, dtype=torch.int64)
+    loss(lambda x, s: torch.zeros(*x.shape, 6), make_graphs(5)["absorbing"], noise, x0, generator=generator, t_min=0.5)
+    assert torch.equal(((told[0] - 0.5) / 0.5 * 8).floor().sort().values, torch.arange(8.0))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_gpu_checks_values_itself(monkeypatch, wrong):
+    """Of a tensor that only says that it lies there: nothing is read, and the device is told what to demand."""
+    asked = []
+    monkeypatch.setattr(torch, "_assert_async", lambda right, told: asked.append((right.device.type, told)))
+    with FakeTensorMode():
+        right = torch.zeros((), dtype=torch.bool, device="cuda") ^ wrong
+        require(right, "it must be so", lambda: "and was not")
+        check_states("x", torch.zeros(3, dtype=torch.int64, device="cuda"), 5)
+        check_sigma("sigma", torch.zeros(3, device="cuda"))
+    assert asked == [
+        ("cuda", "it must be so"),
+        ("cuda", "x must lie in [0, 5) (the graph's num_states)"),
+        ("cuda", "sigma is a total noise and must be >= 0 everywhere"),
+    ]
+    if wrong:
+        with pytest.raises(ValueError, match="it must be so, and was not"):
+            require(torch.tensor(False), "it must be so", lambda: "and was not")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sedd_objectives import Estimate, corpus_likelihood, likelihood_bound
+from sedd_objectives import Bound, Estimate, corpus_likelihood, likelihood_bound
 
 
 @pytest.fixture
@@ -70,3 +70,20 @@ def test_bad_input_is_named(batches):
         corpus_likelihood(Estimate(torch.ones(2, 3), torch.ones(2, 3)), 3)
     with pytest.raises(ValueError, match="count must be positive"):
         corpus_likelihood(batches, 3).bits_per(0)
+
+
+def test_a_bound_is_printed_with_its_parts_and_the_error_of_the_mean():
+    parts = ([7.0, 9.0], [0.3, 0.4], [5.0, 6.0], [0.5, 0.5], [1.5, 2.5])
+    bound = Bound(*(torch.tensor(part, dtype=torch.float64) for part in parts))
+    told = "Bound(2 sequences: 8.00 +- 0.25 nats on average, diffusion 5.50, prior 0.50, reconstruction 2.00)"
+    assert repr(bound) == told
+    told = "CorpusLikelihood(2 sequences, 8 tokens: 2.0000 +- 0.0625 nats a token, perplexity 7.389 +- 0.46)"
+    assert repr(corpus_likelihood(bound, 8)) == told
+
+
+def test_what_no_number_holds_is_infinite():
+    found = corpus_likelihood(Estimate(torch.tensor([1420.0]).double(), torch.tensor([0.1]).double()), 2)
+    assert (found.nats_per_token, found.perplexity) == (710.0, math.inf)
+    assert corpus_likelihood(Estimate(torch.tensor([1416.0]), torch.tensor([0.1])), 2).perplexity == math.exp(708)
+    with pytest.raises(ValueError, match=r"got \(2,\) and \(3,\)"):
+        corpus_likelihood(Estimate(torch.ones(2), torch.ones(3)), 3)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from typing import Any
 
 import pytest
 import torch
-from sedd_objectives import denoising_loss, elbo_loss, likelihood_bound, masked_likelihood_bound
+from sedd_objectives import (
+    Bound,
+    denoising_loss,
+    denoising_score_entropy,
+    elbo_loss,
+    likelihood_bound,
+    masked_likelihood_bound,
+)
 from sedd_objectives.testing import (
     BOUND_LAWS,
     LOSS_LAWS,
+    Audit,
+    Mistake,
     audit_bound,
     bound_is_not_below_its_terms,
     bound_of_the_exact_score_is_the_entropy,
@@ -19,6 +29,7 @@ from sedd_objectives.testing import (
     loss_is_the_enumerated_integrand,
     standard_error_is_the_spread,
 )
+from sedd_objectives.testing._enumerated import Problem, assert_near
 
 TOKENS = 3
 KINDS = ["uniform", "absorbing", "hybrid", "dense"]
@@ -189,3 +200,171 @@ def test_an_audit_reports_what_makes_any_number_none(audited, generator):
     assert "NaN" in found.problems[0]
     with pytest.raises(ValueError, match="num_times must be even"):
         audit(num_times=3)
+
+
+def held(value, error, diffusion=0.0, prior=0.0, reconstruction=0.0):
+    return Bound(
+        *(
+            torch.tensor(part, dtype=torch.float64).expand(2)
+            for part in (value, error, diffusion, prior, reconstruction)
+        )
+    )
+
+
+MISTAKES = (Mistake("small", -1.0, 0.1, "why"), Mistake("large", -3.0, 0.2, "how"), Mistake("dear", 2.0, 0.3, "what"))
+
+
+@pytest.mark.parametrize(
+    ("claimed", "is_bound", "likeliest"),
+    [
+        (None, True, None),
+        (10.0, True, None),
+        (9.71, True, None),
+        (9.69, False, "small"),
+        (7.5, False, "large"),
+        (30, True, None),
+    ],
+)
+def test_a_claim_is_judged_by_three_standard_errors(claimed, is_bound, likeliest):
+    """Of two sequences, 0.1 sqrt 2 each, so that their mean is known to 0.1."""
+    audit = Audit(held(10.0, 0.1 * math.sqrt(2), 8.0, 0.5, 1.5), (), MISTAKES, claimed)
+    assert (audit.value, audit.standard_error) == pytest.approx((10.0, 0.1))
+    assert audit.is_bound is is_bound
+    found = audit.likeliest_mistake
+    assert (found.name if found else None) == likeliest
+    assert Audit(audit.bound, ("a problem",), (), claimed).is_bound is False
+
+
+def test_an_audit_is_printed_with_the_largest_mistake_first():
+    shown = str(Audit(held(10.0, 0.1 * math.sqrt(2), 8.0, 0.5, 1.5), ("odd",), MISTAKES, 7.0)).splitlines()
+    assert shown == [
+        "bound 10.000 +- 0.100 nats a sequence: diffusion 8.000, prior 0.500, reconstruction 1.500",
+        "no bound: odd",
+        "claimed 7.000 is no bound; like: large",
+        "large: -3.000 +- 0.200 nats (how)",
+        "dear: +2.000 +- 0.300 nats (what)",
+        "small: -1.000 +- 0.100 nats (why)",
+    ]
+    assert str(Audit(held(10.0, 0.1), (), (), 11.0)).splitlines()[-1] == "claimed 11.000 may be a bound"
+
+
+def test_an_audit_is_put_together_from_its_draws(make_graphs, log_linear, monkeypatch):
+    """Losses 0, 2, 4, 10 at four times, reconstructions 0 or 4: the halves of pairs, and the variance of eight draws."""
+    module = importlib.import_module("sedd_objectives.testing.audit")
+    losses, ends = iter([0.0, 0.0, 2.0, 0.0, 4.0, 0.0, 10.0, 0.0]), iter([0.0, 4.0] * 4)
+    weights = []
+
+    def loss(*_, weight, **__):
+        weights.append(weight)
+        return torch.full((3,), next(losses), dtype=torch.float64)
+
+    monkeypatch.setattr(module, "denoising_loss", loss)
+    monkeypatch.setattr(module, "reconstruction_loss", lambda *_, **__: torch.full((3,), next(ends)).double())
+    x0 = torch.tensor([[0, 5], [1, 2], [3, 3]])
+    found = audit_bound(
+        lambda x, s: torch.zeros(3, 2, 6), make_graphs(5)["absorbing"], log_linear, x0, num_times=4, t_min=0.5
+    )
+    prior = torch.tensor([1.0, 2.0, 2.0]).double() * 1e-3 * math.log(5)  # the mask does not count
+    assert found.bound.diffusion.tolist() == [2.0] * 3
+    assert found.bound.reconstruction.tolist() == [2.0] * 3
+    torch.testing.assert_close(found.bound.prior, prior, rtol=1e-4, atol=0)
+    variance = (0.5 * 2 / 4) ** 2 + (0.5 * 6 / 4) ** 2 + 4 * 8 / 7 / 8
+    assert found.bound.standard_error.tolist() == pytest.approx([variance**0.5] * 3)
+    assert all(torch.equal(w, torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])) for w in weights)
+    changes = {m.name: (m.change, m.standard_error) for m in found.mistakes}
+    mean, error = float(prior.mean()), float(prior.std()) / 3**0.5
+    assert changes["no prior"] == pytest.approx((-mean, error), rel=1e-4)
+    assert changes["no reconstruction"] == (-2.0, 0.0)
+    assert changes["no end terms"] == pytest.approx((-2 - mean, error), rel=1e-4)
+    assert changes["mean for integral"] == (2.0, 0.0)
+    assert changes["noise never seen"] == (-2.0, 0.0)
+    assert list(changes) == ["no reconstruction", "no prior", "no end terms", "mean for integral", "noise never seen"]
+
+
+def test_a_law_of_losses_asks_for_one_value_a_sequence(make_graphs, log_linear):
+    with pytest.raises(AssertionError, match=r"a loss must be \(B,\), one value a sequence, got \(2000, 1\)"):
+        loss_is_the_enumerated_integrand(
+            lambda *a, generator: denoising_loss(*a, generator=generator)[:, None],
+            make_graphs(TOKENS)["uniform"],
+            log_linear,
+        )
+
+
+def test_a_loss_with_a_slope_at_the_true_score_is_caught(make_graphs, log_linear):
+    """One that is least a little beside it: steps of a half still rise."""
+
+    def beside(score, *rest, generator):
+        return denoising_loss(lambda x, s: score(x, s) + 0.1, *rest, generator=generator)
+
+    with pytest.raises(AssertionError, match="the loss's slope at the exact score, by a constant"):
+        loss_is_least_at_the_true_score(beside, make_graphs(TOKENS)["uniform"], log_linear)
+
+
+def test_a_standard_error_that_is_too_large_is_caught(make_graphs, log_linear):
+    def broken(*a, generator):
+        found = bound(*a, generator=generator)
+        return dataclasses.replace(found, standard_error=found.standard_error * 2)
+
+    with pytest.raises(AssertionError, match="squared standard error"):
+        standard_error_is_the_spread(broken, make_graphs(TOKENS)["absorbing"], log_linear)
+
+
+def test_a_bound_below_the_entropy_is_caught(make_graphs, log_linear):
+    def broken(*a, generator):
+        found = bound(*a, generator=generator)
+        return dataclasses.replace(found, value=found.value * 0.7)
+
+    with pytest.raises(AssertionError, match=r"the bound of a score off by 0\.4 times a random one must be at least"):
+        bound_is_not_below_its_terms(broken, make_graphs(TOKENS)["hybrid"], log_linear)
+
+
+def test_laws_enumerate_small_graphs_alone(make_graphs, log_linear):
+    with pytest.raises(ValueError, match="graph must have 16 states at most, to enumerate pairs of them, got 17"):
+        loss_is_the_enumerated_integrand(denoising_loss, make_graphs(17)["uniform"], log_linear)
+
+
+def test_draws_are_compared_with_their_standard_error():
+    """Of 100 draws with mean 1 and standard deviation 1: 4.5 times 0.1, and 1e-3 of the size."""
+    draws = 1 + torch.cat([torch.ones(50), -torch.ones(50)]).double()
+    error = float(draws.std()) / 10
+    for off in (4.4 * error, -4.4 * error):
+        assert_near(draws, 1 + off, "draws", size=0.0)
+    for off in (4.6 * error, -4.6 * error):
+        with pytest.raises(AssertionError, match="draws must be"):
+            assert_near(draws, 1 + off, "draws", size=0.0)
+    assert_near(draws, -100.0, "draws", least=True)
+    with pytest.raises(AssertionError, match=r"draws must be at least 1\.5000 nats, found 1\.0000 \+- 0\.1005"):
+        assert_near(draws, 1.5, "draws", least=True)
+    assert_near(torch.full((4,), 1.0009), 1.0, "draws")
+    for wrong in (1.0011, math.nan):
+        with pytest.raises(AssertionError, match="draws must be"):
+            assert_near(torch.full((4,), wrong), 1.0, "draws")
+
+
+@pytest.mark.parametrize("kind", ["uniform", "absorbing", "dense"])
+def test_what_laws_compare_with_is_what_sequences_enumerate(kind, make_graphs, enumerated, log_linear):
+    """Marginals, scores, entropy and integrals of pairs, against this folder's own enumeration."""
+    graph = make_graphs(TOKENS)[kind]
+    problem, data = Problem(graph, length=2), enumerated(graph, length=2)
+    data.probability = problem.probability
+    assert torch.equal(problem.sequences, data.sequences)
+    assert problem.entropy() == pytest.approx(data.entropy(), rel=1e-12)
+    sigma = torch.tensor([0.3, 1.2], dtype=torch.float64)
+    for level, marginal in zip(sigma, problem.marginal(sigma), strict=True):
+        torch.testing.assert_close(marginal.flatten(), data.marginal(level), rtol=1e-6, atol=1e-12)
+    x, level = data.states, sigma[:1].expand(len(data.states))
+    want = data.log_ratios(x, level)
+    torch.testing.assert_close(problem.score()(x, level), want, rtol=1e-5, atol=1e-6)
+    off = problem.score(0.5)(x, level) - problem.score()(x, level)
+    torch.testing.assert_close(off, 0.5 * problem.error[tuple(x.T)], rtol=1e-6, atol=1e-9)
+    kernel, score = data.kernel(sigma[1]), problem.score(1.0)
+    reached = kernel[:, 1] > 0
+    loss = denoising_score_entropy(
+        *(score(x[reached], sigma[1:].expand(int(reached.sum()))), graph, x[reached]),
+        *(data.sequences[1].expand(int(reached.sum()), 2), sigma[1:].expand(int(reached.sum()))),
+    )
+    expected = float((kernel[reached, 1] * loss.sum(-1)).sum())
+    assert problem.integrand(score, data.sequences[1], sigma[1]) == pytest.approx(expected, rel=1e-5)
+    levels = log_linear(torch.ones(len(data.sequences), dtype=torch.float64))[0]
+    prior = float((graph.prior_kl(data.sequences, levels).sum(-1) * data.probability).sum())
+    assert problem.prior(log_linear) == pytest.approx(prior, rel=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +270,45 @@ def test_a_network_of_time_is_told_the_time_and_the_nearest_end_beyond_the_sched
     model(x, torch.tensor([0.0, 7.5, torch.inf]))
     torch.testing.assert_close(told[1], torch.tensor([0.0, 1.0, 1.0]))
     assert ((told[1] >= 0) & (told[1] <= 1)).all()
+
+
+def test_no_time_is_one():
+    """The greatest uniform number of either precision is put below 1, where some schedules are infinite."""
+    for dtype in (torch.float32, torch.float64):
+        unit = torch.tensor([0.0, 0.5, 1.0], dtype=dtype)
+        t = times_module._onto_interval(unit, 0.1)
+        assert t[:2].tolist() == pytest.approx([0.1, 0.55])
+        assert 1 - torch.finfo(dtype).eps <= t[2] < 1
+        by_noise = NoiseTimes(lambda t: (5 * t, torch.full_like(t, 5.0)), 0.5, t_min=0.1).at(unit[2:])[0]
+        assert by_noise.dtype == dtype
+        assert 1 - torch.finfo(dtype).eps <= by_noise[0] < 1
+
+
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_times_by_noise_have_the_mixed_density(share):
+    """Under sigma = 5 t: P(t < s) = share log-part + (1 - share) uniform part, at three times; weights its inverse."""
+    times = NoiseTimes(lambda t: (5 * t, torch.full_like(t, 5.0)), share, t_min=0.01)
+    unit = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    t, weight = times.at(unit)
+    depth = [math.log(-math.expm1(-5 * s)) for s in (0.01, 1.0)]
+    for s in (0.03, 0.2, 0.7):
+        due = (
+            share * (math.log(-math.expm1(-5 * s)) - depth[0]) / (depth[1] - depth[0]) + (1 - share) * (s - 0.01) / 0.99
+        )
+        assert float((t < s).double().mean()) == pytest.approx(due, abs=2e-3)
+        slope = 5 / math.expm1(5 * s) / (depth[1] - depth[0])
+        at = int((t - s).abs().argmin())
+        assert float(weight[at]) == pytest.approx(1 / (share * slope * 0.99 + 1 - share), rel=0.02)
+
+
+def test_importance_sampling_unless_told_otherwise():
+    times = ImportanceTimes()
+    assert (len(times.square), times.decay, times.uniform_share, times.t_min) == (16, 0.99, 0.1, 1e-3)
+    assert times.square.dtype == times.count.dtype == torch.float64
+    times.update(torch.tensor([1e-3, 1.0]), torch.tensor([2.0, 3.0]))  # both ends are times
+    assert times.square[[0, -1]].tolist() == [4.0, 9.0]
+    with pytest.raises(ValueError, match="t must lie in"):
+        times.update(torch.tensor([0.0]), torch.ones(1))
+    state = times.state_dict()
+    state["square"].zero_()
+    assert times.square[0] == 4
