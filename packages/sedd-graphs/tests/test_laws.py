@@ -23,7 +23,7 @@ from sedd_graphs import (
     Uniform,
     testing,
 )
-from sedd_graphs.testing import GRAPH_LAWS
+from sedd_graphs.testing import GRAPH_LAWS, _support
 
 
 def generator_matrix(n, seed=0, *, reversible=False, sparse=False):
@@ -522,3 +522,80 @@ DEMANDS = [
 def test_every_demand_of_a_law_can_fail(law, graph, told):
     with pytest.raises(AssertionError, match=re.escape(told)):
         getattr(testing, law)(graph)
+
+
+# What the laws compare with
+
+
+def counted(*counts):
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+
+def test_frequencies_are_allowed_six_standard_deviations_and_twelve_draws():
+    """Of 10,000 draws at 1/4: 433 times 0.6, and 12; none of what has no probability."""
+    p = torch.tensor([0.25, 0.75, 0.0], dtype=torch.float64)
+    for off in (0, 271, -271):
+        _support.assert_frequencies(counted(2500 + off, 7500 - off), p, "draws")
+    for off in (273, -273):
+        with pytest.raises(AssertionError, match=f"draws: state 0 came {2500 + off} times, 2500.0 were due"):
+            _support.assert_frequencies(counted(2500 + off, 7500 - off), p, "draws")
+    with pytest.raises(AssertionError, match=r"draws: state 2 came 1 times, 0\.0 were due"):
+        _support.assert_frequencies(counted(2500, 7499, 1), p, "draws")
+    with pytest.raises(AssertionError, match="draws: state 3 is out of range"):
+        _support.assert_frequencies(counted(2500, 7499, 0, 1), p, "draws")
+
+
+def test_numbers_are_compared_with_their_shapes():
+    one = torch.ones(2, dtype=torch.float64)
+    _support.assert_close(one, one + 1e-3, 1.01e-3, "it")
+    with pytest.raises(AssertionError, match=r"it: off by 1\.000e-03, more than 9\.0e-04"):
+        _support.assert_close(one, one + 1e-3, 9e-4, "it")
+    with pytest.raises(AssertionError, match=r"it: off by nan"):
+        _support.assert_close(one * math.nan, one, 1.0, "it")
+    with pytest.raises(AssertionError, match=r"it: expected shape \(2, 1\), got \(2,\)"):
+        _support.assert_close(one, one[:, None], 1.0, "it")
+
+
+def test_precisions_are_compared_relative_to_each_value():
+    double = torch.tensor([1.0, 1e-30, 1e-38, math.inf], dtype=torch.float64)
+    single = double.float()
+    for within in (single * (1 + 9e-6), single * (1 - 9e-6)):
+        _support.assert_single_precision(within, double, "it")
+    _support.assert_single_precision(single * torch.tensor([1.0, 1.0, 5.0, 1.0]), double, "it")  # below 1e-37
+    for k in (0, 1):
+        wrong = single.clone()
+        wrong[k] *= 1 + 1.2e-5
+        with pytest.raises(AssertionError, match="it in float32 is off by"):
+            _support.assert_single_precision(wrong, double, "it")
+    with pytest.raises(AssertionError, match="it is not finite in float32"):
+        _support.assert_single_precision(single / torch.tensor([1.0, 0.0, 1.0, 1.0]), double, "it")
+    with pytest.raises(AssertionError, match="it must come in sigma's float32"):
+        _support.assert_single_precision(double, double, "it")
+    _support.assert_single_precision(single[:0], double[:0], "it")
+
+
+def test_a_refusal_is_an_error_that_names_its_argument():
+    def refuse(error):
+        def call(_):
+            raise error
+
+        return call
+
+    _support.assert_refused(refuse(ValueError("sigma is wrong")), torch.ones(1), "sigma")
+    _support.assert_refused(refuse(TypeError("sigma is wrong")), torch.ones(1), "sigma")
+    with pytest.raises(AssertionError, match=r"sigma = \[1\.0\] must be refused"):
+        _support.assert_refused(lambda _: None, torch.ones(1), "sigma")
+    with pytest.raises(AssertionError, match="the error must name sigma: it is wrong"):
+        _support.assert_refused(refuse(ValueError("it is wrong")), torch.ones(1), "sigma")
+    with pytest.raises(KeyError):
+        _support.assert_refused(refuse(KeyError("sigma")), torch.ones(1), "sigma")
+
+
+def test_laws_take_small_graphs_alone():
+    with pytest.raises(AssertionError, match="this law needs a graph of at most 64 states, got 65"):
+        testing.rates_form_a_generator(Uniform(65))
+    testing.rates_form_a_generator(Uniform(64))
+    assert len(GRAPH_LAWS) == len(set(GRAPH_LAWS)) == 22
+    assert {law.__name__ for law in (*GRAPH_LAWS, *testing.NOISE_LAWS)} | {"GRAPH_LAWS", "NOISE_LAWS"} == set(
+        testing.__all__
+    )

@@ -115,6 +115,62 @@ class Late(LogLinear):
         return super().time(sigma).sqrt()
 
 
+class Early(LogLinear):
+    """Some of the noise is there before the beginning."""
+
+    def sigma(self, t):
+        return super().sigma(t) - 2e-3
+
+
+class Resting(LogLinear):
+    """Noise that is the same for a while."""
+
+    def sigma(self, t):
+        return super().sigma(torch.where((t > 0.4) & (t < 0.5), 0.4, t))
+
+
+class Sinking(LogLinear):
+    """A derivative of the other sign."""
+
+    def dsigma(self, t):
+        return -super().dsigma(t)
+
+
+class Endless(LogLinear):
+    """Times for every noise."""
+
+    def inverse(self, sigma):
+        return self.time(sigma.nan_to_num()).clamp(0, 1)
+
+
+class Rough(LogLinear):
+    """Noise that is off by 2e-5 in float32."""
+
+    def sigma(self, t):
+        return super().sigma(t) * (1 + 2e-5 * (t.dtype == torch.float32))
+
+
+class Flat(LogLinear):
+    """Noise without axes."""
+
+    def sigma(self, t):
+        return super().sigma(t).flatten()
+
+
+class Wide(LogLinear):
+    """Noise in float64."""
+
+    def dsigma(self, t):
+        return super().dsigma(t).double()
+
+
+class Timeless(LogLinear):
+    """Any time will do."""
+
+    def __call__(self, t):
+        return super().__call__(t.double().nan_to_num().clamp(0, 1))
+
+
 class Falling(LogLinear):
     """Noise that goes away."""
 
@@ -129,6 +185,14 @@ class Falling(LogLinear):
         (Fast(), "dsigma_is_the_derivative"),
         (Late(), "inverse_returns_to_the_time"),
         (Falling(), "sigma_increases"),
+        (Early(), "sigma_increases"),
+        (Resting(), "sigma_increases"),
+        (Sinking(), "sigma_increases"),
+        (Endless(), "inverse_returns_to_the_time"),
+        (Rough(), "schedules_agree_in_single_precision"),
+        (Flat(), "schedules_keep_shapes"),
+        (Wide(), "schedules_keep_shapes"),
+        (Timeless(), "bad_times_are_refused"),
     ],
     ids=lambda value: type(value).__name__,
 )
