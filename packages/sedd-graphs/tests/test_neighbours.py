@@ -78,6 +78,11 @@ def test_endless_noise_draws_the_limit():
         ),
         (lambda: Neighbours(torch.tensor([[1], [1]])), ValueError, "its own neighbour, but does for state 1"),
         (lambda: Neighbours(torch.tensor([[1, 1], [0, 0]])), ValueError, "a neighbour twice, but does for state 0"),
+        (
+            lambda: Neighbours(torch.tensor([[1, 2], [2, 2], [0, 1]])),
+            ValueError,
+            "a neighbour twice, but does for state 1",
+        ),
         (lambda: Neighbours(torch.tensor([[1], [0]]), between=0.0), ValueError, "between must be above 0, got 0.0"),
         (
             lambda: Neighbours(torch.tensor([[1], [0]]), torch.tensor([[1.0], [-1.0]])),

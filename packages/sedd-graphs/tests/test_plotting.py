@@ -154,7 +154,9 @@ def test_pictures_say_what_they_show():
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("t", "state", "Ordinal(num_states=8)")
     assert colours.get_ylabel() == "probability"
     image = axes.images[0]
-    assert image.get_array().shape == (8, 200)
+    shown = image.get_array()
+    assert shown is not None
+    assert shown.shape == (8, 200)
     assert (image.norm.vmin, image.norm.vmax) == (0.01 / 8, 1)  # type: ignore[union-attr]
     total, rate, masked = draw_schedules({"a": LogLinear(), "b": Geometric()}).axes
     assert [each.get_title() for each in (total, rate, masked)] == [
