@@ -592,14 +592,13 @@ def test_what_the_hub_says_is_told_as_it_is(monkeypatch, error, kind, told):
 def test_a_push_without_a_tokenizer(make_sedd, monkeypatch):
     done: list[Any] = []
 
+    def upload(*, repo_id, folder_path, commit_message):
+        done.append((repo_id, sorted(os.listdir(folder_path)), commit_message))
+        return SimpleNamespace(commit_url=1)
+
     def api(*, token):
         done.append(token)
-        return SimpleNamespace(
-            create_repo=lambda name, **how: done.append((name, how)),
-            upload_folder=lambda *, repo_id, folder_path, commit_message: (
-                done.append((repo_id, sorted(os.listdir(folder_path)), commit_message)) or SimpleNamespace(commit_url=1)
-            ),
-        )
+        return SimpleNamespace(create_repo=lambda name, **how: done.append((name, how)), upload_folder=upload)
 
     monkeypatch.setattr(sedd_nets.pretrained, "HfApi", api)
     assert make_sedd().push_to_hub("me/net") == "1"

@@ -653,7 +653,7 @@ def test_transformers_finds_every_model_type(kind):
 
 
 def test_bd3lm_s_trunk_does_not_see_the_noise(tmp_path):
-    net = from_pretrained(bd3lm(tmp_path / "bd3lm"))
+    net: Any = from_pretrained(bd3lm(tmp_path / "bd3lm"))
     clean = some_states(20)
     x = clean.clone()
     x[:, 4:8] = 20

@@ -274,15 +274,17 @@ def defaults(function):
 
 def test_numbers_unless_told_otherwise():
     late, seen = {"t_min": 1e-3}, {"refuse_nan": True}
-    for loss in (cross_entropy_loss, elbo_loss, leave_one_out_loss, posterior_loss, time_varying_loss):
-        assert defaults(loss) == late, loss
-    for sampler in (uniform_times, stratified_times, low_discrepancy_times):
-        assert defaults(sampler) == late, sampler
-    for loss in (fused_denoising_loss, fused_cross_entropy_loss, autoregressive_loss, d3pm_loss):
-        assert defaults(loss) == seen, loss
+    told: dict[Any, dict[str, Any]] = dict.fromkeys(
+        (cross_entropy_loss, elbo_loss, leave_one_out_loss, posterior_loss, time_varying_loss), late
+    )
+    told |= dict.fromkeys((uniform_times, stratified_times, low_discrepancy_times), late)
+    told |= dict.fromkeys((fused_denoising_loss, fused_cross_entropy_loss, autoregressive_loss, d3pm_loss), seen)
+    told |= dict.fromkeys(
+        (any_order_loss, lambda_cross_entropy_loss, implicit_score_entropy_loss, reconstruction_loss), {}
+    )
+    for function, values in told.items():
+        assert defaults(function) == values, function
     assert defaults(denoising_loss) == late | seen
-    for loss in (any_order_loss, lambda_cross_entropy_loss, implicit_score_entropy_loss, reconstruction_loss):
-        assert defaults(loss) == {}, loss
     bound = {"num_times": 128, "num_reconstructions": 16}
     assert defaults(likelihood_bound) == bound | late | {"small_noise_share": 0.0}
     assert defaults(d3pm_bound) == bound

@@ -249,7 +249,7 @@ def test_an_audit_is_printed_with_the_largest_mistake_first():
 
 
 def test_an_audit_is_put_together_from_its_draws(make_graphs, log_linear, monkeypatch):
-    """Losses 0, 2, 4, 10 at four times, reconstructions 0 or 4: the halves of pairs, and the variance of eight draws."""
+    """Losses 0, 2, 4, 10 at four times, reconstructions 0 or 4: halves of pairs, and the variance of eight draws."""
     module = importlib.import_module("sedd_objectives.testing.audit")
     losses, ends = iter([0.0, 0.0, 2.0, 0.0, 4.0, 0.0, 10.0, 0.0]), iter([0.0, 4.0] * 4)
     weights = []
