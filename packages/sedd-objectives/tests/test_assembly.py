@@ -279,9 +279,8 @@ def test_numbers_unless_told_otherwise():
     )
     told |= dict.fromkeys((uniform_times, stratified_times, low_discrepancy_times), late)
     told |= dict.fromkeys((fused_denoising_loss, fused_cross_entropy_loss, autoregressive_loss, d3pm_loss), seen)
-    told |= dict.fromkeys(
-        (any_order_loss, lambda_cross_entropy_loss, implicit_score_entropy_loss, reconstruction_loss), {}
-    )
+    drawn = any_order_loss, lambda_cross_entropy_loss, implicit_score_entropy_loss, reconstruction_loss
+    told |= {function: {} for function in drawn}
     for function, values in told.items():
         assert defaults(function) == values, function
     assert defaults(denoising_loss) == late | seen
