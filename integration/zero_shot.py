@@ -2,15 +2,22 @@
 
 python integration/zero_shot.py --checkpoint small=louaaron/sedd-small runs/mine/export --causal gpt2
 python integration/zero_shot.py --checkpoint runs/tiny/export --data ptb=ptb.test.txt --sets ptb --num-times 64
+python integration/zero_shot.py --checkpoint small=louaaron/sedd-small --sets --last-word --choices arc=arc-easy.jsonl
 
-Diffusion models get the bound of eq. 9 at random times, autoregressive ones their exact likelihood; each with its
-standard error over the blocks. Every set is written one document after another, each with an end of text behind it, and
-cut into blocks of the model's length; there is no sliding window, and what is left over at the end is not measured.
+Diffusion models get the bound of eq. 9, autoregressive ones their exact likelihood; each with its standard error over
+the blocks. Where noise is masks alone the bound is estimated at random numbers of masks, else at random times; the
+table says which (--estimator times for the latter everywhere: the same number, known less well). Every set is written
+one document after another, each with an end of text behind it, and cut into blocks of the model's length; there is no
+sliding window, and what is left over at the end is not measured.
 
 The texts go through the detokenizers that published numbers were measured with (`sedd_train.detokenizers`). As there,
 each row of WikiText is a document, blank ones too (--documents articles joins them), and WikiText2 is its *train* part;
 the parts of the others are its held-out ones: validation for PTB and WikiText103, test for LAMBADA and One Billion
 Words (--part NAME=PART for another). Blocks do not depend on the number of processes: their fingerprint is given.
+
+--last-word measures -log p of each passage's last word in LAMBADA given the passage, a conditional likelihood, for
+which the set is made; --choices NAME=FILE how often the likeliest of several continuations is the right one, by the
+likelihood of all of it, a token, and a character (`sedd_train.conditional` says what FILE holds).
 
 A set that cannot be had, for want of a connection say, is named and passed over (HF_HUB_OFFLINE=1 spares the half
 minute in which the hub is tried again); the exit code is 2 if that leaves none. The results are kept in OUTPUT.json as
@@ -21,6 +28,8 @@ OUTPUT.png.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import itertools
 import math
 import shlex
@@ -32,9 +41,10 @@ from typing import Any
 
 import torch
 from judge import shares_tokens
-from sedd_objectives import autoregressive_loss
-from sedd_train import corpora, detokenizers, load_trained, randomness
-from sedd_train.objectives import Autoregressive
+from sedd_objectives import Estimate, autoregressive_loss, d3pm_bound
+from sedd_train import conditional, corpora, detokenizers, load_trained, randomness
+from sedd_train.evaluation import ESTIMATORS, choose_estimator
+from sedd_train.objectives import D3PM, Autoregressive
 from sedd_train.tokens import Tokens, tokenise
 from systems import add_model_options, load_with_start, named, weights_fingerprint
 from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
@@ -56,6 +66,7 @@ PUBLISHED = {  # perplexities of the paper's table, in the order of PARTS; small
     "SEDD uniform medium": (51.28, 38.93, 102.28, 36.81, 79.12),
 }
 GPT2_TOKENS = 50257
+LAST_WORD = "LAMBADA's last word"
 
 
 @dataclass(frozen=True)
@@ -67,16 +78,17 @@ class System:
         net: the network, in evaluation mode.
         tokenizer: the one it was trained with.
         length: the longest block that it takes.
-        exact: whether `bound` is the likelihood itself.
-        bound: (blocks (B, L), a generator) -> (B,) nats a block.
+        estimator: how its bound is estimated, or "exact" where that is the likelihood itself.
+        bound: (blocks (B, L), which positions are given (B, L) or None, a generator) -> nats of the others, (B,), and
+            their standard errors.
     """
 
     name: str
     net: Any
     tokenizer: Any
     length: int
-    exact: bool
-    bound: Callable[[Tensor, Generator], Tensor]
+    estimator: str
+    bound: Callable[[Tensor, Tensor | None, Generator], conditional.Estimated]
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
@@ -86,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         ValueError, OSError: a model cannot be had, or does not fit the options or the results; or no set can.
     """
     args = arguments(argv)
-    systems = [read_checkpoint(*named(source), args.num_times) for source in args.checkpoint]
+    systems = [read_checkpoint(*named(source), args.num_times, args.estimator) for source in args.checkpoint]
     systems += [read_causal(*named(source)) for source in args.causal]
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
@@ -95,18 +107,25 @@ def main(argv: Sequence[str] | None = None) -> Results:
     for name in ("num_times", "blocks", "batch_size", "seed", "documents"):
         results.agree(name, getattr(args, name))
     for system in systems:
-        facts = {"weights": weights_fingerprint(system.net), "length": length_of(system, args), "exact": system.exact}
-        results.agree(f"model {system.name}", {**facts, "tokens": len(system.tokenizer)})
+        facts = {"weights": weights_fingerprint(system.net), "length": length_of(system, args)}
+        results.agree(f"model {system.name}", {**facts, "estimator": system.estimator, "tokens": len(system.tokenizer)})
     refused: dict[str, str] = {}
+    for title, measure_task in tasks(args):
+        try:
+            for system in systems:
+                measure_task(system, results, args)
+        except (ValueError, OSError) as error:
+            refused[title] = str(error)
+            tqdm.write(f"{title} is not measured: {error}", file=sys.stderr)
     for name in args.sets:
         try:
             measure_set(name, systems, results, args)
         except (ValueError, OSError) as error:
-            refused[name] = str(error)
+            refused[TITLES[name]] = str(error)
             tqdm.write(f"{TITLES[name]} is not measured: {error}", file=sys.stderr)
     if results.cells:
         write(results, refused, args, argv)
-    if len(refused) == len(set(args.sets)):
+    if len(refused) == len(set(args.sets)) + len(tasks(args)):
         raise OSError("none of the sets could be measured; each one's reason is above")
     return results
 
@@ -115,7 +134,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
-    parser.add_argument("--sets", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    parser.add_argument("--sets", nargs="*", choices=PARTS, default=list(PARTS), help="(default: all)")
+    parser.add_argument("--last-word", action="store_true", help="of LAMBADA's passages, given what comes before it")
+    parser.add_argument(
+        "--choices", nargs="*", default=[], metavar="NAME=FILE",
+        help="questions: JSON lines with context, choices and answer, from 0 on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--estimator", choices=["best", *ESTIMATORS], default="best", help="of the bound (default: %(default)s)"
+    )
     parser.add_argument(
         "--data", nargs="*", default=[], metavar="NAME=PATH",
         help="a set's files on this machine: a file that is all of it, or a folder of files with train, valid or test "
@@ -150,6 +177,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             if name not in PARTS or not allowed:
                 parser.error(f"--{option} {name}={value}: expected NAME=VALUE with NAME one of {', '.join(PARTS)}")
         setattr(args, option, {**default, **given})
+    args.choices = [value.partition("=")[::2] for value in args.choices]
+    if not all(name and path for name, path in args.choices):
+        parser.error("--choices: expected NAME=FILE")
+    if not args.sets and not args.last_word and not args.choices:
+        parser.error("nothing to measure: name --sets, --last-word or --choices")
     if args.num_times < 2 or args.num_times % 2:
         parser.error(f"--num-times must be even and at least 2, got {args.num_times}")
     if args.batch_size < 1 or (args.blocks is not None and args.blocks < 1):
@@ -160,18 +192,28 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 # Models
 
 
-def read_checkpoint(name: str, source: str, num_times: int) -> System:
+def read_checkpoint(name: str, source: str, num_times: int, estimator: str) -> System:
     """A checkpoint of this project, or a published SEDD, RADD or MDLM one, by folder or name on the hub.
 
     Raises:
         ValueError, OSError: as `sedd_train.load_trained`.
     """
     net, objective, tokenizer = load_trained(source)
+    if isinstance(objective, Autoregressive):
+        return autoregressive(name, net, net, tokenizer, objective.start, net.length)
+    graph, noise, how = objective.graph, objective.noise, dict[str, Any](num_times=num_times)
+    measure: Callable[..., conditional.Estimated]
+    if isinstance(objective, D3PM):
+        chosen, measure = f"{objective.num_steps} steps", d3pm_bound
+        how["num_steps"] = objective.num_steps
+    else:
+        chosen = choose_estimator(estimator, graph, torch.arange(graph.num_states))
+        measure = ESTIMATORS[chosen]
 
-    def bound(x: Tensor, generator: Generator) -> Tensor:
-        return objective.bound(net, x, num_times=num_times, generator=generator)
+    def bound(x: Tensor, given: Tensor | None, generator: Generator) -> conditional.Estimated:
+        return measure(net, graph, noise, x, given=given, generator=generator, **how)
 
-    return System(name, net, tokenizer, net.length, isinstance(objective, Autoregressive), bound)
+    return System(name, net, tokenizer, net.length, chosen, bound)
 
 
 def read_causal(name: str, source: str) -> System:
@@ -182,11 +224,19 @@ def read_causal(name: str, source: str) -> System:
         ConnectionError: the hub cannot be reached.
     """
     model, tokenizer, start, length = load_with_start(source)
+    return autoregressive(name, model, lambda ids: model(input_ids=ids).logits, tokenizer, start, length)
 
-    def bound(x: Tensor, _: Generator) -> Tensor:
-        return autoregressive_loss(lambda ids: model(input_ids=ids).logits, x, start=start)
 
-    return System(name, model, tokenizer, length, True, bound)
+def autoregressive(
+    name: str, net: Any, logits: Callable[[Tensor], Tensor], tokenizer: Any, start: int, length: int
+) -> System:
+    """A model that reads from left to right: its likelihood is exact."""
+
+    def bound(x: Tensor, given: Tensor | None, _: Generator) -> conditional.Estimated:
+        nats = autoregressive_loss(logits, x, start=start, given=given)
+        return Estimate(nats, torch.zeros_like(nats))
+
+    return System(name, net, tokenizer, length, "exact", bound)
 
 
 def length_of(system: System, args: argparse.Namespace) -> int:
@@ -258,6 +308,7 @@ def measure(name: str, system: System, part: str, text: Tokens, results: Results
         "length": length,
         "characters_per_token": round(text.characters_per_token, 4),
         "nats": [],
+        "errors": [],
     }
     cell = results.cells.get(f"{system.name} | {name}", fresh)
     if cell["fingerprint"] != fresh["fingerprint"]:
@@ -273,11 +324,93 @@ def measure(name: str, system: System, part: str, text: Tokens, results: Results
             x = blocks[start : start + args.batch_size].to(args.device)
             number = start // args.batch_size
             random = randomness.generator(args.seed, randomness.EVALUATION, number, device=x.device)
-            cell["nats"] += [round(nats, 6) for nats in (system.bound(x, random).double() / length).tolist()]
+            found = system.bound(x, None, random)
+            for field, values in (("nats", found.value), ("errors", found.standard_error)):
+                cell[field] += [round(value, 8) for value in (values.double() / length).tolist()]
             results.cells[f"{system.name} | {name}"] = cell
             results.save()
             bar.update(len(x))
     system.net.to("cpu")
+
+
+# What follows a text
+
+
+def tasks(args: argparse.Namespace) -> list[tuple[str, Callable[[System, Results, argparse.Namespace], None]]]:
+    """The conditional likelihoods to measure, by their titles."""
+    wanted: list[tuple[str, Callable[[System, Results, argparse.Namespace], None]]] = []
+    if args.last_word:
+        wanted.append((LAST_WORD, measure_last_words))
+    for name, path in args.choices:
+        wanted.append((name, functools.partial(measure_choices, name, Path(path))))
+    return wanted
+
+
+def measure_rest(system: System, texts: list[tuple[str, str]], args: argparse.Namespace) -> conditional.Conditional:
+    """-log p(continuation | context) of texts under a model."""
+    system.net.to(args.device)
+    found = conditional.conditional(
+        system.bound,
+        conditional.token_pairs(texts, system.tokenizer),
+        length=length_of(system, args),
+        device=args.device,
+        seed=args.seed,
+        chunk=args.batch_size,
+        progress=True,
+    )
+    system.net.to("cpu")
+    return found
+
+
+def measure_last_words(system: System, results: Results, args: argparse.Namespace) -> None:
+    """LAMBADA's last words under a model that has not been through them.
+
+    Raises:
+        ValueError, OSError: the set cannot be had, or is another one than what the results hold.
+    """
+    part, documents = texts_of("lambada", args)
+    texts = [conditional.last_word(text) for text in itertools.islice(documents, args.blocks)]
+    fresh = {"model": system.name, "part": part, "fingerprint": of_texts(texts), "words": len(texts)}
+    if measured_before(f"{system.name} | last word", fresh, results):
+        return
+    found = measure_rest(system, texts, args)
+    nats, error = found.per(len(texts))
+    fresh |= {"nats": nats, "error": found.spread, "measurement_error": error, "tokens": int(found.tokens.sum())}
+    results.cells[f"{system.name} | last word"] = fresh
+    results.save()
+
+
+def measure_choices(name: str, path: Path, system: System, results: Results, args: argparse.Namespace) -> None:
+    """Questions under a model that has not been asked them.
+
+    Raises:
+        ValueError, OSError: the file cannot be read or holds none, or others than the results do.
+    """
+    questions = conditional.read_questions(path)[: args.blocks]
+    texts = conditional.questions_pairs(questions)
+    right = [(str(question.answer), "") for question in questions]
+    fresh = {"model": system.name, "questions": name, "fingerprint": of_texts([*texts, *right])}
+    if measured_before(f"{system.name} | choices {name}", fresh, results):
+        return
+    found = conditional.answers(measure_rest(system, texts, args), questions)
+    results.cells[f"{system.name} | choices {name}"] = {**fresh, **vars(found)}
+    results.save()
+
+
+def of_texts(texts: Sequence[tuple[str, str]]) -> str:
+    """A fingerprint of texts."""
+    return hashlib.sha256(repr(list(texts)).encode()).hexdigest()[:16]
+
+
+def measured_before(key: str, fresh: dict[str, Any], results: Results) -> bool:
+    """Whether the results have this cell; ValueError if it is of another text."""
+    held = results.cells.get(key)
+    if held is not None and held["fingerprint"] != fresh["fingerprint"]:
+        raise ValueError(
+            f"{results.path} holds another text (fingerprint {held['fingerprint']}, now {fresh['fingerprint']}): give "
+            "another --output, or remove the file"
+        )
+    return held is not None
 
 
 # What is written
@@ -305,38 +438,84 @@ def models_of(results: Results) -> dict[str, dict[str, Any]]:
 def table(results: Results, refused: dict[str, str], argv: Sequence[str]) -> str:
     """The results in Markdown beside the published ones, with what they were made by and of."""
     lines: list[list[object]] = []
-    for model, facts in models_of(results).items():
+    facts_of = models_of(results)
+    for model, facts in facts_of.items():
         cells = [results.cells.get(f"{model} | {name}") for name in PARTS]
-        sign = "" if facts["exact"] else "≤ "
+        sign = "" if facts["estimator"] == "exact" else "≤ "
         lines.append([model, *(sign + with_error(*perplexity(cell)) if cell else "" for cell in cells)])
-    foreign = [name for name, facts in models_of(results).items() if facts["tokens"] != GPT2_TOKENS]
+    foreign = [name for name, facts in facts_of.items() if facts["tokens"] != GPT2_TOKENS]
     measured = [
         [
             *(f"{cell['model']}, {TITLES[cell['set']]}", cell["part"], cell["detokenizer"], cell["documents"]),
             f"{len(cell['nats'])} of {cell['blocks']}",
-            *(cell["length"], with_error(*mean_and_error(cell["nats"])), cell["characters_per_token"]),
-            f"`{cell['fingerprint']}`",
+            *(cell["length"], with_error(*mean_and_error(cell["nats"])), f"{measurement_error(cell):.1g}"),
+            *(facts_of[cell["model"]]["estimator"], cell["characters_per_token"], f"`{cell['fingerprint']}`"),
         ]
         for cell in results.cells.values()
+        if "set" in cell
     ]
     quoted = [[name, *(f"{value:.2f}" for value in row)] for name, row in PUBLISHED.items()]
-    columns = ["part", "detokenizer", "documents", "blocks", "tokens each", "nats a token", "characters a token"]
+    columns = ["part", "detokenizer", "documents", "blocks", "tokens each", "nats a token", "of the measurement"]
+    columns += ["estimator", "characters a token"]
     parts = [
         "# Zero-shot perplexity\n",
         f"    python integration/zero_shot.py {shlex.join(argv)}\n",
         "≤: a bound (eq. 9), for models without an exact likelihood. ± is the standard error over the blocks; that of",
         f"a bound has its {results.settings['num_times']} random times and noise a block in it, seed "
-        f"{results.settings['seed']}. No sliding window.",
+        f"{results.settings['seed']}, whose own part is the error of the measurement. No sliding window.",
         *([f"Not in GPT-2's tokens, and not to be compared with the others: {', '.join(foreign)}."] if foreign else []),
-        *(f"{TITLES[name]} was not measured: {why}" for name, why in refused.items()),
+        *(f"{title} was not measured: {why}" for title, why in refused.items()),
         "",
         markdown(["model", *TITLES.values()], lines),
         "Published, GPT-2 tokens, blocks of 1024 (Lou et al. 2023; quoted):\n",
         markdown(["model", *TITLES.values()], quoted),
         "What was measured:\n",
         markdown(["model, set", *columns, "fingerprint"], measured),
+        *after_a_text(results),
     ]
     return "\n".join(parts)
+
+
+def measurement_error(cell: dict[str, Any]) -> float:
+    """Of the mean nats a token of a cell, over random times and noise alone."""
+    return math.sqrt(math.fsum(error**2 for error in cell["errors"])) / len(cell["errors"])
+
+
+def after_a_text(results: Results) -> list[str]:
+    """The tables of what follows a text that is given, where there are any."""
+    signs = {name: "" if facts["estimator"] == "exact" else "≤ " for name, facts in models_of(results).items()}
+    words = [
+        [
+            cell["model"],
+            signs[cell["model"]] + with_error(math.exp(cell["nats"]), math.exp(cell["nats"]) * cell["error"]),
+            *(with_error(cell["nats"], cell["error"]), f"{cell['measurement_error']:.1g}"),
+            *(cell["words"], cell["tokens"], cell["part"], f"`{cell['fingerprint']}`"),
+        ]
+        for cell in results.cells.values()
+        if "words" in cell
+    ]
+    asked = [
+        [
+            f"{cell['model']}, {cell['questions']}",
+            *(
+                with_error(share, math.sqrt(share * (1 - share) / cell["number"]), 3)
+                for share in (cell["accuracy"], cell["per_token"], cell["per_character"])
+            ),
+            *(f"{cell['undecided']:.3f}", cell["number"], f"`{cell['fingerprint']}`"),
+        ]
+        for cell in results.cells.values()
+        if "questions" in cell
+    ]
+    columns = ["perplexity a word", "nats a word", "of the measurement", "words", "tokens", "part", "fingerprint"]
+    parts = [f"{LAST_WORD}, given what comes before it:\n", markdown(["model", *columns], words)] if words else []
+    if asked:
+        parts.append(
+            "How often the likeliest continuation is the right one, by its likelihood, that a token, and that a "
+            "character; undecided: the share whose two likeliest differ by less than 2 standard errors.\n"
+        )
+        columns = ["right", "a token", "a character", "undecided", "questions", "fingerprint"]
+        parts.append(markdown(["model, questions", *columns], asked))
+    return parts
 
 
 def picture(results: Results, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_nets import SEDD
-from sedd_train import detokenizers, evaluate, load, tokenizers
+from sedd_train import conditional, detokenizers, evaluate, load, tokenizers
 from sedd_train.tokens import tokenise
 from transformers import GPT2LMHeadModel
 
@@ -103,6 +103,42 @@ def test_what_is_measured(run: Any, made: dict[str, Path], tmp_path: Path) -> No
     assert "Not in GPT-2's tokens, and not to be compared with the others: ours, causal." in written
     assert "| SEDD absorb small | 50.92 | 41.84 | 114.24 | 40.62 | 79.29 |" in written
     assert (tmp_path / "table.png").stat().st_size > 10_000
+
+
+def test_what_follows_a_text(run: Any, made: dict[str, Path], tmp_path: Path) -> None:
+    """The last words and the choices of both models, whose numbers are those of `conditional`; a causal one's exact."""
+    passages, asked = tmp_path / "lambada.test.jsonl", tmp_path / "asked.jsonl"
+    passages.write_text("\n".join(json.dumps({"text": text.strip(" .")}) for text in SENTENCES[:3]))
+    question = {"context": "the state of the", "choices": ["union", "people"], "answer": 0}
+    asked.write_text("\n".join([json.dumps(question)] * 2))
+    options = ["--sets", "--last-word", "--choices", f"asked={asked}", "--data", f"lambada={passages}"]
+    results = run(*options)
+
+    net, graph, noise, coder = load(made["ours"])
+    texts = [conditional.last_word(detokenizers.lambada(text.strip(" ."))) for text in SENTENCES[:3]]
+    pairs = conditional.token_pairs(texts, coder)
+    bound = conditional.score_bound(net, graph, noise, num_times=4, estimator="masks")
+    found = conditional.conditional(bound, pairs, length=LENGTH, chunk=4)
+    cell = results.cells["ours | last word"]
+    assert cell["nats"] == pytest.approx(float(found.value.mean()), abs=1e-5)
+    assert cell["words"] == 3
+
+    causal, nats = GPT2LMHeadModel.from_pretrained(made["causal"]).eval(), 0.0
+    for context, rest in pairs:
+        ids = torch.tensor([[coder.eos_token_id, *context[max(0, len(context) + len(rest) - LENGTH) :], *rest]])
+        with torch.no_grad():
+            logits = causal(input_ids=ids[:, :-1]).logits
+        nats += float(torch.nn.functional.cross_entropy(logits[0, -len(rest) :], ids[0, -len(rest) :], reduction="sum"))
+    assert results.cells["causal | last word"]["nats"] == pytest.approx(nats / 3, abs=1e-5)
+    assert results.cells["causal | last word"]["measurement_error"] == 0
+    assert results.cells["causal | choices asked"]["number"] == 2
+    written = (tmp_path / "table.md").read_text()
+    assert "LAMBADA's last word, given what comes before it" in written
+    assert "| ours, asked |" in written
+    assert run(*options).cells == results.cells  # what is there is not measured again
+    asked.write_text(json.dumps(question | {"answer": 1}))
+    with pytest.raises(OSError, match="none of the sets"):
+        run("--sets", "--choices", f"asked={asked}")
 
 
 def test_articles_are_another_text_than_rows(run: Any) -> None:

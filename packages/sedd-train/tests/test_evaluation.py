@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sedd_graphs import Absorbing, LogLinear
+from sedd_objectives import Estimate
 from sedd_train import evaluation
 from sedd_train.evaluation import Evaluation, bounds, by_noise_level, evaluate, measure
 from sedd_train.objectives import ScoreEntropy
@@ -79,14 +80,24 @@ def test_every_chunk_has_its_own_noise_and_its_own_rows():
     assert not {number for _, _, number, _ in other.given} & set(seeds)
 
 
-def test_evaluate_is_the_mean_of_bounds_of_the_same_numbers(monkeypatch):
-    seen, again = Recorded(), Recorded()
-    monkeypatch.setattr(ScoreEntropy, "bound", lambda self, net, x0, **given: seen.bound(net, x0, **given))
-    blocks = torch.arange(10).reshape(5, 2)
+def test_evaluate_by_times_is_the_mean_of_bounds_of_the_same_numbers(monkeypatch):
+    """Times, noise and chunks are those of the objective's bound; its errors are added by their squares."""
+    asked: list[Any] = []
+
+    def bound(net, graph, noise, x0, *, num_times, generator):
+        asked.append((num_times, generator.initial_seed()))
+        return Estimate(x0[:, 0].double(), torch.full((len(x0),), 0.5))
+
+    monkeypatch.setitem(evaluation.ESTIMATORS, "times", bound)
+    blocks, again = torch.arange(10).reshape(5, 2), Recorded()
     options: dict[str, Any] = {"num_times": 3, "seed": 7, "chunk": 2}
-    found = evaluate(NET, Absorbing(5), LogLinear(), blocks, characters_per_token=2.0, **options)
-    assert found.nats_per_token == pytest.approx(float(bounds(NET, again, blocks, **options).mean()))
-    assert [given[1:] for given in seen.given] == [given[1:] for given in again.given]
+    found = evaluate(NET, Absorbing(10), LogLinear(), blocks, characters_per_token=2.0, estimator="times", **options)
+    values = bounds(NET, again, blocks, **options)
+    assert found.nats_per_token == pytest.approx(float(values.mean()))
+    assert found.standard_error == pytest.approx(float(values.std()) / math.sqrt(5))
+    assert found.measurement_error == pytest.approx(math.sqrt(5) * 0.5 / 10)
+    assert found.estimator == "times"
+    assert asked == [given[1:3] for given in again.given]
 
 
 @pytest.mark.parametrize("lengths", [None, torch.tensor([2, 4, 6])])

@@ -19,7 +19,7 @@ from .elbo import elbo_loss
 from .estimate import Estimate, monte_carlo
 from .fast.fused import FusedLoss, fused_cross_entropy_loss, fused_denoising_loss
 from .implicit import enumerated_implicit_score_entropy_loss, implicit_score_entropy_loss
-from .masked_bound import masked_likelihood_bound
+from .masked_bound import masked_likelihood_bound, masks_evenly
 from .score_entropy import (
     concrete_score_matching,
     plain_concrete_score_matching,
@@ -51,6 +51,7 @@ __all__ = [
     "FusedLoss",
     "likelihood_bound",
     "masked_likelihood_bound",
+    "masks_evenly",
     "elbo_loss",
     "reconstruction_loss",
     "Bound",

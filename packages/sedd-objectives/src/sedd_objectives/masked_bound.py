@@ -39,7 +39,7 @@ from .denoising import denoising_jumps
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
 from .jumps import RatesInto, value_at
 
-__all__ = ["masked_likelihood_bound"]
+__all__ = ["masked_likelihood_bound", "masks_evenly"]
 
 ROUNDING = 1e-4
 """Relative difference of rates that is put down to float32."""
@@ -272,24 +272,45 @@ class _Levels:
         return log_p
 
 
+def masks_evenly(graph: LikelihoodGraph, x0: Tensor) -> bool:
+    """Whether every token of x0 becomes the mask, all at one rate, and nothing else, as `masked_likelihood_bound` asks.
+
+    Given their number, masks are then anywhere with equal probability. It is read off the graph's rows.
+
+    Args:
+        graph: the forward process.
+        x0: (...) int64, tokens; the mask among them does not count.
+    """
+    return _masking_rate(graph, x0) is not None
+
+
 def _masking(graph: LikelihoodGraph, x0: Tensor) -> tuple[float, int]:
     """The rate at which tokens are masked, and the mask; raises unless the tokens of x0 go there alone, at one rate."""
     mask_id = graph.mask_id
     if mask_id is None:
         raise ValueError("graph must have a mask, got mask_id None; use likelihood_bound")
-    tokens = torch.unique(x0[x0 != mask_id])  # padding may hold it
-    masks = torch.full_like(tokens, mask_id)
-    rates = value_at(graph.rates_into(masks), tokens[:, None])[:, 0].double()
-    if not len(tokens):
-        return 1.0, mask_id
-    rate = float(rates.mean())
-    even = bool((rates > 0).all()) and bool(((rates - rate).abs() <= ROUNDING * rate).all())
-    if not even or not _absorbs(graph, tokens, masks, rate):
+    rate = _masking_rate(graph, x0)
+    if rate is None:
         raise ValueError(
             "graph must be one that turns every token of x0 into the mask, at one rate, and does nothing else: given "
             "their number, masks are then anywhere with equal probability. This one is not; use likelihood_bound"
         )
     return rate, mask_id
+
+
+def _masking_rate(graph: LikelihoodGraph, x0: Tensor) -> float | None:
+    """The rate at which the tokens of x0 are masked; None if they do anything else, or not all at one rate."""
+    if graph.mask_id is None:
+        return None
+    tokens = torch.unique(x0[x0 != graph.mask_id])  # padding may hold it
+    if not len(tokens):
+        return 1.0
+    into_mask = graph.rates_into(torch.full_like(tokens[:1], graph.mask_id))
+    rates = value_at(into_mask, tokens[None])[0].double()
+    rate = float(rates.mean())
+    if not bool((rates > 0).all()) or not bool(((rates - rate).abs() <= ROUNDING * rate).all()):
+        return None
+    return rate if _absorbs(graph, tokens, torch.full_like(tokens, graph.mask_id), rate) else None
 
 
 def _absorbs(graph: LikelihoodGraph, tokens: Tensor, masks: Tensor, rate: float) -> bool:

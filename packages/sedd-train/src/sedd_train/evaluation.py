@@ -1,4 +1,11 @@
-"""The likelihood bound on held-out text, whole and by noise level, with fixed times and noise: its curve is smooth."""
+"""The likelihood bound on held-out text, whole and by noise level, with fixed times and noise: its curve is smooth.
+
+Two estimators have the same mean (eq. 9), and one is chosen by name:
+
+    times   `likelihood_bound`: random times, for every process
+    masks   `masked_likelihood_bound`: random numbers of masks, where noise is masks alone; deviates less
+    best    masks where it applies, else times
+"""
 
 from __future__ import annotations
 
@@ -9,13 +16,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from sedd_objectives import Bound, Estimate, corpus_likelihood, likelihood_bound, masked_likelihood_bound, masks_evenly
+from torch import Generator, Tensor
 from tqdm import tqdm
 
 from sedd_train.objectives import Objective, ScoreEntropy
 from sedd_train.randomness import EVALUATION, LEVELS, generator
 
-__all__ = ["Evaluation", "evaluate", "measure", "bounds", "Levels", "by_noise_level"]
+__all__ = [
+    *("Evaluation", "evaluate", "measure", "bounds", "ESTIMATORS", "choose_estimator", "bound_by"),
+    *("Levels", "by_noise_level"),
+]
+
+ESTIMATORS: dict[str, Callable[..., Bound]] = {"times": likelihood_bound, "masks": masked_likelihood_bound}
 
 
 @dataclass(frozen=True)
@@ -24,13 +37,19 @@ class Evaluation:
 
     Attributes:
         nats_per_token: its mean over the sequences.
-        standard_error: of that mean, over the sequences and the random times and noise, nats a token.
+        standard_error: of that mean, over the sequences and the random times and noise, nats a token: how well these
+            sequences stand for others like them.
         characters_per_token: of the text.
+        measurement_error: of that mean, over the random times and noise alone: how well the bound of these very
+            sequences is known. NaN where it was not estimated.
+        estimator: by which name the bound was estimated, "times" or "masks"; empty where there is nothing to choose.
     """
 
     nats_per_token: float
     standard_error: float
     characters_per_token: float
+    measurement_error: float = math.nan
+    estimator: str = ""
 
     @property
     def perplexity(self) -> float:
@@ -41,6 +60,29 @@ class Evaluation:
     def bits_per_character(self) -> float:
         """The bound in bits a character of text, an end-of-text token being no character."""
         return self.nats_per_token / math.log(2) / self.characters_per_token
+
+
+def choose_estimator(name: str, graph: Any, x0: Tensor) -> str:
+    """The estimator of this name; "best" is the one that deviates least on these tokens.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in ("best", *ESTIMATORS):
+        raise ValueError(f"estimator must be best, {' or '.join(ESTIMATORS)}, got {name!r}")
+    if name != "best":
+        return name
+    return "masks" if masks_evenly(graph, x0) else "times"
+
+
+def bound_by(
+    estimator: str, net: Any, graph: Any, noise: Any, x0: Tensor, *, num_times: int, generator: Generator, **how: Any
+) -> Bound:
+    """The bound on -log p(x0), (B,) nats a sequence, by one of `ESTIMATORS`, at so many random times.
+
+    `how` may be given= and weight=, of those. "masks" makes 20 calls of the network more than times, "times" 16.
+    """
+    return ESTIMATORS[estimator](*(net, graph, noise, x0), num_times=num_times, generator=generator, **how)
 
 
 def evaluate(
@@ -54,6 +96,7 @@ def evaluate(
     seed: int = 0,
     chunk: int = 8,
     progress: bool = False,
+    estimator: str = "best",
 ) -> Evaluation:
     """The bound of eq. 9 on blocks of tokens, prior and reconstruction terms included.
 
@@ -70,14 +113,25 @@ def evaluate(
         seed: of times and noise.
         chunk: sequences at once.
         progress: whether to show a bar.
+        estimator: "times", "masks", or "best" of the two for this graph.
 
     Raises:
-        ValueError: on every rank, if the bound is NaN on one of them, or the blocks are not this graph's.
+        ValueError: on every rank, if the bound is NaN on one of them, or the blocks are not this graph's; an estimator
+            that there is not, or "masks" where noise is something else.
     """
-    values = bounds(
-        *(net, ScoreEntropy(graph, noise), blocks), num_times=num_times, seed=seed, chunk=chunk, progress=progress
-    )
-    return _mean(values, characters_per_token)
+    chosen = choose_estimator(estimator, graph, blocks)
+
+    @torch.no_grad()
+    def of_chunk(number: int, x0: Tensor, _: Tensor | None) -> Tensor:
+        random = generator(seed, EVALUATION, number, device=x0.device)
+        found = bound_by(chosen, net, graph, noise, x0, num_times=num_times, generator=random)
+        return torch.stack([found.value, found.standard_error], -1)
+
+    values, errors = _of_chunks(of_chunk, net, blocks, None, chunk, progress, columns=(2,)).T
+    corpus = corpus_likelihood(Estimate(values, errors), blocks.numel())
+    spread = _mean(values / blocks.shape[1], characters_per_token).standard_error
+    error = corpus.standard_error / corpus.num_tokens
+    return Evaluation(corpus.nats_per_token, spread, characters_per_token, error, chosen)
 
 
 def measure(
@@ -89,7 +143,7 @@ def measure(
     lengths: Tensor | None = None,
     **options: Any,
 ) -> Evaluation:
-    """As `evaluate`, of what any objective reports: D3PM's bound, an autoregressive model's likelihood.
+    """As `evaluate`, of what any objective reports: D3PM's bound, an autoregressive model's likelihood, eq. 9 by times.
 
     The options are those of `bounds`. With `lengths` it is a ratio, all nats over all tokens that are text.
     """
@@ -111,8 +165,8 @@ def bounds(
 ) -> Tensor:
     """One number a block, to compare models in pairs: (n,) float64 nats on the CPU, divided by the blocks' length L.
 
-    The arguments are those of `evaluate`, which averages these numbers; `lengths`, (n,) int64, says how many tokens of
-    each block are text, all unless given.
+    The arguments are those of `evaluate`, which averages these numbers if it takes the same estimator; `lengths`, (n,)
+    int64, says how many tokens of each block are text, all unless given.
     """
 
     def of_chunk(number: int, x0: Tensor, lengths: Tensor | None) -> Tensor:

@@ -2,22 +2,29 @@
 
 sedd evaluate --checkpoint runs/tiny/export
 sedd evaluate --checkpoint louaaron/sedd-small --corpus my-texts/ --blocks 100 --num-times 1000
+sedd evaluate --checkpoint louaaron/sedd-small --corpus lambada --split test --last-word
+sedd evaluate --checkpoint louaaron/sedd-small --choices questions.jsonl
+
+--last-word and --choices measure what follows a text that is given: see `sedd_train.conditional`.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sedd_train import corpora, evaluate, load, loggers, plotting
-from sedd_train.evaluation import by_noise_level
+from sedd_train import conditional, corpora, evaluate, load, loggers, plotting
+from sedd_train.evaluation import ESTIMATORS, by_noise_level, choose_estimator
 from sedd_train.tokens import tokenise, unigram_entropy
 
 __all__ = ["parser", "main"]
+
+Results = dict[str, Any]
 
 
 def parser(prog: str = "sedd evaluate") -> argparse.ArgumentParser:
@@ -40,12 +47,31 @@ def parser(prog: str = "sedd evaluate") -> argparse.ArgumentParser:
         help="which part of the corpus; test is valid where it has no such part (default: %(default)s)",
     )
     made.add_argument("--length", type=int, help="tokens a block (default: what the model was trained with)")
-    made.add_argument("--blocks", type=int, help="how many blocks, from the start of the text (default: all)")
+    made.add_argument(
+        "--blocks", type=int, help="how many blocks, documents or questions, from the start (default: all)"
+    )
     made.add_argument("--num-times", type=int, default=128, help="noise levels a block (default: %(default)s)")
+    made.add_argument(
+        "--estimator",
+        choices=["best", *ESTIMATORS],
+        default="best",
+        help="of the bound: at random times, or at random numbers of masks, which deviates less, where noise is "
+        "masks alone; best is the latter where it can be had (default: %(default)s)",
+    )
     made.add_argument("--batch-size", type=int, default=8, help="blocks at once (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of the times and the noise (default: %(default)s)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    made.add_argument("--levels", metavar="FILE", help="draw where in time the loss comes from into this .png or .svg")
+    what = made.add_mutually_exclusive_group()
+    what.add_argument(
+        "--last-word", action="store_true", help="of each document, given what comes before it, as LAMBADA is meant"
+    )
+    what.add_argument(
+        "--choices",
+        metavar="FILE",
+        type=Path,
+        help="take the likeliest of several continuations: JSON lines with context, choices and answer, from 0 on",
+    )
+    what.add_argument("--levels", metavar="FILE", help="draw where in time the loss comes from into this .png or .svg")
     made.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     return made
 
@@ -54,29 +80,47 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd evaluate") -> N
     """Measure, and print what was found."""
     options = parser(prog)
     args = options.parse_args(argv)
-
     try:
         net, graph, noise, tokenizer = load(args.checkpoint)
         length = args.length or net.length
         if not 1 <= length <= net.length:
             raise ValueError(f"--length {length}: the model takes 1 to {net.length} tokens")
-        source = corpora.load_texts(args.corpus)
-        text = tokenise({"train": source.train, "valid": source.valid, "test": source.test}[args.split](), tokenizer)
-        have = text.blocks(length)
-        if have == 0:
-            raise ValueError(
-                f"the {args.split} part of {args.corpus} has {len(text)} tokens, less than one block of {length}"
-            )
-        if args.blocks is not None and not 1 <= args.blocks <= have:
-            raise ValueError(
-                f"--blocks {args.blocks}: the {args.split} part of {args.corpus} has {have} blocks of {length}"
-            )
+        if args.num_times < 2 or args.num_times % 2:
+            raise ValueError(f"--num-times must be even and at least 2, got {args.num_times}")
+        if args.choices:
+            result, said = _choices(args, net.to(args.device), graph, noise, tokenizer, length)
+        elif args.last_word:
+            result, said = _last_words(args, net.to(args.device), graph, noise, tokenizer, length)
+        else:
+            result, said = _blocks(args, net.to(args.device), graph, noise, tokenizer, length)
     except (ValueError, OSError) as error:
         options.exit(2, f"{options.prog}: error: {error}\n")
+    print(loggers.to_json(result) if args.json else said)
 
-    blocks = text.block(range(args.blocks or have), length)
+
+def _documents(args: argparse.Namespace) -> Iterable[str]:
+    source = corpora.load_texts(args.corpus)
+    return {"train": source.train, "valid": source.valid, "test": source.test}[args.split]()
+
+
+def _check_number(args: argparse.Namespace, have: int, what: str) -> int:
+    """How many to measure, of so many that there are."""
+    if args.blocks is not None and not 1 <= args.blocks <= have:
+        raise ValueError(f"--blocks {args.blocks}: there are {have} {what}")
+    return int(args.blocks or have)
+
+
+def _blocks(
+    args: argparse.Namespace, net: Any, graph: Any, noise: Any, tokenizer: Any, length: int
+) -> tuple[Results, str]:
+    text = tokenise(_documents(args), tokenizer)
+    have = text.blocks(length)
+    where = f"the {args.split} part of {args.corpus}"
+    if have == 0:
+        raise ValueError(f"{where} has {len(text)} tokens, less than one block of {length}")
+    blocks = text.block(range(_check_number(args, have, f"blocks of {length} in {where}")), length)
     bound = evaluate(
-        net.to(args.device),
+        net,
         graph,
         noise,
         blocks,
@@ -85,28 +129,98 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd evaluate") -> N
         seed=args.seed,
         chunk=args.batch_size,
         progress=True,
+        estimator=args.estimator,
     )
     if args.levels:
         levels = by_noise_level(net, graph, noise, blocks, seed=args.seed, chunk=args.batch_size)
         line = {name: value.tolist() for name, value in vars(levels).items()}
         plotting.noise_levels({args.checkpoint: line}, Path(args.levels))
     unigram = unigram_entropy(text.flat) / math.log(2) / text.characters_per_token
-    if args.json:
-        result = {
-            "nats_per_token": bound.nats_per_token,
-            "standard_error": bound.standard_error,
-            "perplexity": bound.perplexity,
-            "bits_per_character": bound.bits_per_character,
-            "unigram_bits_per_character": unigram,
-            "blocks": len(blocks),
-            "length": length,
-            "num_times": args.num_times,
-        }
-        print(loggers.to_json(result))
-    else:
-        print(
-            f"{len(blocks)} blocks of {length} tokens of {args.corpus}, {args.num_times} noise levels each\n"
-            f"bound            {bound.nats_per_token:.4f} ± {bound.standard_error:.4f} nats a token (standard error)\n"
-            f"perplexity       {bound.perplexity:.2f}\n"
-            f"bits a character {bound.bits_per_character:.4f}  (unigram entropy of the text: {unigram:.4f})"
-        )
+    result = {
+        "nats_per_token": bound.nats_per_token,
+        "standard_error": bound.standard_error,
+        "measurement_error": bound.measurement_error,
+        "perplexity": bound.perplexity,
+        "bits_per_character": bound.bits_per_character,
+        "unigram_bits_per_character": unigram,
+        "blocks": len(blocks),
+        "length": length,
+        "num_times": args.num_times,
+        "estimator": bound.estimator,
+    }
+    bits = bound.measurement_error / math.log(2) / text.characters_per_token
+    return result, (
+        f"{len(blocks)} blocks of {length} tokens of {args.corpus}, {args.num_times} noise levels each, by "
+        f"{bound.estimator}\n"
+        f"bound            {bound.nats_per_token:.4f} ± {bound.measurement_error:.4f} nats a token (standard error of "
+        f"the measurement; over such blocks {bound.standard_error:.4f})\n"
+        f"perplexity       {bound.perplexity:.2f} ± {bound.perplexity * bound.measurement_error:.2f}\n"
+        f"bits a character {bound.bits_per_character:.4f} ± {bits:.4f}  (unigram entropy of the text: {unigram:.4f})"
+    )
+
+
+def _measured(
+    args: argparse.Namespace,
+    net: Any,
+    graph: Any,
+    noise: Any,
+    tokenizer: Any,
+    length: int,
+    texts: list[tuple[str, str]],
+) -> tuple[conditional.Conditional, str]:
+    """-log p of the texts' continuations, and the estimator."""
+    pairs = conditional.token_pairs(texts, tokenizer)
+    tokens = torch.tensor([token for pair in pairs for part in pair for token in part])
+    estimator = choose_estimator(args.estimator, graph, tokens)
+    bound = conditional.score_bound(net, graph, noise, num_times=args.num_times, estimator=estimator)
+    found = conditional.conditional(
+        bound, pairs, length=length, device=args.device, seed=args.seed, chunk=args.batch_size, progress=True
+    )
+    return found, estimator
+
+
+def _last_words(
+    args: argparse.Namespace, net: Any, graph: Any, noise: Any, tokenizer: Any, length: int
+) -> tuple[Results, str]:
+    documents = [text for text in _documents(args) if text.strip()]
+    number = _check_number(args, len(documents), f"documents in the {args.split} part of {args.corpus}")
+    texts = [conditional.last_word(text) for text in documents[:number]]
+    found, estimator = _measured(args, net, graph, noise, tokenizer, length, texts)
+    nats, error = found.per(number)
+    per_token, token_error = found.per(float(found.tokens.sum()))
+    result = {
+        "nats_per_word": nats,
+        "standard_error": found.spread,
+        "measurement_error": error,
+        "perplexity": math.exp(min(nats, 700.0)),
+        "nats_per_token": per_token,
+        "words": number,
+        "num_times": args.num_times,
+        "estimator": estimator,
+    }
+    return result, (
+        f"the last words of {number} documents of {args.corpus}, given what comes before them, {args.num_times} noise "
+        f"levels each, by {estimator}\n"
+        f"bound      {nats:.4f} ± {error:.4f} nats a word (standard error of the measurement; over such words "
+        f"{found.spread:.4f}), {per_token:.4f} ± {token_error:.4f} a token\n"
+        f"perplexity {result['perplexity']:.2f} ± {result['perplexity'] * error:.2f} a word"
+    )
+
+
+def _choices(
+    args: argparse.Namespace, net: Any, graph: Any, noise: Any, tokenizer: Any, length: int
+) -> tuple[Results, str]:
+    questions = conditional.read_questions(args.choices)
+    questions = questions[: _check_number(args, len(questions), f"questions in {args.choices}")]
+    texts = conditional.questions_pairs(questions)
+    found, estimator = _measured(args, net, graph, noise, tokenizer, length, texts)
+    taken = conditional.answers(found, questions)
+    result = {**vars(taken), "num_times": args.num_times, "estimator": estimator}
+    return result, (
+        f"{taken.number} questions of {args.choices}, the likeliest choice given the context, {args.num_times} noise "
+        f"levels each, by {estimator}\n"
+        f"right         {taken.accuracy:.4f} ± {taken.error(taken.accuracy):.4f}\n"
+        f"  a token     {taken.per_token:.4f} ± {taken.error(taken.per_token):.4f}\n"
+        f"  a character {taken.per_character:.4f} ± {taken.error(taken.per_character):.4f}\n"
+        f"undecided     {taken.undecided:.4f}  (the two likeliest differ by less than 2 standard errors of measurement)"
+    )
