@@ -340,6 +340,26 @@ def at_one_level(name, wrong):
     return lambda g, *given: getattr(g, name)(*given[:-1], wrong(given[-1]))
 
 
+def with_states(name, takes):
+    """The method of a graph that takes some states for others."""
+    return lambda g, x, *given: getattr(g, name)(takes(x), *given)
+
+
+# What a careless graph may take for states or noise, and what it should have said.
+TAKEN_STATES = [
+    (lambda x: x.clamp(max=5), "x = [[6, 6, 6], [6, 6, 6]] must be refused"),
+    (lambda x: x.clamp(min=0), "x = [[-1, -1, -1], [-1, -1, -1]] must be refused"),
+    (lambda x: x.long(), "x = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]] must be refused"),
+]
+TAKEN_NOISE = [
+    (lambda s: s.abs(), "sigma = [-1.0, -1.0] must be refused"),
+    (lambda s: s.nan_to_num() if s.is_floating_point() else s, "sigma = [nan, nan] must be refused"),
+    (lambda s: s.double(), "sigma = [1, 1] must be refused"),
+]
+TAKEN_SHAPES = [
+    (lambda s: s[:2], "sigma = [1.0, 1.0, 1.0] must be refused"),
+    (lambda s: s.flatten(), "sigma = [[1.0], [1.0]] must be refused"),
+]
 SIX, TWO, MASKED = Uniform(6), Clustered([0, 0, 0, 1, 1, 2], within=1.0, between=0.0), Absorbing(5)
 
 
@@ -468,20 +488,33 @@ DEMANDS = [
         for name in ("transition_from", "transition_into", "ratio", "prior_kl", "propagate")
     ),
     *(
-        (
-            "bad_input_is_refused",
-            broken(SIX, **{name: lambda g, x, *a, name=name: getattr(g, name)(x.long().clamp(0, 5), *a)}),
-            "x = ",
-        )
+        ("bad_input_is_refused", broken(SIX, **{name: with_states(name, takes)}), told)
         for name in ("rates_into", "rates_out_of", "transition_from", "transition_into", "ratio", "sample", "prior_kl")
+        for takes, told in TAKEN_STATES
     ),
     *(
-        (
-            "bad_input_is_refused",
-            broken(SIX, **{name: at_one_level(name, lambda s: s.double().nan_to_num().abs())}),
-            "sigma = ",
-        )
+        ("bad_input_is_refused", broken(SIX, **{name: at_one_level(name, takes)}), told)
         for name in ("transition_from", "transition_into", "ratio", "sample", "prior_kl", "prior")
+        for takes, told in (TAKEN_NOISE if name == "prior" else TAKEN_NOISE + TAKEN_SHAPES)
+    ),
+    *(
+        ("bad_input_is_refused", broken(SIX, propagate=at_one_level("propagate", takes)), told)
+        for takes, told in TAKEN_SHAPES
+    ),
+    (
+        "bad_input_is_refused",
+        broken(SIX, ratio=lambda g, x, x0, s: g.ratio(x, x0.clamp(0, 5).long(), s)),
+        "x = [[6, 6, 6], [6, 6, 6]] must be refused",
+    ),
+    (
+        "bad_input_is_refused",
+        broken(SIX, ratio=lambda g, x, x0, s: g.ratio(x, x0.expand(x.shape), s)),
+        "x0 = [[0, 0, 0], [0, 0, 0]] must be refused",
+    ),
+    (
+        "bad_input_is_refused",
+        broken(SIX, ratio=lambda g, x, x0, s: g.ratio(x, x0, s.where(s != 0, 1e-9) if s.is_floating_point() else s)),
+        "x0 = [[0, 0, 0], [0, 0, 0]] must be refused",
     ),
     (
         "bad_input_is_refused",

@@ -111,6 +111,8 @@ def test_values_below_zero_count_as_zero():
         torch.testing.assert_close(drawn.bincount(minlength=3).float(), expected, rtol=0, atol=1.5)
     row = Row(torch.tensor(-0.5), torch.tensor([3]), torch.tensor([0.25]), 5)
     assert (row.quantile(u) == 3).all()
+    row = Row(torch.tensor(-0.1), torch.tensor([3, 0]), torch.tensor([0.25, 0.75]), 5)  # the base takes nothing away
+    assert row.quantile(u).bincount(minlength=5).tolist() == [15_750, 0, 0, 5_250, 0]
 
 
 def test_the_algebra_of_rows_is_that_of_their_values():
