@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
@@ -99,3 +102,90 @@ def test_the_learning_rate():
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert learning_rate(10, peak=1.0, warmup=4, steps=10, decay_to=0.1) == pytest.approx(0.1)
     assert learning_rate(9, peak=2.0, warmup=4, steps=10) == 2.0
+
+
+def told_to_deepspeed(monkeypatch, **how):
+    """What DeepSpeed is given for an engine of these options: its config and the optimiser's numbers."""
+    import deepspeed
+
+    told = {}
+
+    def initialize(*, model, optimizer, config):
+        told.update(config | {"optimizer": optimizer})
+        return SimpleNamespace(), None
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    loss = Loss(network(), ScoreEntropy(GRAPH, NOISE))
+    engine = start_engine(loss, **{"batch_size": 12, "micro_batches": 3} | how)
+    return told, engine
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("offload", [False, True])
+def test_deepspeed_is_told_what_the_recipe_says(monkeypatch, stage, offload):
+    told, engine = told_to_deepspeed(
+        monkeypatch, stage=stage, offload=offload and stage > 0, clip=0.5, precision="bf16"
+    )
+    assert (told["train_batch_size"], told["train_micro_batch_size_per_gpu"]) == (12, 4)
+    assert told["gradient_clipping"] == (0.5 if stage else 0.0)
+    assert engine.clip_without_zero == 0.5
+    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert told["zero_allow_untested_optimizer"] is True
+    assert told["zero_force_ds_cpu_optimizer"] is False
+    zero = told["zero_optimization"]
+    assert (zero["stage"], zero["reduce_bucket_size"]) == (stage, 1 << 16)
+    assert ("offload_optimizer" in zero) is (offload and stage > 0)
+    assert ("offload_param" in zero) is (offload and stage == 3)
+    assert all(zero[name]["device"] == "cpu" for name in ("offload_optimizer", "offload_param") if name in zero)
+    assert ("stage3_param_persistence_threshold" in zero) is (stage == 3)
+
+
+def test_the_optimiser_is_adamw_with_the_numbers_given(monkeypatch):
+    told, engine = told_to_deepspeed(monkeypatch, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    optimizer = told["optimizer"]
+    assert type(optimizer) is torch.optim.AdamW
+    group = optimizer.param_groups[0]
+    wanted = {"lr": 0.0, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "fused": True}
+    assert {name: group[name] for name in wanted} == wanted
+    assert "torch_autocast" not in told
+    assert (told["zero_optimization"]["stage"], engine.clip_without_zero) == (1, 1.0)
+    group = told_to_deepspeed(monkeypatch)[0]["optimizer"].param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.0)
+
+
+def test_the_learning_rate_falls_as_a_cosine():
+    def rate(step, **how):
+        return learning_rate(step, **{"peak": 2.0, "warmup": 10, "steps": 110, "decay_to": 0.1} | how)
+
+    assert rate(0) == pytest.approx(0.2)
+    assert rate(9) == rate(10) == pytest.approx(2.0)
+    assert rate(60) == pytest.approx(2 * (0.1 + 0.9 / 2))
+    assert rate(35) == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
+    assert rate(110) == rate(200) == pytest.approx(0.2)
+    assert rate(0, warmup=0) == pytest.approx(2.0)
+    assert rate(10, warmup=10, steps=10) == pytest.approx(2.0)
+
+
+def test_the_loss_is_the_mean_of_its_sequences_and_passes_on_what_is_not_finite():
+    class Given:
+        def __init__(self, each):
+            self.each = torch.tensor(each)
+
+        def losses(self, net, x0, xt, t, *, lengths, dropout_seeds):
+            seen.append((lengths, dropout_seeds))
+            return (self.each * net.weight).sum(), self.each
+
+    seen: list[object] = []
+    net = torch.nn.Linear(1, 1, bias=False)
+    x = torch.zeros(4, 3, dtype=torch.int64)
+    for each, finite in (([1.0, 2.0, 3.0, 6.0], True), ([1.0, math.inf, 3.0, 6.0], False)):
+        net.weight.data.fill_(1.0)
+        net.weight.grad = None
+        mean, losses = Loss(net, Given(each))(x, x, torch.ones(4), "seeds", "lengths")  # type: ignore[arg-type]
+        assert torch.equal(losses, torch.tensor(each))
+        mean.backward()
+        assert net.weight.grad is not None
+        assert bool(net.weight.grad.isfinite()) is finite
+        if finite:
+            assert float(mean.detach()) == float(net.weight.grad) == 3.0
+    assert seen == [("lengths", "seeds")] * 2

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +244,73 @@ def test_what_depends_on_the_graph_follows_it():
         recipes.override(tiny, {"graph": "uniform", "scale_by_sigma": True})
     with pytest.raises(ValueError, match="informed_start = True"):
         recipes.override(tiny, {"graph": "uniform", "informed_start": True})
+
+
+# One process among many
+
+
+def test_a_process_without_a_launcher_is_the_only_one(outside):
+    assert distributed.place() == (0, 1)
+    assert distributed.agree("something") == "something"
+    assert distributed.agree("") == ""
+    outside.setenv("RANK", "3")
+    outside.setenv("WORLD_SIZE", "4")
+    assert distributed.place() == (3, 4)
+
+
+def test_the_first_rank_alone_speaks(outside, capsys):
+    distributed.say("heard")
+    outside.setenv("RANK", "1")
+    distributed.say("not heard")
+    assert capsys.readouterr().out == "heard\n"
+    outside.setenv("RANK", "0")
+
+    def gone(_):
+        raise BrokenPipeError
+
+    outside.setattr("sedd_train.distributed.tqdm.write", gone)
+    distributed.say("to nobody")
+
+
+def test_errors_are_told_with_the_ranks_that_had_them(outside):
+    """Of a world of four, two of which had the same."""
+    outside.setenv("RANK", "0")
+    outside.setenv("WORLD_SIZE", "4")
+    outside.setattr(distributed, "start", lambda: None)
+    outside.setattr("sedd_train.distributed.dist.new_group", lambda **how: how)
+    said = [""] * 4
+
+    def gather(into, own, *, group):
+        assert group == {"backend": "gloo", "timeout": timedelta(days=7)}
+        into[:] = said
+
+    outside.setattr("sedd_train.distributed.dist.all_gather_object", gather)
+    assert distributed.agree("") == ""
+    said[:] = ["", "no text", "no disk", "no text"]
+    assert distributed.agree("") == "rank 1, 3: no text\nrank 2: no disk"
+    said[:] = ["no text"] * 4
+    assert distributed.agree("no text") == "no text"
+    said[:] = ["no text", "no text", "no text", ""]
+    assert distributed.agree("no text") == "rank 0, 1, 2: no text"
+
+
+def test_a_free_port_can_be_listened_on():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", distributed.free_port()))
+
+
+def test_a_process_of_its_own_ends_with_its_code(monkeypatch):
+    monkeypatch.setattr("sedd_train.distributed.dist.is_initialized", lambda: False)
+    for code in (0, 2):
+        with pytest.raises(SystemExit) as ended:
+            distributed.finish(code)
+        assert ended.value.code == code
+    done: list[object] = []
+    monkeypatch.setattr("sedd_train.distributed.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("sedd_train.distributed.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("sedd_train.distributed.dist.barrier", lambda: done.append("all came"))
+    monkeypatch.setattr("sedd_train.distributed.os._exit", done.append)
+    monkeypatch.setattr("sedd_train.distributed.dist.destroy_process_group", lambda: done.append("taken down"))
+    with pytest.raises(SystemExit):
+        distributed.finish(1)
+    assert done[:2] == ["all came", 1]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import gc
+import math
+import re
 import tomllib
 from importlib import resources
+from typing import Any
 
 import pytest
 import torch
@@ -136,3 +141,142 @@ def test_a_decay_or_a_probability_of_dropping_is_below_1(name):
     for value in (1.0, -0.1):
         with pytest.raises(ValueError, match=rf"{name} = {value}: expected a number in \[0, 1\)"):
             recipes.override(recipes.Recipe(), {name: value})
+
+
+# Every value of a recipe, at and beyond its ends
+
+UNIFORM: dict[str, Any] = {"graph": "uniform", "scale_by_sigma": False}
+COUNTED = (
+    *("length", "width", "depth", "heads", "cond_dim", "steps", "batch_size", "max_skipped", "log_every"),
+    *("evaluate_every", "evaluate_blocks", "evaluate_times", "checkpoint_every", "keep", "sample_steps", "d3pm_steps"),
+)
+REFUSED: list[Any] = [
+    *(({name: 0}, f"{name} = 0: expected a positive number") for name in COUNTED),
+    *(({name: 0.0}, f"{name} = 0.0: expected a positive number") for name in ("learning_rate", "eps")),
+    *(
+        ({name: -1}, f"{name} = -1: expected 0 or more")
+        for name in ("micro_batch_size", "keep_every", "warmup", "seed")
+    ),
+    *(({name: -0.5}, f"{name} = -0.5: expected 0 or more") for name in ("clip", "weight_decay")),
+    *(({"t_min": value}, f"t_min = {value}: expected a time in (0, 1)") for value in (0.0, 1.0)),
+    *(({"decay_to": value}, f"decay_to = {value}: expected a fraction in [0, 1]") for value in (-0.1, 1.1)),
+    ({"sigma_min": 0.0}, "sigma_min = 0.0: expected in (0, sigma_max = 20.0)"),
+    ({"sigma_min": 20.0}, "sigma_min = 20.0: expected in (0, sigma_max = 20.0)"),
+    *(({name: math.nan}, f"{name} = nan: expected a finite number") for name in ("learning_rate", "ema", "sigma_max")),
+    ({"clip": math.inf}, "clip = inf: expected a finite number"),
+    ({"graph": "absorbing"}, "graph = 'absorbing': expected absorb or uniform"),
+    ({"noise": "cosine"}, "noise = 'cosine': expected loglinear or geometric"),
+    ({"precision": "fp16"}, "precision = 'fp16': expected fp32 or bf16"),
+    *(({"zero_stage": stage}, f"zero_stage = {stage}: expected 0, 1, 2 or 3") for stage in (-1, 4)),
+    ({"offload": True, "zero_stage": 0}, "offload = True: expected false without ZeRO (zero_stage = 0)"),
+    ({"crops": True, "packing": False}, "crops = True: expected false without packing"),
+    ({"compile": True, "packing": False}, "compile = True: expected false without packing"),
+    ({"objective": "mse"}, "objective = 'mse': expected score-entropy, d3pm, autoregressive"),
+    ({"network": "gpt"}, "network = 'gpt': expected sedd, radd, mdlm, causal"),
+    ({"network": "causal"}, "network = 'causal': expected causal if and only if autoregressive"),
+    ({"objective": "autoregressive"}, "network = 'sedd': expected causal if and only if autoregressive"),
+    *((UNIFORM | {"network": net}, f"graph = 'uniform': expected absorb for {net}") for net in ("radd", "mdlm")),
+    (UNIFORM | {"informed_start": True}, "informed_start = True: expected false for another graph than absorb"),
+    (UNIFORM | {"scale_by_sigma": True}, "scale_by_sigma = True: expected false for the graph uniform"),
+    ({"heads": 7}, "width = 768: expected a multiple of heads = 7"),
+]
+TAKEN: list[Any] = [
+    *({name: 1} for name in COUNTED if name not in ("width", "heads")),
+    *({name: 0} for name in ("micro_batch_size", "keep_every", "warmup", "seed", "zero_stage")),
+    *({name: 0.0} for name in ("clip", "weight_decay", "decay_to", "dropout", "ema", "beta1", "beta2")),
+    *({"decay_to": 1.0}, {"zero_stage": 3, "offload": True}, {"packing": False}, {"crops": True}, {"compile": True}),
+    *({"network": "radd"}, {"network": "mdlm"}, {"network": "causal", "objective": "autoregressive"}, UNIFORM),
+    *({"objective": "d3pm"}, {"informed_start": True}, {"precision": "bf16"}, {"noise": "geometric"}),
+]
+
+
+@pytest.mark.parametrize(("values", "told"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_value_that_makes_no_sense_is_named_with_what_would(values, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        dataclasses.replace(recipes.Recipe(), **values).check()
+
+
+@pytest.mark.parametrize("values", TAKEN, ids=str)
+def test_a_value_that_makes_sense_is_taken(values):
+    recipe = dataclasses.replace(recipes.Recipe(), **values)
+    assert recipe.check() is recipe
+
+
+def test_a_recipe_that_says_nothing_is_the_papers():
+    told = dataclasses.asdict(recipes.Recipe())
+    paper = dataclasses.asdict(recipes.read_recipe("sedd-small-absorb-owt"))
+    differing = {name for name in told if told[name] != paper[name]}
+    assert differing <= {"precision", "corpus", "tokenizer", "length", "crops", "steps", "micro_batch_size"}
+    assert told["steps"] == 400_000
+    watched = (
+        "log_every",
+        "evaluate_every",
+        "evaluate_blocks",
+        "evaluate_times",
+        "checkpoint_every",
+        "keep",
+        "keep_every",
+    )
+    assert [told[name] for name in watched] == [10, 5000, 256, 16, 5000, 2, 0]
+    assert (told["sample_steps"], told["max_skipped"], told["zero_stage"], told["seed"]) == (128, 10, 1, 0)
+    assert (told["weight_decay"], told["decay_to"], told["d3pm_steps"], told["micro_batch_size"]) == (0.0, 1.0, 1000, 0)
+
+
+def test_every_value_is_an_option_of_its_type():
+    parser = argparse.ArgumentParser()
+    recipes.add_arguments(parser)
+    assert vars(parser.parse_args([])) == {}
+    for field in dataclasses.fields(recipes.Recipe):
+        value, option = field.default, f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            assert vars(parser.parse_args([option])) == {field.name: True}
+            assert vars(parser.parse_args([f"--no-{option[2:]}"])) == {field.name: False}
+        else:
+            found = vars(parser.parse_args([option, str(value)]))
+            assert found == {field.name: value}
+            assert type(found[field.name]) is type(value)
+
+
+def test_values_are_replaced_by_their_names_and_types():
+    recipe = recipes.override(recipes.Recipe(), {"learning_rate": 1, "steps": 5})
+    assert (recipe.learning_rate, type(recipe.learning_rate), recipe.steps) == (1.0, float, 5)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"step": 5}, "here: unknown value 'step'; did you mean 'steps'?"),
+        ({"steps": 5.0}, "here: steps = 5.0 should be of type int"),
+        ({"steps": True}, "here: steps = True should be of type int"),
+        ({"crops": 1}, "here: crops = 1 should be of type bool"),
+        ({"corpus": 3}, "here: corpus = 3 should be of type str"),
+    ]
+    for values, told in wrong:
+        with pytest.raises(ValueError, match=re.escape(told)):
+            recipes.override(recipes.Recipe(), values, source="here")
+
+
+def test_a_recipe_is_read_from_sections_and_without(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("steps = 7\n[model]\nwidth = 64\nheads = 2\n")
+    recipe = recipes.read_recipe(file)
+    assert (recipe.steps, recipe.width, recipe.heads) == (7, 64, 2)
+    for text, told in [("steps = ", "is not TOML"), ("stepz = 7", "unknown value 'stepz'; did you mean 'steps'?")]:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(told)):
+            recipes.read_recipe(file)
+    with pytest.raises(ValueError, match=r"no recipe file .*other\.toml; the package has the recipes .*tiny"):
+        recipes.read_recipe(tmp_path / "other.toml")
+    with pytest.raises(ValueError, match=r"unknown recipe 'tyni': the package has .*tiny"):
+        recipes.read_recipe("tyni")
+
+
+def test_micro_batches_are_those_of_all_ranks():
+    recipe = dataclasses.replace(recipes.Recipe(), batch_size=24)
+    assert [recipe.micro_batches(n) for n in (1, 2, 3)] == [1, 2, 3]
+    recipe = dataclasses.replace(recipe, micro_batch_size=4)
+    assert [recipe.micro_batches(n) for n in (1, 2, 3)] == [6, 6, 6]
+    with pytest.raises(ValueError, match="batch_size = 24 cannot be divided over 5 ranks in micro-batches of 4"):
+        recipe.micro_batches(5)
+
+
+def test_memory_is_asked_for_what_there_can_be():
+    for stage, ranks in ((4, 1), (-1, 1), (1, 0)):
+        with pytest.raises(ValueError, match=f"stage = {stage}, ranks = {ranks}: expected a stage of 0 to 3"):
+            plan.memory(1000, stage, ranks)

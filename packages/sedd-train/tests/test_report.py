@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
+import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -236,3 +241,76 @@ def test_it_is_known_whether_the_cpu_has_bfloat16():
         assert not flops.emulates_bf16()
     elif "avx2" in instructions and "avx512" not in instructions and "avx_ne_convert" not in instructions:
         assert flops.emulates_bf16()
+
+
+# Parts of the page
+
+
+def test_cells_are_written_by_their_kind():
+    table = report._table(["a & b", "n"], [["<x>", 3], [None, 0.123456], [True, "y"]])
+    rows = "<tr><td>&lt;x&gt;<td class=n>3<tr><td>–<td class=n>0.1235<tr><td class=n>True<td>y"
+    assert table == f"<table><tr><th>a &amp; b<th>n{rows}</table>"
+    assert report._table(["", ""], [["x", 1]]) == "<table><tr><td>x<td class=n>1</table>"
+
+
+def test_what_a_run_is_and_how_far_it_has_come():
+    start = {"parameters": 1234567, "training_tokens": 89000, "steps": 5000}
+    line = {"step": 1200, "tokens_per_second": 4567, "memory_gb": 1.239, "mfu": 0.4567}
+    facts = report._facts(start, [{"step": 1}, line], [{}, {}])
+    for part in (
+        *("<td>parameters<td>1,234,567", "<td>training tokens<td>89,000", "<td>step<td>1,200 of 5,000"),
+        *("<td>tokens a second<td>4,567", "<td>memory of a rank<td>1.24 GB at most", "(MFU)<td>45.7%"),
+        "<td>steps skipped<td>2",
+    ):
+        assert part in facts
+    assert "MFU" not in report._facts(start, [line | {"mfu": None}], [])
+    assert "tokens a second" not in report._facts(start, [], [])
+
+
+def test_what_a_run_runs_on_is_told():
+    told = report.environment("the device")
+    names = ("sedd-train", "torch", "deepspeed", "transformers", "datasets", "numpy")
+    assert list(told) == ["began", "command", "machine", "device", "python", *names]
+    assert (told["device"], told["python"]) == ("the device", platform.python_version())
+    assert told["torch"] == version("torch")
+    assert str(os.cpu_count()) in told["machine"]
+
+
+def test_copies_get_numbers_alone():
+    written: list[Any] = []
+    copies = Loggers(Path(), 0, tensorboard=False, wandb="", values={})
+    copies.copies.append(lambda step, scalars: written.append((step, scalars)))
+    copies.write("train", 3, loss=0.5, count=2, stop=True, text="x", mfu=None)
+    assert written == [(3, {"train/loss": 0.5, "train/count": 2.0})]
+
+
+def test_weights_and_biases_is_asked_for_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--wandb mine needs the package of that name: pip install"):
+        Loggers(tmp_path, 0, tensorboard=False, wandb="mine", values={})
+    asked: list[Any] = []
+    run = SimpleNamespace(log=lambda scalars, *, step: asked.append((scalars, step)))
+
+    def init(**how):
+        asked.append(how)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    Loggers(tmp_path / "run", 0, tensorboard=False, wandb="mine", values={"steps": 3}).write("valid", 5, bound=2.0)
+    how = {"project": "mine", "name": "run", "dir": str(tmp_path / "run"), "config": {"steps": 3}}
+    assert asked == [how | {"resume": "allow", "id": "run"}, ({"valid/bound": 2.0}, 5)]
+
+
+def test_lines_of_the_log_are_whole(tmp_path):
+    log = loggers.Log(tmp_path / "log.jsonl")
+    log.write("train", step=1, loss=math.nan, more=[math.inf, {"x": -math.inf}], text="ü")
+    log.write("valid", step=2)
+    assert loggers.read(tmp_path / "log.jsonl") == [
+        {"kind": "train", "step": 1, "loss": None, "more": [None, {"x": None}], "text": "ü"},
+        {"kind": "valid", "step": 2},
+    ]
+    loggers.Log(tmp_path / "log.jsonl", 1)
+    assert [line["step"] for line in loggers.read(tmp_path / "log.jsonl")] == [1]
+    loggers.Log(tmp_path / "log.jsonl")  # of a new run
+    assert loggers.read(tmp_path / "log.jsonl") == loggers.read(tmp_path / "none") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
