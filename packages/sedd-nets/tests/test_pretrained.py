@@ -315,6 +315,10 @@ def test_a_pickle_is_data_only(golden, tmp_path, monkeypatch):
     torch.save(claimed, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"vocab_embed\.embedding claims shape \(41, 64\), and the file holds less"):
         from_pretrained(tmp_path)
+    claimed["vocab_embed.embedding"] = torch.zeros(2000).as_strided((41, 64), (48, 1))  # rows that share numbers
+    torch.save(claimed, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"vocab_embed\.embedding claims shape \(41, 64\), and the file holds less"):
+        from_pretrained(tmp_path)
     for content in (b"", b"not a pickle", b"\x80\x04K\x01.", pickle.dumps([1])):
         (tmp_path / "pytorch_model.bin").write_bytes(content)
         with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
@@ -361,6 +365,7 @@ def change(config, path, value):
         ("model.hidden_size", 64.0, "hidden_size must be a whole number .*; got 64.0"),
         ("model.n_blocks", 10**7, "config.json says n_blocks 10000000, and the weights hold 2 blocks"),
         ("model.n_blocks", 1, "extra keys: blocks.1"),
+        ("model.n_blocks", 3, "config.json says n_blocks 3, and the weights hold 2 blocks"),
         ("model.n_blocks", -3, "n_blocks must be a whole number .*; got -3"),
         ("model.n_heads", True, "n_heads must be a whole number .*; got True"),
         ("model.n_heads", 7, "width 64 over 7 heads"),

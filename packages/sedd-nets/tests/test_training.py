@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_nets import MDLM, RADD, SEDD, Documents
+from sedd_nets.layers import GeluLinear
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,3 +87,18 @@ def test_parameter_counts_add_up(family):
     assert counts["embedding"] == 50 * 16
     assert counts["head"] == 50 * 16 + 50 + 16 * (2 if family is RADD else 1)
     assert (counts["conditioning"] == 0) is (family is RADD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gelu_and_its_linear_map_compute_in_autocasts_dtype_or_their_own(dtype):
+    """Whatever comes in under autocast, as any linear layer does."""
+    layer = GeluLinear(8, 4).to(dtype)
+    a = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = torch.nn.functional.gelu(a.double(), approximate="tanh") @ layer.weight.double().T + layer.bias.double()
+    out = layer(a)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(a)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=0)
