@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import math
 from typing import Any
@@ -13,17 +14,29 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from sedd_samplers import (
+    ConfidenceUnmasking,
     Euler,
+    Particles,
+    PredictorCorrector,
     TauLeaping,
+    Trapezoidal,
     Tweedie,
+    Uniformization,
     Unmasking,
+    adapters,
+    adaptive_grid,
     cached,
     clamped,
+    confidence,
+    guidance,
     infill,
+    mask_probability,
+    noise_grid,
     pad_prompts,
     sample,
     trajectory,
     uniform_grid,
+    views,
 )
 from sedd_samplers.adapters import from_logits, from_posterior
 from sedd_samplers.controls import allowed_tokens, controlled, temperature, top_k, top_p
@@ -424,3 +437,41 @@ def test_a_sequence_that_is_finished_from_the_start_is_left_alone(ref):
 def test_prompts_that_make_no_sense_are_refused(ref, x, fixed, told):
     with pytest.raises(ValueError, match=told):
         infill(flat(6), ref.StructuredAbsorbing(5), ref.LogLinear(), x=x, given=fixed)
+
+
+def told(function):
+    """What a function, or a method's numbers, are unless told otherwise; None is left out."""
+    given = inspect.signature(function).parameters.values()
+    defaults = {each.name: each.default for each in given if each.default is not inspect.Parameter.empty}
+    return {name: value for name, value in defaults.items() if value is not None}
+
+
+def test_numbers_unless_told_otherwise(ref):
+    """A changed one would change every sample of whoever leaves it out."""
+    values: dict[Any, dict[str, Any]] = {
+        trajectory: {"method": Tweedie(), "denoise": True},
+        Particles: {"count": 64, "threshold": 0.5},
+        Trapezoidal: {"theta": 0.5},
+        PredictorCorrector: {"predictor": Tweedie(), "corrections": 1, "ratio": 1.0},
+        Uniformization: {"slack": 1.5, "shrink": 0.5},
+        ConfidenceUnmasking: {"order": confidence, "randomness": 0.0, "controls": ()},
+        uniform_grid: {"t_min": 1e-5, "t_max": 1.0},
+        noise_grid: {"level": mask_probability, "t_min": 1e-5},
+        adaptive_grid: {"target": 0.01, "t_min": 1e-5, "seed": 0, "most": 10_000},
+        mask_probability: {"rate": 1.0},
+        pad_prompts: {"left": False},
+        adapters.from_posterior: {"controls": ()},
+        adapters.from_logits: {"subs": True, "banned": (), "controls": ()},
+        adapters.from_masked_lm: {"banned": (), "shifted": False, "controls": ()},
+        guidance.neighbour_ratios: {"batch_size": 1024},
+        views.live: {"row": 0, "every": 0.05},
+        views.record: {"rows": 4, "title": "A sample, step by step"},
+    }
+    for function, expected in values.items():
+        assert told(function) == expected, function
+    free = torch.zeros(1, 2, dtype=torch.bool)
+    graph = ref.StructuredAbsorbing(5)
+    states = list(trajectory(flat(6), graph, ref.LogLinear(), x=free.long(), given=free, seeds=[0]))
+    assert [len(states), states[0].t, states[-2].t, states[-1].t] == [130, 1.0, 1e-5, 0.0]
+    assert [state.step for state in states] == list(range(130))
+    assert {state.steps for state in states} == {129}
