@@ -9,6 +9,7 @@ from importlib.metadata import version
 from sedd_nets.attention import Attention, sdpa
 from sedd_nets.binding import bind
 from sedd_nets.block_diffusion import BD3LM
+from sedd_nets.caching import KeyValueCache
 from sedd_nets.causal import Causal
 from sedd_nets.conditioning import LabelCondition, PromptCondition
 from sedd_nets.documents import Documents
@@ -36,6 +37,7 @@ __all__ = [
     "FlashAttention",
     "attention_named",
     "Documents",
+    "KeyValueCache",
     "bind",
     "LabelCondition",
     "PromptCondition",

@@ -8,7 +8,8 @@ of the text stands beside the noised one, (x_t, x0), both with the positions 0 .
     clean block b:     clean blocks up to b
 
 Where only one block holds masks and those before it are clean, the copy adds nothing: a query then sees its own block
-and those before it in x itself. That is how text is sampled, a block at a time.
+and those before it in x itself. That is how text is sampled, a block at a time. What a finished block knows does not
+change any more: its keys and values may be kept (`sedd_nets.caching`), and nothing is lost.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sedd_nets.attention import sdpa
+from sedd_nets.caching import CachedAttention, KeyValueCache
 from sedd_nets.checks import check_sizes, check_states, on_host, over_last_axis
 from sedd_nets.config import boolean, integer, section
 from sedd_nets.documents import Documents
@@ -126,6 +128,7 @@ class BD3LM(ConditionalTransformer):
         condition: Tensor | None = None,
         documents: Documents | None = None,
         dropout_seeds: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """What enters the head.
 
@@ -136,16 +139,25 @@ class BD3LM(ConditionalTransformer):
             condition: as for the other networks.
             documents: None; a text is one row.
             dropout_seeds: as for the other networks.
+            cache: keys and values of the finished blocks before x, to which x's are added: x begins with a block, and
+                the answer is the same as about the whole text.
 
         Returns:
             (B, L, D), after the final norm.
 
         Raises:
             ValueError: as for the other networks; or clean is no (B, L) int64, masks stand in several blocks and there
-                is no clean, documents are given, or `attention` was replaced.
+                is no clean, documents are given, `attention` was replaced, or a cache is given with clean or ends
+                within a block.
             IndexError: a state is out of range.
         """
-        check_states(x, x.shape[-1], self.length)
+        past = self.known(cache, documents)
+        if past % self.block_size or (cache is not None and clean is not None):
+            raise ValueError(
+                f"a cache holds whole blocks of {self.block_size} positions, and no clean copy stands beside them; it "
+                f"holds {past} positions"
+            )
+        check_states(x, past + x.shape[-1], self.length)
         if documents is not None or self.attention is not sdpa:
             raise ValueError("BD3LM attends by blocks of one text: it takes no documents and no other `attention`")
         if clean is not None and (clean.shape != x.shape or clean.dtype != torch.int64):
@@ -156,13 +168,13 @@ class BD3LM(ConditionalTransformer):
             self._check_one_block(x)
         over_last_axis(sigma, x)
         c = self.conditioning(x, torch.zeros(len(x), dtype=sigma.dtype, device=x.device), condition)
-        cos, sin = self.rotary_emb(x.shape[1])
+        cos, sin = (a[past:] for a in self.rotary_emb(past + x.shape[1]))
         if clean is None:
-            tokens, mask = x, block_causal(x.shape[1], self.block_size, x.device)
+            tokens, mask = x, self.sees(past, x)
         else:
             tokens, mask = torch.cat([x, clean], 1), noised_beside_clean(x.shape[1], self.block_size, x.device)
             cos, sin = torch.cat([cos, cos]), torch.cat([sin, sin])
-        attend = partial(_attend, mask=mask)
+        attend = partial(_attend, mask=mask) if cache is None else CachedAttention(cache, mask)
         h = self.through_blocks(self.vocab_embed(tokens), c, cos, sin, attend, None, dropout_seeds)
         out: Tensor = self.output_layer(h[:, : x.shape[1]], c)
         return out
@@ -177,10 +189,15 @@ class BD3LM(ConditionalTransformer):
         condition: Tensor | None = None,
         documents: Documents | None = None,
         dropout_seeds: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """The log-score, as for the other networks; `clean` as for `hidden`."""
-        given = {"clean": clean, "condition": condition, "documents": documents, "dropout_seeds": dropout_seeds}
-        return self.head(*self.rows(x, sigma, where, **given))
+        """The log-score, as for the other networks; `clean` and `cache` as for `hidden`."""
+        given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds}
+        return self.head(*self.rows(x, sigma, where, clean=clean, cache=cache, **given))
+
+    def sees(self, past: int, x: Tensor) -> Tensor:
+        """Each position its block and those before it, (L, past + L) bool."""
+        return block_causal(past + x.shape[1], self.block_size, x.device)[past:]
 
     def _check_one_block(self, x: Tensor) -> None:
         """Raise ValueError where masks stand in several blocks of a row (on an accelerator, the device's assertion)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sedd_nets.attention import ScaledDotProduct
+from sedd_nets.caching import KeyValueCache
 from sedd_nets.documents import Documents
 from sedd_nets.pretrained import sizes_of
 from sedd_nets.transformer import Transformer
@@ -51,6 +52,7 @@ class Causal(Transformer):
         condition: Tensor | None = None,
         documents: Documents | None = None,
         dropout_seeds: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Logits of the next token.
 
@@ -61,6 +63,7 @@ class Causal(Transformer):
             condition: None: the trunk is not modulated.
             documents: where attention stays within; None: each row is one text.
             dropout_seeds: as for the other networks.
+            cache: keys and values of the positions before x, to which x's are added; the answer is the same.
 
         Returns:
             (B, L, N), or (M, N) for the M true positions of `where`; float32.
@@ -69,7 +72,20 @@ class Causal(Transformer):
             ValueError, IndexError: as the other networks.
         """
         unused = torch.zeros(x.shape[:1], device=x.device)
-        return super().forward(x, unused, where, condition=condition, documents=documents, dropout_seeds=dropout_seeds)
+        return super().forward(
+            x,
+            unused,
+            where,
+            condition=condition,
+            documents=documents,
+            dropout_seeds=dropout_seeds,
+            cache=cache,
+        )
+
+    def sees(self, past: int, x: Tensor) -> Tensor:
+        """Each position itself and those before it, (L, past + L) bool."""
+        place = torch.arange(past + x.shape[1], device=x.device)
+        return place[past:, None] >= place
 
     def head(self, hidden: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Logits (..., N) of the next token, from rows (..., D) of `hidden`; x and sigma do not count."""

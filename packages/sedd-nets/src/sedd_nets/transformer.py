@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sedd_nets.attention import Attention, Rotary, sdpa
+from sedd_nets.caching import CachedAttention, KeyValueCache
 from sedd_nets.checks import check_sizes, check_states, over_last_axis
 from sedd_nets.conditioning import LabelCondition, PromptCondition, SigmaEmbedding
 from sedd_nets.documents import Documents
@@ -110,6 +111,7 @@ class Transformer(Pretrained):
         condition: Tensor | None = None,
         documents: Documents | None = None,
         dropout_seeds: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """What enters the head.
 
@@ -120,13 +122,15 @@ class Transformer(Pretrained):
             documents: where attention stays within; None: each row is one text.
             dropout_seeds: (B,) int64, any values. In training mode a row's dropout is then a function of its seed alone
                 (`sedd_nets.fast.dropout`); None: of torch's generator. Without dropout they change nothing.
+            cache: keys and values of the positions before x, to which x's are added; attention is then PyTorch's own.
 
         Returns:
             (B, L, D), after the final norm.
 
         Raises:
             ValueError: x is no (B, L) or too long, sigma's shape is no leading part of x's, documents are another
-                batch's, dropout_seeds are not one a row, or a condition is given that the network does not take.
+                batch's or given with a cache, dropout_seeds are not one a row, or a condition is given that the network
+                does not take.
             IndexError: a state is out of range.
         """
         if documents is not None and documents.ids.shape != x.shape:
@@ -134,16 +138,32 @@ class Transformer(Pretrained):
         longest = x.shape[-1]
         if documents is not None and longest > self.length:  # a row may be longer than the texts in it
             longest = documents.longest
-        check_states(x, longest, self.length)
+        past = self.known(cache, documents)
+        check_states(x, past + longest, self.length)
         if documents is not None and hasattr(self.attention, "prepare"):
             self.attention.prepare(documents)
         if dropout_seeds is not None:
             check_seeds(dropout_seeds, x)
         c = self.conditioning(x, sigma, condition)
-        cos, sin = self.rotary_emb(x.shape[1])
-        h = self.through_blocks(self.vocab_embed(x), c, cos, sin, self.attention, documents, dropout_seeds)
+        cos, sin = (a[past:] for a in self.rotary_emb(past + x.shape[1]))
+        attention: Attention = self.attention
+        if cache is not None:
+            attention = CachedAttention(cache, self.sees(past, x))
+        h = self.through_blocks(self.vocab_embed(x), c, cos, sin, attention, documents, dropout_seeds)
         out: Tensor = self.output_layer(h, c)
         return out
+
+    def known(self, cache: KeyValueCache | None, documents: Documents | None) -> int:
+        """How many positions are in the cache; ValueError for one beside documents, or where it would not be right."""
+        if cache is None:
+            return 0
+        if documents is not None or self.checkpoint_activations:
+            raise ValueError("a cache holds one text a row, for sampling: without documents or activation checkpoints")
+        return cache.get_seq_length()
+
+    def sees(self, past: int, x: Tensor) -> Tensor | None:
+        """Which of `past` + L positions each of x's L sees, (L, past + L) bool; None: all."""
+        return None
 
     def through_blocks(
         self,
@@ -190,6 +210,7 @@ class Transformer(Pretrained):
         condition: Tensor | None = None,
         documents: Documents | None = None,
         dropout_seeds: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """The log-score, log p_t(y) / p_t(x) for every state y of every position.
 
@@ -200,6 +221,7 @@ class Transformer(Pretrained):
             condition: class labels (B,) or prompt embeddings (B, P), for a network with a `condition_embed`.
             documents: where attention stays within; None: each row is one text.
             dropout_seeds: (B,) int64; see `hidden`.
+            cache: keys and values of the positions before x; see `hidden` and `sedd_nets.caching`.
 
         Returns:
             (B, L, N), or (M, N) for the M true positions of `where` in row-major order; float32.
@@ -209,7 +231,7 @@ class Transformer(Pretrained):
                 not take the condition.
             IndexError: a state is out of range.
         """
-        given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds}
+        given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds, "cache": cache}
         return self.head(*self.rows(x, sigma, where, **given))
 
     def compile_blocks(self, **options: Any) -> None:

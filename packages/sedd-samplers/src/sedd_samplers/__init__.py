@@ -1,6 +1,7 @@
 """Samplers and infilling for any discrete diffusion score model.
 
 sample, infill, trajectory              here, with the methods and the time grids
+generate, blockwise                     text in blocks from left to right
 adapters, controls, guidance            other models, temperature and constraints, classifiers
 autoregressive, views                   left to right; the terminal and a page
 steps, masked                           the equations behind the methods
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from . import adapters, autoregressive, controls, correctors, guidance, masked, multistage, steps, views
-from .caching import cached
+from . import adapters, autoregressive, blocks, controls, correctors, guidance, masked, multistage, steps, views
+from .blocks import BlockState, Generated, blockwise, generate
+from .caching import cached, prefix_cached
 from .correctors import ByConfidence, LeaveOneOut, Looped, PathPlanning, Psi, when_still
 from .exact import FirstHitting, Uniformization
-from .grids import adaptive_grid, noise_grid, uniform_grid
+from .grids import adaptive_grid, noise_grid, token_grid, uniform_grid
 from .infilling import Particles, clamped
-from .interfaces import Graph, Noise, Row, RowModel, ScoreModel
+from .interfaces import Graph, KeyValues, Noise, Row, RowModel, ScoreModel
 from .masked import (
     ConfidenceUnmasking,
     Remasking,
@@ -46,6 +48,10 @@ __all__ = [
     "infill",
     "trajectory",
     "State",
+    "generate",
+    "blockwise",
+    "BlockState",
+    "Generated",
     "pad_prompts",
     "prompt_ids",
     "Particles",
@@ -80,9 +86,11 @@ __all__ = [
     "entropy_bound",
     "uniform_grid",
     "noise_grid",
+    "token_grid",
     "adaptive_grid",
     "mask_probability",
     "cached",
+    "prefix_cached",
     "draw_categorical",
     "Reverse",
     "Row",
@@ -90,10 +98,12 @@ __all__ = [
     "Noise",
     "ScoreModel",
     "RowModel",
+    "KeyValues",
     "adapters",
     "controls",
     "guidance",
     "autoregressive",
+    "blocks",
     "views",
     "correctors",
     "masked",

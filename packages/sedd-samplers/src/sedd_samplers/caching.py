@@ -1,7 +1,17 @@
-"""Models that do not know the time need not be asked twice about a sequence that has not changed.
+"""What a network need not work out twice: its answer about a sequence, and the keys and values of what is finished.
+
+    cached          the last answer about each sequence, for networks that do not know the time
+    prefix_cached   keys and values of the positions before the block that is being written
 
 Under an absorbing graph with many steps most steps move nothing in a given sequence. A network that does not take sigma
 answers as before; what is kept of its answer is compared sequence by sequence, with equality of the states.
+
+In text that is written in blocks from left to right, or token by token, everything before the block stands. Where no
+position of a network sees what is behind its block, keys and values of finished blocks are what they would be at any
+later call, and keeping them changes nothing. In a network that looks both ways they would have changed a little with
+the text behind them; kept from the beginning of a block to its end they are an approximation, Fast-dLLM's.
+
+Both compare contents, so that they serve under any adapter and any method, whatever it does to the states.
 """
 
 from __future__ import annotations
@@ -11,10 +21,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .interfaces import RowModel
+from .interfaces import KeyValues, RowModel
 from .model_calls import Wrapper, offers
 
-__all__ = ["cached"]
+__all__ = ["cached", "prefix_cached"]
 
 
 def cached(model: Callable[..., Tensor]) -> RowModel:
@@ -79,3 +89,142 @@ def cached(model: Callable[..., Tensor]) -> RowModel:
         return kept[sequences[0]][2] if len(sequences) == 1 else torch.cat([kept[b][2] for b in sequences])
 
     return Wrapper(at, model)
+
+
+def prefix_cached(
+    model: Callable[..., Tensor],
+    new_cache: Callable[[], KeyValues],
+    *,
+    block_size: int,
+    origin: int = 0,
+    approximate: bool = False,
+) -> Callable[..., Tensor]:
+    """The same model, which keeps keys and values of the blocks that stand before the one that is asked about.
+
+        network = prefix_cached(BD3LM(...), KeyValueCache, block_size=16)
+        generate(network, graph, noise, x=x, given=given, block_size=16, growing=True)
+
+    What is kept is compared by contents with what is asked, whole blocks at a time; the first block that differs goes
+    through the network, and all behind it. In K blocks with n calls each, in a canvas that grows, that is a share
+
+        2 (n + 1 - 1/K) / (n (K + 1))
+
+    of the positions that go through it otherwise: the first call of a block goes through the one before it, too, which
+    was not finished when it was last seen. A sequence that was left out of a call is a new one when it comes back, so
+    that this serves methods that ask about all sequences, `ConfidenceUnmasking` or `Tweedie`. How far contents agree is
+    read back from the device, once a call.
+
+    With `approximate`, for a network that looks both ways: the first call about a block is about the whole canvas, and
+    until the block is finished what stands before it keeps the keys and values that it had there: the prefix cache of
+    Wu et al., *Fast-dLLM: training-free acceleration of diffusion LLM by enabling KV cache and parallel decoding*
+    (arXiv 2505.22618, 2025). How much that changes is measured by `benchmarks/block_cache.py` in the source tree.
+
+    Make one for each run: what is kept belongs to the run's sequences, and of a network that was trained on in the
+    meantime it would not know.
+
+    Args:
+        model: (x (b, l) int64, sigma (b,), cache=) -> (b, l, N) about the positions behind those in the cache, which it
+            adds to it; it may offer `where`. A model of the next token is called without sigma. For a model of
+            transformers: `lambda x, sigma, cache: model(x, past_key_values=cache, attention_mask=...).logits`.
+        new_cache: an empty one: `sedd_nets.KeyValueCache`, transformers' `DynamicCache`.
+        block_size: within what positions may see each other; 1 for a model that reads from left to right.
+        origin: where blocks are counted from; what stands before it is a block.
+        approximate: whether the model may look both ways.
+
+    Returns:
+        A model of sequences, (x, sigma=None, where=None, rows=None), with the same answers, or nearly.
+
+    Raises:
+        ValueError: for a block_size below 1 or a model that does not offer `cache`; without `approximate`, when first
+            something is reused, for a model whose answer changes with what stood behind a finished block.
+    """
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size must be a positive integer, got {block_size!r}")
+    if not offers(model, "cache"):
+        raise ValueError("prefix_cached takes a model with a parameter `cache`, and this one has none")
+    offers_where = offers(model, "where")
+    kept = _Kept(new_cache, block_size, origin, approximate)
+
+    def ask(x: Tensor, sigma: Tensor | None, where: Tensor, cache: KeyValues) -> Tensor:
+        inputs = (x,) if sigma is None else (x, sigma)
+        return model(*inputs, where=where, cache=cache) if offers_where else model(*inputs, cache=cache)[where]
+
+    def check(x: Tensor, sigma: Tensor | None, where: Tensor, begin: int) -> None:
+        """One sequence as a whole, and behind keys and values that were made beside another text than its own."""
+        cache, other = new_cache(), x.clone()
+        other[:, begin:] = x[:, begin - 1 : begin]
+        ask(other, sigma, where, cache)
+        cache.crop(begin - x.shape[1])
+        _check_same(ask(x[:, begin:], sigma, where[:, begin:], cache), ask(x, sigma, where, new_cache()))
+
+    def at(x: Tensor, sigma: Tensor | None = None, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        asked = torch.ones_like(x, dtype=torch.bool) if where is None else where
+        begin = kept.begin(x, asked, torch.arange(len(x)) if rows is None else rows)
+        answer = ask(x[:, begin:], sigma, asked[:, begin:], kept.cache)
+        if begin and not approximate and not kept.checked:
+            kept.checked = True
+            check(x[:1], None if sigma is None else sigma[:1], asked[:1], begin)
+        return answer.view(*x.shape, -1) if where is None else answer
+
+    return at
+
+
+class _Kept:
+    """What `prefix_cached` keeps: of which sequences, their states as they were last seen, keys and values of those."""
+
+    def __init__(self, new_cache: Callable[[], KeyValues], block_size: int, origin: int, approximate: bool) -> None:
+        self._new_cache, self._block_size, self._origin, self._approximate = new_cache, block_size, origin, approximate
+        self.cache, self.checked = new_cache(), False
+        self._rows: list[int] = []
+        self._x = torch.empty(0, 0, dtype=torch.int64)
+        self._writing = 0
+
+    def begin(self, x: Tensor, asked: Tensor, rows: Tensor) -> int:
+        """From which position on the network has to see x; the cache then holds what is before it."""
+        changed, first = self._where(x, asked, rows)
+        writing = self._floor(first)
+        if self._approximate:
+            begin = writing if writing == self._writing and writing <= self._floor(changed) else 0
+        else:
+            begin = min(writing, self._floor(changed))
+        if begin == 0:
+            self.cache = self._new_cache()
+        elif begin < self._x.shape[1]:
+            self.cache.crop(begin - self._x.shape[1])
+        self._x, self._writing = x.clone(), writing  # x may be edited in place
+        return begin
+
+    def _where(self, x: Tensor, asked: Tensor, rows: Tensor) -> tuple[int, int]:
+        """The first position that is not as it was, in any sequence, and the first that is asked about."""
+        numbers = rows.tolist()
+        place = {b: i for i, b in enumerate(self._rows)}
+        if not all(b in place for b in numbers):
+            self._x = x[:, :0]
+        elif numbers != self._rows:
+            index = torch.tensor([place[b] for b in numbers], device=x.device)
+            self.cache.batch_select_indices(index)
+            self._x = self._x[index]
+        self._rows = numbers
+        width = min(x.shape[1], self._x.shape[1])
+        same = (x[:, :width] == self._x[:, :width]).all(0).long().cumprod(0).sum()
+        before = (~asked.any(0)).long().cumprod(0).sum()
+        changed, first = torch.stack([same, before]).tolist()
+        return changed, first
+
+    def _floor(self, position: int) -> int:
+        """Where the block that holds the position begins."""
+        if position < self._origin:
+            return 0
+        return position - (position - self._origin) % self._block_size
+
+
+def _check_same(answer: Tensor, whole: Tensor) -> None:
+    """ValueError where the answer is not that about the whole sequence, to rounding."""
+    here = whole.isfinite()
+    off, size = float((answer - whole)[here].abs().max()), float(whole[here].abs().max())
+    if not off <= 1e3 * torch.finfo(whole.dtype).eps * max(size, 1.0):
+        raise ValueError(
+            f"keys and values of finished blocks change with what stands behind them, and what this model says by "
+            f"{off:.3g}: it looks beyond its block, or its blocks begin elsewhere (block_size=, origin=). "
+            "approximate=True keeps them all the same, which is Fast-dLLM's approximation"
+        )

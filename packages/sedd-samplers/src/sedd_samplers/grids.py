@@ -2,6 +2,7 @@
 
     uniform_grid     equal steps in time
     noise_grid       equal steps in a function of the noise
+    token_grid       as many tokens a step as LLaDA unmasks
     adaptive_grid    steps of equal error, found by a pilot run
 
 The final denoise, from t_min to 0, comes on top. A grid is a tensor, so that `times=` takes these and anybody's own
@@ -21,7 +22,7 @@ from .prompts import check_prompt
 from .reverse import Kernel, Reverse
 from .steps import leap, reverse_rates
 
-__all__ = ["uniform_grid", "noise_grid", "adaptive_grid", "check_times", "finite_start"]
+__all__ = ["uniform_grid", "noise_grid", "token_grid", "adaptive_grid", "check_times", "finite_start"]
 
 
 def uniform_grid(steps: int, t_min: float = 1e-5, t_max: float = 1.0) -> Tensor:
@@ -64,12 +65,43 @@ def noise_grid(
             f"{float(high):.6g} at t = 1"
         )
     wanted = torch.linspace(float(high), float(low), steps + 1, dtype=torch.float64)[1:-1]
+    return check_times(torch.cat([ends[:1], _times_of(noise, wanted, level, ends), ends[1:]]))
+
+
+def token_grid(noise: Noise, tokens: int, steps: int, t_min: float = 1e-5) -> Tensor:
+    """The grid on which `ConfidenceUnmasking` unmasks as many of `tokens` positions a step as LLaDA does.
+
+    tokens // steps in every step, and one more in each of the first tokens % steps (Nie et al. 2025). Where steps
+    divide tokens that is what `steps=` gives under log-linear noise.
+
+    Args:
+        noise: the schedule.
+        tokens: how many positions are free.
+        steps: how many, at most `tokens`.
+        t_min: the time at which the last step ends.
+
+    Returns:
+        (steps + 1,) float64.
+
+    Raises:
+        ValueError: for more steps than tokens, or a schedule that does not reach the first step's mask probability.
+    """
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= steps <= tokens:
+        raise ValueError(f"steps must lie in 1..{tokens!r}, the number of tokens, got {steps!r}")
+    ends = uniform_grid(steps, t_min)[[0, -1]]
+    k = torch.arange(1, steps)
+    wanted = 1 - (k * (tokens // steps) + k.clamp(max=tokens % steps)).double() / tokens
+    return check_times(torch.cat([ends[:1], _times_of(noise, wanted, mask_probability, ends), ends[1:]]))
+
+
+def _times_of(noise: Noise, wanted: Tensor, level: Callable[[Tensor], Tensor], ends: Tensor) -> Tensor:
+    """When the level is what is wanted (n,), between two times (2,), the later first; float64."""
     above, below = ends[0].expand_as(wanted), ends[1].expand_as(wanted)
     for _ in range(60):  # bisection: the schedule need not know its inverse
         middle = (above + below) / 2
         too_high = level(noise(middle)[0]) > wanted
         above, below = torch.where(too_high, middle, above), torch.where(too_high, below, middle)
-    return check_times(torch.cat([ends[:1], (above + below) / 2, ends[1:]]))
+    return (above + below) / 2
 
 
 def check_times(times: Tensor) -> Tensor:

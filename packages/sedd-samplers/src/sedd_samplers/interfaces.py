@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Row", "Graph", "Noise", "ScoreModel", "RowModel"]
+__all__ = ["Row", "Graph", "Noise", "ScoreModel", "RowModel", "KeyValues"]
 
 
 class Row(Protocol):
@@ -79,3 +79,16 @@ class RowModel(Protocol):
 
     def __call__(self, x: Tensor, sigma: Tensor, /, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """(B, L, N), or (M, N) for the M true positions of `where`."""
+
+
+class KeyValues(Protocol):
+    """Keys and values of leading positions, as a network with a parameter `cache` takes and adds to them.
+
+    transformers' `DynamicCache` and `sedd_nets.KeyValueCache` are such.
+    """
+
+    def crop(self, count: int, /) -> None:
+        """Forget the last `-count` positions, count < 0."""
+
+    def batch_select_indices(self, indices: Tensor, /) -> None:
+        """Keep the sequences `indices` (b,) int64, in that order."""

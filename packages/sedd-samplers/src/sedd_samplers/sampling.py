@@ -182,7 +182,7 @@ def trajectory(
     check_process(graph, noise)
     warn_of_training(score)
     check_prompt(x, given, graph.num_states, graph.mask_id)
-    grid = _grid(steps, t_min, times)
+    grid = grid_of(steps, t_min, times)
     if start is None and grid[0] < 1:
         raise ValueError(f"times begin at {float(grid[0]):.6g}, below 1: say from which states, start= (B, L)")
     grid = finite_start(noise, grid)
@@ -213,7 +213,7 @@ def trajectory(
             reverse.frozen = reverse.frozen | check_finished(until(state), len(x))[:, None]
             if reverse.frozen.all():
                 return
-        with _named(step, total, float(t), float(s)):
+        with named_step(step, total, float(t), float(s)):
             if step <= len(grid) - 1:
                 x = method(reverse, x, t.expand(len(x)), s.expand(len(x)))
             else:
@@ -222,7 +222,8 @@ def trajectory(
         yield state
 
 
-def _grid(steps: int | None, t_min: float | None, times: Tensor | None) -> Tensor:
+def grid_of(steps: int | None, t_min: float | None, times: Tensor | None) -> Tensor:
+    """The caller's times, or equal steps; ValueError for both."""
     if times is None:
         return uniform_grid(128 if steps is None else steps, 1e-5 if t_min is None else t_min)
     if steps is not None or t_min is not None:
@@ -239,9 +240,9 @@ def check_finished(finished: object, batch: int) -> Tensor:
 
 
 @contextmanager
-def _named(step: int, total: int, t: float, s: float) -> Iterator[None]:
+def named_step(step: int, total: int, t: float, s: float, of: str = "") -> Iterator[None]:
     """What goes wrong inside says in which step."""
-    where = f"step {step} of {total}, from t = {t:.4g} to {s:.4g}"
+    where = f"step {step} of {total}{of}, from t = {t:.4g} to {s:.4g}"
     try:
         yield
     except ValueError as error:
