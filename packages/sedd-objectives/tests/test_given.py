@@ -19,6 +19,7 @@ from sedd_objectives import (
     denoising_loss,
     denoising_score_entropy,
     elbo_loss,
+    enumerated_implicit_score_entropy_loss,
     fused_denoising_loss,
     lambda_cross_entropy_loss,
     leave_one_out_loss,
@@ -112,6 +113,47 @@ def test_under_other_graphs_they_bound_the_conditional_of_the_process_that_leave
     p, prior = data.marginal(sigma), data.kernel(sigma) @ torch.full((3,), 1 / 3, dtype=torch.float64)
     want = data.entropy() + float(torch.where(p > 0, p * (p / prior).log(), 0).sum())
     assert abs(float(bound.value.mean()) - want) < 4 * float(bound.value.std()) / count**0.5
+
+
+@pytest.mark.parametrize("kind", ["uniform", "absorbing", "hybrid", "dense"])
+def test_the_implicit_loss_is_that_of_the_conditional_process(kind, make_graphs, enumerated, float64_rates):
+    """Enumerated over x2 at noise, x1 being 0 and clean: the slope at the exact conditional score is 0.
+
+    Its excess for another score is that of the denoising score entropy of p(x2 | x1 = 0).
+    """
+    graph = make_graphs(3)[kind]
+    data = enumerated(graph, length=1)
+    data.probability = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    level, states = torch.tensor(0.7, dtype=torch.float64), graph.num_states
+    law = data.marginal(level)
+    x = torch.stack([torch.zeros(states, dtype=torch.int64), torch.arange(states)], 1)
+    given = torch.tensor([[True, False]]).expand(states, 2)
+    exact = data.log_ratios(torch.arange(states)[:, None], level.expand(states))[:, 0]
+    off = torch.randn(states, states, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def mean(table):
+        def score(x, sigma):
+            assert (x[:, 0] == 0).all()
+            return torch.stack([torch.full((len(x), states), torch.nan), table[x[:, 1]]], 1)
+
+        return (law * enumerated_implicit_score_entropy_loss(score, graph, x, level, given=given)).sum()
+
+    table = exact.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(mean(table), table)
+    assert slope.abs().max() < 1e-6
+    dse = torch.zeros(2, dtype=torch.float64)
+    for x0, p in enumerate(data.probability):
+        q = data.kernel(level)[:, x0]
+        came = q > 0
+        each = [
+            denoising_score_entropy(row, graph, torch.arange(states)[came], torch.full((int(came.sum()),), x0), level)
+            for row in (exact[came], (exact + off)[came])
+        ]
+        dse += p * torch.stack([(q[came] * part).sum() for part in each])
+    torch.testing.assert_close(mean(exact + off) - mean(exact), dse[1] - dse[0], rtol=1e-6, atol=1e-8)
+    if graph.mask_id is not None:
+        with pytest.raises(ValueError, match=r"clean where it is given, and hold no mask \(mask_id 3\) there"):
+            enumerated_implicit_score_entropy_loss(lambda x, s: exact[x], graph, x.flip(1), level, given=given)
 
 
 def test_what_is_given_is_seen_clean_and_weighs_nothing(graph, log_linear, generator):

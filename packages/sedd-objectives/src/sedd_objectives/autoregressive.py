@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import fast
+from .batch import counted
 from .checks import arithmetic_dtype, check_given, check_states, check_weight, require
 from .interfaces import NextTokenModel
 
@@ -39,7 +40,7 @@ def autoregressive_loss(
 
     Raises:
         ValueError: shapes that do not fit, states out of range, NaN logits, a weight that is negative somewhere or 0
-            everywhere.
+            everywhere, given positions that are no prefix.
     """
     if x.ndim != 2 or x.is_floating_point():
         raise ValueError(f"x must be integers of shape (B, L), got {x.dtype} of shape {tuple(x.shape)}")
@@ -51,7 +52,7 @@ def autoregressive_loss(
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model must return logits of shape {(*x.shape, 'N')}, got {got}")
     check_states("x", x, logits.shape[-1])
-    factor = None if weight is None else check_weight(weight, x)
+    weight = None if weight is None else check_weight(weight, x)
     if given is not None:
         given = check_given(given, x)
         behind = given[:, 1:] & ~given[:, :-1]
@@ -59,16 +60,16 @@ def autoregressive_loss(
             "given must be a prefix of each sequence: of what comes later this model cannot tell the tokens before"
         )
         require(~behind.any(), expected, lambda: f"got a token given behind others at {int(behind.sum())} places")
-        factor = (~given).to(torch.float32) if factor is None else factor * ~given
+    factor = counted(weight, given)
     rows = logits.reshape(-1, logits.shape[-1])
-    counted = None if factor is None else factor.flatten().nonzero()[:, 0]
-    tokens = x.flatten() if counted is None else x.flatten()[counted]
-    surprise = fast.each_row(_negative_log, rows, counted, tokens, dtype=arithmetic_dtype(logits))
+    places = None if factor is None else factor.flatten().nonzero()[:, 0]
+    tokens = x.flatten() if places is None else x.flatten()[places]
+    surprise = fast.each_row(_negative_log, rows, places, tokens, dtype=arithmetic_dtype(logits))
     if refuse_nan and bool(surprise.isnan().any()):
         raise ValueError(f"logits are NaN, or all -inf, at {int(surprise.isnan().sum())} of {len(surprise)} tokens")
-    if factor is None or counted is None:
+    if factor is None or places is None:
         return surprise.reshape(x.shape).sum(-1)
-    terms = surprise * factor.flatten()[counted].to(surprise.dtype)
+    terms = surprise * factor.flatten()[places].to(surprise.dtype)
     return surprise.new_zeros(x.shape).masked_scatter(factor > 0, terms).sum(-1)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "check_possible",
     "check_times",
     "check_logits",
+    "counted",
     "keep_given",
     "logit_rows",
     "noised",
@@ -89,6 +90,11 @@ def check_clean(
             masks = masks & ((weight > 0) if given is None else (weight > 0) | given)
         expected = f"x0 must hold clean tokens, and no mask (mask_id {mask_id}) where it counts or is given"
         require(~masks.any(), expected, lambda: f"got it at {int(masks.sum())} of {masks.numel()} positions")
+    return counted(weight, given)
+
+
+def counted(weight: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """The factor (B, L) of each position's loss, of checked arguments: its weight, or 0 where it is given."""
     if given is None:
         return weight
     if weight is None:

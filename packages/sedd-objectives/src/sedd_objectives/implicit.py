@@ -6,6 +6,9 @@ y runs over the sequences that differ from x at one position. In the score entro
 the density of x cancels; what is left is an expectation over y, and exchanging the two names gives the second term. So
 ISE is the score entropy up to a constant, E ISE = E SE - E sum Q[x, y] K(p(y)/p(x)); likewise for the denoising one.
 
+Positions are exchanged one by one, so that ISE is a sum over them. Where some are given it is summed over the others,
+whose p_t is that of the process in which the given ones never move.
+
 The price is the score at the neighbours of x. Enumerated, these are as many as there are jumps out of x; the Monte
 Carlo form draws one of them, y with probability Q[y, x] / R where R = sum_{y != x} Q[y, x], and counts it R times.
 """
@@ -16,8 +19,18 @@ import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import score_rows, spread
-from .checks import arithmetic_dtype, check_not_nan, check_sigma, check_states, check_weight, expand_leading, sum_dtype
+from .batch import counted, score_rows, spread
+from .checks import (
+    arithmetic_dtype,
+    check_given,
+    check_not_nan,
+    check_sigma,
+    check_states,
+    check_weight,
+    expand_leading,
+    require,
+    sum_dtype,
+)
 from .interfaces import ImplicitGraph, ScoreModel
 from .jumps import DenseRow, can_move, merge
 
@@ -31,6 +44,7 @@ def implicit_score_entropy_loss(
     sigma: Tensor,
     *,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
     """An unbiased estimate of eq. 6 from one neighbour a sequence, to be multiplied by dsigma.
@@ -42,6 +56,8 @@ def implicit_score_entropy_loss(
         sigma: (B,) or (B, L) total noise at which the score is asked, >= 0.
         weight: (B,) or (B, L) factor >= 0 of each position's terms, bool or float; 0 for padding, which then neither
             jumps nor reaches the head.
+        given: (B, L) bool, positions that are clean in x, are seen by the model and do not count: the loss is that of
+            the others given them.
         generator: for the neighbours.
 
     Returns:
@@ -49,9 +65,9 @@ def implicit_score_entropy_loss(
 
     Raises:
         ValueError: shapes that do not fit, states out of range, negative sigma, a NaN score, a weight that is negative
-            somewhere or 0 everywhere.
+            somewhere or 0 everywhere, a given mask.
     """
-    factor = _check(graph, x, sigma, weight)
+    factor = _check(graph, x, sigma, weight, given)
     scores = _reverse_rates(score, graph, x, sigma, factor)
     rates = factor * _total_rate_out(graph, x)
     total = rates.sum(-1)
@@ -75,6 +91,7 @@ def enumerated_implicit_score_entropy_loss(
     sigma: Tensor,
     *,
     weight: Tensor | None = None,
+    given: Tensor | None = None,
     batch_size: int = 1024,
 ) -> Tensor:
     """Eq. 6 with all neighbours of x, to be multiplied by dsigma: for small state spaces.
@@ -85,6 +102,7 @@ def enumerated_implicit_score_entropy_loss(
         x: (B, L) int64, drawn from p_t: noised data.
         sigma: (B,) or (B, L) total noise at which the score is asked, >= 0.
         weight: (B,) or (B, L) factor >= 0 of each position's terms, bool or float.
+        given: (B, L) bool, positions that are clean in x, are seen by the model and do not count.
         batch_size: sequences in one call of the score model at the neighbours; at least 1.
 
     Returns:
@@ -95,7 +113,7 @@ def enumerated_implicit_score_entropy_loss(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    factor = _check(graph, x, sigma, weight)
+    factor = _check(graph, x, sigma, weight, given)
     loss = _reverse_rates(score, graph, x, sigma, factor)
     rates = factor[..., None] * _dense_rates_out(graph, x)
     sequence, position, jumped = rates.nonzero(as_tuple=True)
@@ -110,16 +128,23 @@ def enumerated_implicit_score_entropy_loss(
     return loss
 
 
-def _check(graph: ImplicitGraph, x: Tensor, sigma: Tensor, weight: Tensor | None) -> Tensor:
+def _check(graph: ImplicitGraph, x: Tensor, sigma: Tensor, weight: Tensor | None, given: Tensor | None) -> Tensor:
     """The factor of each position, (B, L), after the checks of the common arguments."""
     if x.ndim != 2:
         raise ValueError(f"x must have shape (B, L), got {tuple(x.shape)}")
     check_states("x", x, graph.num_states)
     check_sigma("sigma", sigma)
     expand_leading("sigma", sigma, x)
-    if weight is None:
+    weight = None if weight is None else check_weight(weight, x)
+    mask_id: int | None = getattr(graph, "mask_id", None)
+    if given is not None and mask_id is not None:
+        masks = check_given(given, x) & (x == mask_id)
+        expected = f"x must be clean where it is given, and hold no mask (mask_id {mask_id}) there"
+        require(~masks.any(), expected, lambda: f"got it at {int(masks.sum())} positions")
+    factor = counted(weight, None if given is None else check_given(given, x))
+    if factor is None:
         return torch.ones(x.shape, dtype=sum_dtype(x.device), device=x.device)
-    return check_weight(weight, x).to(sum_dtype(x.device))
+    return factor.to(sum_dtype(x.device))
 
 
 def _reverse_rates(score: ScoreModel, graph: ImplicitGraph, x: Tensor, sigma: Tensor, factor: Tensor) -> Tensor:
