@@ -21,6 +21,7 @@ from sedd_graphs import (
     LogLinear,
     Masked,
     MaskProbability,
+    Neighbours,
     Ordinal,
     PacedAbsorbing,
     Polynomial,
@@ -49,6 +50,7 @@ GRAPHS = [
     Ordinal(6),
     Clustered([0, 0, 1, 1, 1, 2], within=1.0, between=0.3),
     PacedAbsorbing(torch.tensor([0.5, 1.0, 3.0, 1.0, 2.0]), mask_id=2),
+    Neighbours(torch.tensor([[1, 2], [0, 2], [0, 1], [4, 5], [3, 5], [4, 0]]), between=1.0),
 ]
 SCHEDULES = [
     *(LogLinear(), Cosine(), Polynomial(), Geometric(), Linear(), MaskProbability(smooth_step), Learned(Cosine())),

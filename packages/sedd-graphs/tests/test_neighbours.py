@@ -59,6 +59,17 @@ def test_a_vocabulary_is_noised_exactly():
     assert (graph.sample_prior((5,)) >= 0).all()
 
 
+def test_draws_under_vmap_have_the_same_law():
+    """Where the number of jumps cannot be read, as many rounds are made as there can be jumps."""
+    graph = Neighbours(nearest(9, 3), some_rates((9, 3)), between=1.0)
+    x0, sigma = torch.full((20, 1000), 3), torch.tensor(0.7)
+    torch.manual_seed(0)
+    drawn = torch.func.vmap(lambda x: graph.sample(x, sigma), randomness="different")(x0)
+    assert_frequencies(
+        drawn.flatten(), graph.transition_from(torch.tensor(3), sigma).value.double(), "draws under vmap"
+    )
+
+
 def test_endless_noise_draws_the_limit():
     graph = Neighbours(nearest(9, 3), some_rates((9, 3)), between=1.0)
     endless = torch.tensor(torch.inf)

@@ -73,7 +73,7 @@ LOSSES: dict[str, Any] = {
     "likelihood_bound": lambda *args, **how: o.likelihood_bound(*args, num_times=4, num_reconstructions=2, **how).value,
     "masked_likelihood_bound": lambda *args, **how: o.masked_likelihood_bound(*args, num_times=4, **how).value,
     "elbo_loss": o.elbo_loss,
-    "reconstruction_loss": lambda *args, **how: o.reconstruction_loss(*args, LATE, **how),
+    "reconstruction_loss": lambda m, g, n, x0, **how: o.reconstruction_loss(m, g, n, x0, LATE, **how),
     "cross_entropy_loss": o.cross_entropy_loss,
     "lambda_cross_entropy_loss": lambda m, g, n, x0, **how: o.lambda_cross_entropy_loss(m, g, x0, **how),
     "any_order_loss": lambda m, g, n, x0, **how: o.any_order_loss(m, g, x0, **how),

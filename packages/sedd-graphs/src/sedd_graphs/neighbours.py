@@ -108,23 +108,12 @@ class Neighbours(Graph):
         value that is read back from the device.
         """
         check_states("x0", x0, self.num_states)
-        level = widen(spread(sigma, x0.shape, of="x0")).clamp(max=_FORGOTTEN / self.between).expand(x0.shape)
-        source = x0.device if generator is None else generator.device
-        count = torch.poisson((self._fastest * level).to(source), generator=generator).to(x0.device)
-        x = x0
-        for done in range(int(count.max()) if count.numel() else 0):
-            u = torch.rand(x0.shape, generator=generator, device=source, dtype=level.dtype).to(x0.device)
-            x = torch.where(done < count, self._step(x, u * self._fastest), x)
-        return x
-
-    def _step(self, x: Tensor, u: Tensor) -> Tensor:
-        """The state after a step by P, from u uniform on [0, r): below `between` anywhere, then neighbours, then x."""
-        anywhere = (u / self.between * self.num_states).long().clamp(max=self.num_states - 1)
-        reached = self._rates.on(x.device)[x].cumsum(-1) + self.between
-        which = torch.searchsorted(reached, u[..., None], right=True)
-        near = self._index.on(x.device)[x].gather(-1, which.clamp(max=self.num_neighbours - 1))[..., 0]
-        moved = torch.where(which[..., 0] < self.num_neighbours, near, x)
-        return torch.where(u < self.between, anywhere, moved)
+        level = widen(spread(sigma.detach(), x0.shape, of="x0")).clamp(max=_FORGOTTEN / self.between).expand(x0.shape)
+        edges = self._index.on(x0.device), self._rates.on(x0.device)
+        if torch.compiler.is_compiling() and generator is None:
+            drawn: Tensor = _opaque_walk(x0, self._fastest * level, *edges, self._fastest, self.between)
+            return drawn
+        return _walk(x0, self._fastest * level, *edges, self._fastest, self.between, generator)
 
     def _row_of_rates(self, x: Tensor, index: Tensor, rates: Tensor) -> Row:
         """between/N everywhere, `rates` more at `index` where that is not x, and the negative rate of leaving at x."""
@@ -154,16 +143,6 @@ class Neighbours(Graph):
         anywhere = self.between / self.num_states * v.sum(-1, keepdim=True)
         return arriving + anywhere - (self._leaving.on(v.device) + self.between) * v
 
-    def _step_of(self, v: Tensor, *, transposed: bool) -> Tensor:
-        """P v or v P, whose terms are not negative where those of v are not."""
-        r = self._fastest
-        still = (r - self.between - self._leaving.on(v.device)) / r * v
-        anywhere = self.between / (r * self.num_states) * v.sum(-1, keepdim=True)
-        rates, index = self._rates.on(v.device) / r, self._index.on(v.device)
-        if transposed:
-            return still + anywhere + (v[..., index] * rates).sum(-1)
-        return (still + anywhere).index_add(-1, index.flatten(), (v[..., None] * rates).flatten(-2))
-
     def _series(self, v: Tensor, level: Tensor, *, transposed: bool) -> Tensor:
         """exp(sigma Q) v, or v exp(sigma Q), for v (..., N) float64 and levels that broadcast to (...)."""
         if v.numel() == 0:
@@ -171,14 +150,9 @@ class Neighbours(Graph):
         forever = _FORGOTTEN / self.between
         late = (level >= forever)[..., None]
         jumps = (self._fastest * torch.where(late[..., 0], 0, level))[..., None]
-        most = float(jumps.abs().max())
-        total = torch.zeros_like(v)
-        power = v
-        for n in range(int(most + 9 * math.sqrt(most)) + 26):
-            weight = torch.xlogy(n, jumps.abs()) - math.lgamma(n + 1) - jumps
-            sign = torch.where(jumps < 0, (-1.0) ** n, 1.0)
-            total = total + sign * weight.exp() * power
-            power = self._step_of(power, transposed=transposed)
+        edges = self._index.on(v.device), self._rates.on(v.device)
+        summed = _opaque_sum if torch.compiler.is_compiling() else _sum
+        total: Tensor = summed(v, jumps, *edges, self._fastest, self.between, transposed)
         limit = self._limit.on(v.device)
         forgotten = (v @ limit)[..., None].expand_as(v) if transposed else v.sum(-1, keepdim=True) * limit
         return torch.where(late, forgotten, total)
@@ -186,12 +160,109 @@ class Neighbours(Graph):
     def _stationary(self) -> Tensor:
         """Where every start ends, (N,) float64: P^n of anything."""
         p = torch.full((self.num_states,), 1 / self.num_states, dtype=torch.float64)
+        edges = self._index.on(p.device), self._rates.on(p.device)
         for _ in range(math.ceil(_FORGOTTEN * self._fastest / self.between)):
-            before, p = p, self._step_of(p, transposed=False)
+            before, p = p, _step_of(p, *edges, self._fastest, self.between, False)
             p = p / p.sum()
             if bool(((p - before).abs() <= 1e-17 * p).all()):
                 break
         return p
+
+
+def _step_of(v: Tensor, index: Tensor, rates: Tensor, fastest: float, between: float, transposed: bool) -> Tensor:
+    """P v or v P, whose terms are not negative where those of v are not."""
+    still = (fastest - between - rates.sum(-1)) / fastest * v
+    anywhere = between / (fastest * len(index)) * v.sum(-1, keepdim=True)
+    if transposed:
+        return still + anywhere + (v[..., index] * (rates / fastest)).sum(-1)
+    return (still + anywhere).index_add(-1, index.flatten(), (v[..., None] * (rates / fastest)).flatten(-2))
+
+
+def _sum(
+    v: Tensor, jumps: Tensor, index: Tensor, rates: Tensor, fastest: float, between: float, transposed: bool
+) -> Tensor:
+    """The series at `jumps` = r sigma, which broadcast to v (..., N): as many terms as the most of them needs."""
+    if v.is_meta:
+        return torch.empty_like(v)
+    total, power = torch.zeros_like(v), v
+    for n in range(_rounds(_most(jumps.abs(), fastest * _FORGOTTEN / between))):
+        weight = torch.xlogy(n, jumps.abs()) - math.lgamma(n + 1) - jumps
+        sign = torch.where(jumps < 0, (-1.0) ** n, 1.0)
+        total = total + sign * weight.exp() * power
+        power = _step_of(power, index, rates, fastest, between, transposed)
+    return total
+
+
+def _walk(
+    x: Tensor,
+    jumps: Tensor,
+    index: Tensor,
+    rates: Tensor,
+    fastest: float,
+    between: float,
+    generator: Generator | None = None,
+) -> Tensor:
+    """States (...) after a Poisson number of steps by P, of mean `jumps` (...)."""
+    if x.is_meta:
+        return torch.empty_like(x)
+    source = x.device if generator is None else generator.device
+    count = torch.poisson(jumps.to(source), generator=generator).to(x.device)
+    for done in range(int(_most(count, _rounds(fastest * _FORGOTTEN / between)))):
+        u = torch.rand(x.shape, generator=generator, device=source, dtype=jumps.dtype).to(x.device)
+        x = torch.where(done < count, _step(x, u * fastest, index, rates, between), x)
+    return x
+
+
+def _step(x: Tensor, u: Tensor, index: Tensor, rates: Tensor, between: float) -> Tensor:
+    """The state after a step by P, from u uniform on [0, r): below `between` anywhere, then neighbours, then x."""
+    num_states, num_neighbours = index.shape
+    anywhere = (u / between * num_states).long().clamp(max=num_states - 1)
+    which = torch.searchsorted(rates[x].cumsum(-1) + between, u[..., None], right=True)
+    near = index[x].gather(-1, which.clamp(max=num_neighbours - 1))[..., 0]
+    return torch.where(u < between, anywhere, torch.where(which[..., 0] < num_neighbours, near, x))
+
+
+def _most(values: Tensor, unread: float) -> float:
+    """The greatest of the values; `unread`, the most there can be, where vmap keeps it from being read."""
+    if values.numel() == 0:
+        return 0.0
+    try:
+        return float(values.max())
+    except RuntimeError:
+        return unread
+
+
+def _rounds(jumps: float) -> int:
+    """A number that a Poisson variable of this mean does not reach but with a probability below float64's digits."""
+    return int(jumps + 9 * math.sqrt(jumps)) + 26
+
+
+@torch.library.custom_op("sedd_graphs::neighbours_sum", mutates_args=())
+def _opaque_sum(
+    v: Tensor, jumps: Tensor, index: Tensor, rates: Tensor, fastest: float, between: float, transposed: bool
+) -> Tensor:
+    """The series as one operation of a compiled graph: how many terms it has depends on the noise."""
+    own: Tensor = _sum(v, jumps, index, rates, fastest, between, transposed).clone()
+    return own
+
+
+@_opaque_sum.register_fake
+def _(
+    v: Tensor, jumps: Tensor, index: Tensor, rates: Tensor, fastest: float, between: float, transposed: bool
+) -> Tensor:
+    return torch.empty_like(v)
+
+
+@torch.library.custom_op("sedd_graphs::neighbours_walk", mutates_args=())
+def _opaque_walk(x: Tensor, jumps: Tensor, index: Tensor, rates: Tensor, fastest: float, between: float) -> Tensor:
+    """The same of draws."""
+    own: Tensor = _walk(x, jumps, index, rates, fastest, between).clone()
+    return own
+
+
+@_opaque_walk.register_fake
+def _(x: Tensor, jumps: Tensor, index: Tensor, rates: Tensor, fastest: float, between: float) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _edges(index: Tensor, rates: Tensor | None) -> tuple[Tensor, Tensor]:
