@@ -165,6 +165,18 @@ def test_tables_copied_under_inference_mode_are_ordinary():
     assert table.on(torch.device("meta")) is copied
 
 
+def test_pickled_tables_go_to_other_devices_too():
+    """A used one carries no copy along, and makes new ones where it arrives."""
+    table = Constant(torch.arange(3.0))
+    table.on(torch.device("meta"))
+    for again in (pickle.loads(pickle.dumps(table)), copy.deepcopy(table), copy.copy(table)):
+        assert torch.equal(again.on(torch.device("cpu")), torch.arange(3.0))
+        moved = again.on(torch.device("meta"))
+        assert (moved.device.type, moved.shape) == ("meta", (3,))
+        assert again.on(torch.device("meta")) is moved
+        assert moved is not table.on(torch.device("meta"))
+
+
 def test_schedules_run_under_inference_mode(noise):
     t = torch.tensor([0.2, 0.7])
     with torch.no_grad():
