@@ -33,7 +33,7 @@ from sedd_objectives import (
     time_varying_loss,
     uniform_times,
 )
-from sedd_objectives.checks import check_sigma, check_states, require
+from sedd_objectives.checks import check_given, check_sigma, check_states, check_weight, require
 from torch._subclasses import FakeTensorMode
 
 bound_module = importlib.import_module("sedd_objectives.bound")
@@ -326,3 +326,25 @@ def test_a_gpu_checks_values_itself(monkeypatch, wrong):
     if wrong:
         with pytest.raises(ValueError, match="it must be so, and was not"):
             require(torch.tensor(False), "it must be so", lambda: "and was not")
+
+
+def test_what_is_just_within_bounds_is_taken_and_what_is_just_outside_is_not():
+    check_states("x", torch.tensor([0, 4]), 5)
+    for state in (-1, 5):
+        with pytest.raises(
+            ValueError, match=rf"x must lie in \[0, 5\).*, got values in \[{min(state, 2)}, {max(state, 2)}\]"
+        ):
+            check_states("x", torch.tensor([2, state]), 5)
+    check_states("x", torch.zeros(0, dtype=torch.int64), 5)
+    check_sigma("sigma", torch.zeros(2))
+    for sigma in (-1e-30, math.nan):
+        with pytest.raises(ValueError, match="sigma is a total noise and must be >= 0 everywhere, got a minimum of"):
+            check_sigma("sigma", torch.tensor([1.0, sigma]))
+    x = torch.zeros(2, 2, dtype=torch.int64)
+    check_weight(torch.tensor([[0.0, 0.0], [0.0, 1e-30]]), x)
+    for weight, expected in (([[1.0, -1e-30], [1, 1]], ">= 0 everywhere"), ([[0.0, 0], [0, 0]], "0 at every position")):
+        with pytest.raises(ValueError, match=expected):
+            check_weight(torch.tensor(weight), x)
+    check_given(torch.tensor([[True, True], [True, False]]), x)
+    with pytest.raises(ValueError, match="true at every position"):
+        check_given(x == 0, x)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from sedd_objectives import reconstruction_loss
+from sedd_objectives.decoder import EVEN_SHARE, log_decoder
 
 STATES, T = 32, 0.01
 
@@ -76,3 +79,19 @@ def test_a_gradient_flows_through_it(graph, log_linear, generator):
     loss = lambda s: reconstruction_loss(lambda x, sigma: s, graph, log_linear, x0, t, xt=xt)  # noqa: E731
     assert torch.autograd.gradcheck(loss, (score,), atol=1e-5)
     assert float(torch.autograd.grad(loss(score).sum(), score)[0].abs().max()) > 0.01
+
+
+def test_the_doubt_is_twice_the_share_of_the_inverse_that_is_below_zero(graph_of):
+    graph = graph_of(torch.tensor([[-0.5, 0.5], [0.5, -0.5]]))
+    sigma = torch.full((4,), 0.5, dtype=torch.float64)
+    x, x0 = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    a = math.exp(-0.5)
+    for ratio in (0.05, 0.15, 0.2, 0.9):  # at x = 0, of state 1 to state 0; below (1 - a) / (1 + a) no data have it
+        score = torch.tensor([[1.0, ratio], [1.0, ratio], [ratio, 1.0], [ratio, 1.0]], dtype=torch.float64)
+        stay, jump = (1 + a) / 2, (1 - a) / 2
+        here, there = (stay - jump * ratio) / a * stay, (stay * ratio - jump) / a * jump
+        doubt = min(1.0, 2 * max(-there, 0) / (here + abs(there)))
+        own = (1 - doubt) * here / (here + max(there, 0)) + doubt * stay / (stay + jump * ratio)
+        expected = torch.tensor([own, 1 - own, 1 - own, own], dtype=torch.float64)
+        expected = ((1 - EVEN_SHARE) * expected + EVEN_SHARE / 2).log()
+        torch.testing.assert_close(log_decoder(score.log(), graph, x, x0, sigma), expected, rtol=0, atol=1e-12)

@@ -134,6 +134,9 @@ def test_given_tokens_are_seen_clean_and_others_masked_in_the_announced_numbers(
     free = ~given
     pilots = torch.stack([masked for masked, *_ in seen[:7]])
     assert torch.equal(pilots.sum(0), 4 * free.long())  # alone, with the next, with the one before, among all
+    for masked, _, sigma in seen[:7]:  # told the mean of the lambdas that go with so many masks
+        level = masked.sum(-1).clamp_min(1) / (free.sum(-1) + 1).double()
+        torch.testing.assert_close(sigma, -torch.log1p(-level).float(), rtol=1e-6, atol=0)
     counts = torch.stack([masked.sum(-1) for masked, *_ in seen[7:55]])  # 24 strata of 1..k, k at most 12
     for row, length in zip(counts.T.tolist(), free.sum(-1).tolist(), strict=True):
         assert set(row) == set(range(1, length + 1))
