@@ -168,7 +168,7 @@ def rows_of(checkpoint: Checkpoint, args: argparse.Namespace) -> list[Row]:
 
     rows = []
     if args.corpus:
-        text = tokenise(corpora.load_texts(args.corpus).valid(), checkpoint.tokenizer)
+        text = tokenise(corpora.load_texts(args.corpus).documents("valid", checkpoint.tokenizer), checkpoint.tokenizer)
         have = text.blocks(length)
         if have == 0:
             raise ValueError(f"the held-out part of {args.corpus} has {len(text)} tokens, less than one of {length}")

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     check(checkpoints, args)
     tokenizer = checkpoints[0].tokenizer
     corpus = corpora.load_texts(args.corpus)
-    windows, others = cut(tokenise(corpus.valid(), tokenizer), tokenizer.eos_token_id, args)
+    windows, others = cut(tokenise(corpus.documents("valid", tokenizer), tokenizer), tokenizer.eos_token_id, args)
     systems = {name: fill for checkpoint in checkpoints for name, fill in systems_of(checkpoint, args).items()}
     systems[FREQUENCIES] = at_frequencies(windows)
     judge = load_judge(args.judge, args.device)

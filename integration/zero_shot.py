@@ -260,7 +260,7 @@ def texts_of(name: str, args: argparse.Namespace) -> tuple[str, Iterable[str]]:
     rows = args.documents == "rows"
     source = corpora.load_texts(f"{name}:{path}" if path else name, rows=rows, streaming=True)
     if path and Path(path).is_file():
-        held_out = any(word in Path(path).name for word in ("valid", "test"))
+        held_out = all(part.split != "train" for part in source.parts())
         texts = source.test() if held_out else itertools.chain(source.train(), source.valid())
         return f"all of {Path(path).name}", texts
     return part, {"train": source.train, "valid": source.valid, "test": source.test}[part]()

@@ -24,7 +24,8 @@ STORED = Path(__file__).parent / "stored"
 deepspeed = pytest.mark.filterwarnings("default")  # it warns
 
 
-# Written by version 0.1.0, before the loop was a function: four of eight steps, and the log of all eight
+# Written by version 0.1.0, before the loop was a function: four of eight steps, and the log of all eight. What was held
+# out then, from the last space on, is a file of its own here.
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import threading
 from typing import Any
 
@@ -12,12 +13,10 @@ import numpy as np
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
-from sedd_train import corpora, loading, prompts, storage, token_cache, tokenizers
+from sedd_train import corpora, folders, loading, prompts, token_cache, tokenizers
 from sedd_train.text8 import CHARACTERS, to_text8
 from sedd_train.tokens import Tokens, inside, tokenise, unigram_entropy
 
-UMASK = os.umask(0)
-os.umask(UMASK)
 TEXTS = ["We the People of the United States, in Order to form a more perfect Union,"] * 30 + ["Fellow-citizens. " * 50]
 
 
@@ -95,72 +94,14 @@ def test_blocks_are_the_text_in_order(coder):
     assert tokens.blocks(16) == len(tokens) // 16
 
 
-def test_the_cache_is_read_back_and_rebuilt_when_damaged(folder, tmp_path):
-    said: list[str] = []
-    first = token_cache.prepare(str(folder), "bpe:300", tmp_path, said.append)
-    again = token_cache.prepare(str(folder), "bpe:300", tmp_path, said.append)
-    assert len(said) == 1
-    assert first.fingerprint == again.fingerprint
-    for name in ("train.bin", "train.bin.ends"):
-        (file,) = tmp_path.glob(f"*/{name}")
-        content = file.read_bytes()
-        for damaged in (content[:-2], b"\x01" + content[1:], b""):
-            file.write_bytes(damaged)
-            rebuilt = token_cache.prepare(str(folder), "bpe:300", tmp_path, said.append)
-            assert file.read_bytes() == content
-            assert rebuilt.fingerprint == first.fingerprint
-    assert len(said) == 7
-
-
-def test_a_cache_is_read_whole_once_and_from_a_disk_that_can_only_be_read(folder, tmp_path, monkeypatch):
-    summed: list[int] = []
-    checksum = token_cache._checksum
-
-    def noted(flat):
-        summed.append(len(flat))
-        return checksum(flat)
-
-    monkeypatch.setattr(token_cache, "_checksum", noted)
-    first = token_cache.prepare(str(folder), "bpe:300", tmp_path / "cache")
-    (made,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    assert made.stat().st_mode & 0o777 == 0o777 & ~UMASK  # others may read it
-    assert len(summed) == 6
-    for path in (tmp_path / "cache").glob("*.lock"):
-        path.unlink()
-    monkeypatch.setattr(token_cache, "FileLock", None)  # nothing is locked, and nothing written
-    monkeypatch.setattr(storage, "write_text", None)
-    again = token_cache.prepare(str(folder), "bpe:300", tmp_path / "cache")
-    assert again.fingerprint == first.fingerprint
-    assert len(summed) == 6
-    assert not list((tmp_path / "cache").glob("*.lock"))
-
-
-def test_a_fingerprint_is_of_what_is_trained_on_and_of_what_is_watched(tmp_path):
-    def fingerprint(train, valid, tokenizer="bpe:257"):
-        texts = corpora.Texts(f"{train}, {valid}", lambda: [train], lambda: [valid], lambda: ["the same"])
-        return token_cache.prepare(texts, tokenizer, tmp_path).fingerprint
-
-    pairs = [("one", "two"), ("one", "three"), ("four", "two"), ("two", "one")]
-    assert len({fingerprint(*pair) for pair in pairs}) == 4
-    assert fingerprint("one", "two") != fingerprint("one", "two", "bpe:258")
-
-
-def test_what_a_killed_process_left_of_a_cache_is_removed(folder, tmp_path):
-    token_cache.prepare(str(folder), "bpe:300", tmp_path)
-    (made,) = [path for path in tmp_path.iterdir() if path.is_dir()]
-    left = tmp_path / f"{made.name}.12345"
-    left.mkdir()
-    (left / "train.bin").write_bytes(b"half")
-    (made / "meta.json").unlink()
-    token_cache.prepare(str(folder), "bpe:300", tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [made.name]
-
-
-def test_a_document_is_held_out_or_trained_on_never_both(folder, tmp_path):
+def test_a_document_is_held_out_or_trained_on_never_both(folder):
     corpus = corpora.load_texts(str(folder))
     train, valid = list(corpus.train()), list(corpus.valid())
-    assert len(train) + len(valid) == len(TEXTS)
-    assert len(valid) == round(len(TEXTS) * corpora.HELD_OUT)
+    short, long = TEXTS[:-1], TEXTS[-1]  # the last is more than a twentieth of all, and cut
+    assert len(valid) == round(len(TEXTS) * corpora.HELD_OUT) + 1
+    assert sorted([*train[:-1], *valid[:-1]]) == sorted(short)
+    assert train[-1] + valid[-1] == long
+    assert len(valid[-1]) == pytest.approx(corpora.HELD_OUT * len(long), abs=10)
 
 
 def test_a_file_s_mark_of_its_encoding_is_no_text(tmp_path):
@@ -313,7 +254,7 @@ def test_a_data_set_from_files_here(kind, tmp_path):
     assert [text.strip() for text in corpus.valid()] == [f"test sentence {i}" for i in range(2)]
     again = corpora.load_texts(f"lm1b:{tmp_path}")
     assert again.identity == corpus.identity
-    (tmp_path / f"more-train.{kind}").write_text("{}")
+    shutil.copy(tmp_path / f"part-train-00000.{kind}", tmp_path / f"more-train.{kind}")
     assert corpora.load_texts(f"lm1b:{tmp_path}").identity != corpus.identity
 
 
@@ -331,10 +272,8 @@ def test_a_split_is_a_word_of_a_file_s_name_or_its_folder_s(names, splits, tmp_p
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": f"of {name}"}))
-    found = corpora._data_files(tmp_path)
-    assert {split: sorted(str(file.relative_to(tmp_path)) for file in files) for split, files in found.items()} == {
-        split: sorted(name for name, of in zip(names, splits, strict=True) if of == split) for split in set(splits)
-    }
+    found = {part.file: part.split for part in folders.survey(tmp_path)}
+    assert found == dict(zip(names, splits, strict=True))
     texts = corpora.load_texts(f"lm1b:{tmp_path}")
     assert not set(texts.train()) & {*texts.valid(), *texts.test()}
 
@@ -399,21 +338,18 @@ def test_a_corpus_to_measure_only(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"text": "a passage"}\n')
     corpus = corpora.load_texts(f"lambada:{tmp_path}")
     assert list(corpus.test()) == ["\na passage"]
-    with pytest.raises(ValueError, match="has no text to train on, only to measure: test"):
+    with pytest.raises(ValueError, match="has no text to train on, only to measure"):
         list(corpus.train())
 
 
 def test_files_that_are_no_data_set(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no data set: expected .parquet"):
+    with pytest.raises(ValueError, match=r"is empty: there is no text"):
         corpora.load_texts(f"ptb:{tmp_path}")
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "b.jsonl").write_text("{}")
-    with pytest.raises(ValueError, match="several formats"):
+    (tmp_path / "b.jsonl").write_text('{"id": 3, "words": "a"}\n' * 2)
+    with pytest.raises(
+        ValueError, match=r"b.jsonl has no column called text.* its columns are id, words; name the one"
+    ):
         corpora.load_texts(f"ptb:{tmp_path}")
-    (tmp_path / "a.txt").unlink()
-    (tmp_path / "b.jsonl").write_text('{"words": "a"}\n' * 2)
-    with pytest.raises(ValueError, match="has no column text or sentence"):
-        list(corpora.load_texts(f"ptb:{tmp_path}").train())
 
 
 # Padding
@@ -438,21 +374,13 @@ def test_rows_from_the_cache_are_those_of_memory(folder, tmp_path):
     corpus = token_cache.prepare(str(folder), "bpe:300", tmp_path)
     end = corpus.tokenizer.eos_token_id
     texts = corpora.load_texts(str(folder))
-    for tokens, part in [(corpus.train, texts.train), (corpus.valid, texts.valid)]:
-        again = tokenise(part(), corpus.tokenizer)
-        assert tokens.documents == again.documents == len(list(part()))
+    for tokens, split in [(corpus.train, "train"), (corpus.valid, "valid")]:
+        part = list(texts.documents(split, corpus.tokenizer))
+        again = tokenise(part, corpus.tokenizer)
+        assert tokens.documents == again.documents == len(list(part))
         every = range(tokens.documents)
         assert torch.equal(tokens.rows(every, 64, end), again.rows(every, 64, end))
         assert int(tokens.lengths(every, 10**9).sum()) == len(tokens)
-
-
-def test_many_documents_are_written_in_batches_and_end_where_they_should(coder, tmp_path):
-    texts = [f"{i} " * (i % 4) for i in range(2345)]  # the tokenizer gets a thousand at a time
-    tokens = tokenise(texts, coder)
-    meta = token_cache._write(texts, coder, np.dtype(np.uint16), tmp_path / "all.bin")
-    ends = np.fromfile(tmp_path / "all.bin.ends", np.int64)
-    assert ends.tolist() == tokens.ends.tolist() == (np.flatnonzero(tokens.flat == coder.eos_token_id) + 1).tolist()
-    assert meta["documents"] == len(texts)
 
 
 def test_tokens_do_not_depend_on_how_many_threads_made_them(coder, monkeypatch):
@@ -511,86 +439,6 @@ def test_each_part_has_at_least_one_block(short, told):
     parts[short] = Tokens(np.zeros(15, np.uint16), np.array([15]), 15)
     with pytest.raises(ValueError, match=f"{told} tokens, fewer than one block of 16"):
         token_cache.Corpus(**parts, tokenizer=None, fingerprint="").check_length(16)
-
-
-# Streams
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    """Folders of data sets: with three splits, and with one of 50 rows, in each format."""
-    import datasets
-
-    whole = tmp_path_factory.mktemp("stored")
-    for kind in ("parquet", "jsonl", "txt"):
-        for name, splits in [("three", {"train": 50, "validation": 4, "test": 3}), ("one", {"train": 50})]:
-            folder = whole / name / kind
-            folder.mkdir(parents=True)
-            for split, count in splits.items():
-                texts = [f"{split} sentence {i} " * (i % 3 + 1) for i in range(count)]
-                path = folder / f"{split}.{kind}"
-                if kind == "txt":
-                    path.write_text("\n".join(texts))
-                else:
-                    rows = datasets.Dataset.from_dict({"id": list(range(count)), "text": texts})
-                    rows.to_parquet(path) if kind == "parquet" else rows.to_json(path)
-    return whole
-
-
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
-@pytest.mark.parametrize("splits", ["three", "one"])
-def test_a_stream_gives_the_documents_of_a_stored_data_set(splits, kind, stored, monkeypatch):
-    name = f"lm1b:{stored / splits / kind}"
-    for held_out in (100_000, 2):  # the second is what is held out, rather than its share of the rows
-        monkeypatch.setattr(corpora, "HELD_OUT_HUB", held_out)
-        whole, stream = corpora.load_texts(name), corpora.load_texts(name, streaming=True)
-        assert stream.identity == whole.identity
-        assert list(stream.valid()) == list(whole.valid())  # before the rest of it has been read
-        for part in ("train", "valid", "test", "train"):
-            texts = list(getattr(stream, part)())
-            assert texts == list(getattr(whole, part)())
-            assert texts
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_twentieth_rounded_up_is_held_out(streaming, tmp_path):
-    rows = [json.dumps({"text": f"row {i}"}) for i in range(21)]
-    for count, held_out in [(2, 1), (20, 1), (21, 2)]:
-        file = tmp_path / f"rows-{count}.jsonl"
-        file.write_text("\n".join(rows[:count]))
-        corpus = corpora.load_texts(f"lm1b:{file}", streaming=streaming)
-        assert list(corpus.train()) == [f"row {i}" for i in range(count - held_out)]
-        assert list(corpus.valid()) == [f"row {i}" for i in range(count - held_out, count)]
-
-
-def test_a_stream_fills_the_same_cache(stored, tmp_path):
-    name = f"lm1b:{stored / 'one' / 'parquet'}"
-    whole = token_cache.prepare(name, "bpe:300", tmp_path / "whole")
-    stream = token_cache.prepare(name, "bpe:300", tmp_path / "stream", streaming=True)
-    assert stream.fingerprint == whole.fingerprint
-    for part in ("train", "valid", "test"):
-        assert getattr(stream, part).flat.tolist() == getattr(whole, part).flat.tolist()
-    assert [path.name for path in (tmp_path / "stream").iterdir() if path.is_dir()] == [
-        path.name for path in (tmp_path / "whole").iterdir() if path.is_dir()
-    ]
-
-
-def test_a_stream_is_not_stored(stored, tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    name = f"lm1b:{stored / 'three' / 'parquet'}"
-    assert list(corpora.load_texts(name, streaming=True).train())
-    assert not list(tmp_path.rglob("*.arrow"))
-    assert list(corpora.load_texts(name).train())
-    assert list(tmp_path.rglob("*.arrow"))  # so the line before could have failed
-
-
-def test_a_stream_that_breaks_off(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n' * 3 + '{"text": "tw')
-    (tmp_path / "test.jsonl").write_text('{"text": "one"}\n')
-    with pytest.raises(OSError, match=r"could not be read on after 0 rows .*try again"):
-        list(corpora.load_texts(f"lm1b:{tmp_path}", streaming=True).train())
 
 
 def test_the_order_sees_every_block_once_an_epoch():

@@ -151,9 +151,10 @@ def test_an_error_of_any_rank_is_said_once_and_by_name(text, cache, values, tmp_
     both, second, each = json.loads(done.stdout.splitlines()[-1])
     assert both.startswith("batch_size = 7 cannot be divided over 2 ranks")
     assert both.count("cannot be divided") == 1
-    assert second.startswith("rank 1: no corpus 'no/such/folder'")
+    assert second.startswith("rank 1: was started with corpus 'no/such/folder' in tokenizer 'bpe:300', and rank 0 with")
+    assert f"and rank 0 with corpus {str(text)!r}" in second
     assert "rank 0: tokenizer 'bpe:3'" in each
-    assert "rank 1: no corpus 'no/such/folder'" in each
+    assert "rank 1: was started with corpus 'no/such/folder'" in each
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
@@ -198,7 +199,8 @@ def test_a_path_with_any_character_is_read_back(tmp_path):
 
 def test_a_run_keeps_what_makes_it_that_run(tmp_path):
     """Each value that FIXED lists, by name here too: what is trained on, by what, for what, and in which order."""
-    data = {"corpus": "another", "tokenizer": "characters", "length": 8, "crops": True, "packing": False, "seed": 1}
+    named = {"column": "a", "revision": "b", "valid": "c", "encoding": "latin-1", "eos": "none"}
+    data = named | {"corpus": "another", "tokenizer": "characters", "length": 8, "crops": True, "packing": False, "seed": 1}
     process = {"graph": "uniform", "noise": "geometric", "sigma_min": 0.01, "sigma_max": 5.0, "scale_by_sigma": False}
     network = {"network": "radd", "width": 24, "depth": 1, "heads": 3, "cond_dim": 8}
     others: dict[str, Any] = {"objective": "d3pm", "d3pm_steps": 10, "batch_size": 4} | data | process | network

@@ -306,10 +306,11 @@ def last(run: Path, fingerprint: str) -> Checkpoint:
     if folder is None:
         raise CheckpointError(f"no whole checkpoint in {run} to continue from; start anew without --resume")
     checkpoint = read(folder)
-    if checkpoint.manifest.get("fingerprint") != fingerprint:
+    before = str(checkpoint.manifest.get("fingerprint"))
+    if before != fingerprint and before != fingerprint.rpartition("-")[0]:  # the latter of version 0.1.0
         raise CheckpointError(
             f"{folder} was trained on other text or another vocabulary (its fingerprint is "
-            f"{checkpoint.manifest.get('fingerprint')}, the corpus's now {fingerprint})"
+            f"{before}, the corpus's now {fingerprint})"
         )
     return checkpoint
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from sedd_train.launchers import adopt
 
-__all__ = ["place", "say", "agree", "start", "finish", "free_port", "keep_memory"]
+__all__ = ["place", "say", "agree", "by_leader", "start", "finish", "free_port", "keep_memory"]
 
 
 def place() -> tuple[int, int]:
@@ -55,9 +56,8 @@ def agree(failure: str) -> str:
     if world_size == 1:
         return failure
     start()
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # one rank may be tokenising
     failures = [""] * world_size
-    dist.all_gather_object(failures, failure, group=patient)
+    dist.all_gather_object(failures, failure, group=_patient())
     ranks: dict[str, list[int]] = {}
     for number, text in enumerate(failures):
         if text:
@@ -65,6 +65,46 @@ def agree(failure: str) -> str:
     if len(ranks) == 1 and failures.count("") == 0:
         return failure
     return "\n".join(f"rank {', '.join(map(str, numbers))}: {text}" for text, numbers in ranks.items())
+
+
+def by_leader(work: Callable[[], str], asked: str) -> str:
+    """What one process of each machine made, as all processes of that machine have it. Collective.
+
+    The others wait, for as long as it takes. So files are read once a machine, however many processes it has.
+
+    Args:
+        work: what the first process of each machine does.
+        asked: in words, which has to be the same in all.
+
+    Raises:
+        ValueError: the work raised a ValueError or an OSError, or this process was asked for something else.
+    """
+    rank, world_size = place()
+    if world_size == 1:
+        return work()
+    start()
+    patient = _patient()
+    hosts: list[Any] = [None] * world_size
+    dist.all_gather_object(hosts, (socket.gethostname(), asked), group=patient)
+    leader = next(number for number, (host, _) in enumerate(hosts) if host == hosts[rank][0])
+    made, failure = "", ""
+    if rank == leader:
+        try:
+            made = work()
+        except (ValueError, OSError) as error:
+            failure = str(error) or repr(error)
+    told: list[Any] = [None] * world_size
+    dist.all_gather_object(told, (made, failure), group=patient)
+    if asked != hosts[leader][1]:
+        raise ValueError(f"was started with {asked}, and rank {leader} with {hosts[leader][1]}")
+    if told[leader][1]:
+        raise ValueError(told[leader][1])
+    return str(told[leader][0])
+
+
+def _patient() -> Any:
+    """A group of all processes, any of which may take days over what the others wait for."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def start() -> torch.device:

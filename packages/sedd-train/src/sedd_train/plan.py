@@ -115,7 +115,7 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
     """
     micro_batches = recipe.micro_batches(ranks)
     micro_batch = recipe.batch_size // micro_batches
-    graph = pretrained.make_graph(recipe.graph, tokenizers.vocab_size(recipe.tokenizer))
+    graph = pretrained.make_graph(recipe.graph, tokenizers.vocab_size(recipe.tokenizer, eos=recipe.eos))
     sections = pretrained.sections(recipe, tokens=graph.num_states)
     objective = pretrained.make_objective(sections["objective"], graph, make_noise(sections["noise"]))
     with torch.device("meta"):
@@ -131,7 +131,7 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
     kept = micro_batch * activations(shallow, recipe.depth, recipe.length, precision=recipe.precision)
     step_tokens = recipe.batch_size * recipe.length
     arithmetic = flops.training_flops(net, objective, recipe.length, recipe.t_min)
-    corpus = token_cache.cached(recipe.corpus, recipe.tokenizer, cache)
+    corpus = token_cache.cached(recipe.corpus, recipe.tokenizer, cache, **recipe.texts)
     epochs = "not tokenised yet"
     if corpus is not None:
         blocks = corpus.train.blocks(recipe.length)

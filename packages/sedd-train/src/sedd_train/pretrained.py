@@ -191,21 +191,23 @@ def _tokenizer_by_size(net: Network, source: Source) -> Any:
 def _take_mask_of(tokenizer: Any, net: Network) -> None:
     """The mask is the tokenizer's own where the states are its tokens and config.json says nothing else."""
     mask = getattr(tokenizer, "mask_token_id", None)
-    if isinstance(net, ConditionalTransformer) and mask is not None and len(tokenizer) == net.num_states:
+    tokens = tokenizers.num_tokens(tokenizer)
+    if isinstance(net, ConditionalTransformer) and mask is not None and tokens == net.num_states:
         net.mask_id = net.sections["graph"].setdefault("mask_id", mask)
 
 
 def _check_vocabulary(tokenizer: Any, graph: Any, source: Source) -> None:
     """A tokenizer has a token for each state: for the mask, too, where that is none of its last."""
     vocabulary = graph.num_states - (graph.mask_id is not None)
-    inside = len(tokenizer) == graph.num_states and getattr(tokenizer, "mask_token_id", None) == graph.mask_id
-    if len(tokenizer) != vocabulary and not (inside and graph.mask_id is not None):
+    tokens = tokenizers.num_tokens(tokenizer)
+    inside = tokens == graph.num_states and getattr(tokenizer, "mask_token_id", None) == graph.mask_id
+    if tokens != vocabulary and not (inside and graph.mask_id is not None):
         raise ValueError(
             f"{source.name} was trained on a vocabulary of {vocabulary} tokens, and the tokenizer has "
-            f"{len(tokenizer)}: it is another model's; give the one it was trained with"
+            f"{tokens}: it is another model's; give the one it was trained with"
         )
     middle = graph.mask_id is not None and graph.mask_id < vocabulary
-    if middle and len(tokenizer) == vocabulary and graph.mask_id in tokenizer.get_vocab().values():
+    if middle and tokens == vocabulary and graph.mask_id in tokenizer.get_vocab().values():
         raise ValueError(
             f"the mask of {source.name} is state {graph.mask_id}, and the tokenizer has a token there: it is another "
             "model's, or the mask is; give graph= or tokenizer="

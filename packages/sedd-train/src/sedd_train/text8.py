@@ -28,13 +28,20 @@ def to_text8(text: str) -> str:
     return re.sub("[^a-z]+", " ", plain.translate(LATIN).translate(SPELT)).strip()
 
 
-def character_tokenizer() -> Any:
-    """One token for each of text8's 27 characters."""
+def character_tokenizer(alphabet: str = CHARACTERS, end: str | None = None) -> Any:
+    """One token for each character of an alphabet, text8's unless given, and one that ends a text, if it has a name.
+
+    Raises:
+        ValueError: there are no characters, or one twice.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    coder = Tokenizer(models.WordLevel({character: i for i, character in enumerate(CHARACTERS)}, unk_token="none"))
-    coder.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    if not alphabet or len(set(alphabet)) < len(alphabet):
+        raise ValueError(f"alphabet {alphabet!r}: expected characters, each of them once")
+    vocabulary = {character: i for i, character in enumerate(alphabet)} | ({end: len(alphabet)} if end else {})
+    coder = Tokenizer(models.WordLevel(vocabulary, unk_token="none"))
+    coder.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     coder.decoder = decoders.Fuse()
     fast: Any = PreTrainedTokenizerFast
-    return fast(tokenizer_object=coder, clean_up_tokenization_spaces=False)
+    return fast(tokenizer_object=coder, clean_up_tokenization_spaces=False, **({"eos_token": end} if end else {}))

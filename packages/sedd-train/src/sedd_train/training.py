@@ -27,11 +27,11 @@ from sedd_train import (
     flops,
     nonfinite,
     pretrained,
+    provenance,
     randomness,
     recipes,
     report,
     storage,
-    token_cache,
 )
 from sedd_train.checkpoint import CheckpointError
 from sedd_train.corpora import Texts
@@ -46,7 +46,7 @@ from sedd_train.progress import Progress, introduce, measure_and_sample, tell_sk
 from sedd_train.recipes import Recipe
 from sedd_train.sections import make_noise
 from sedd_train.token_cache import Corpus
-from sedd_train.tokenizers import identity
+from sedd_train.tokenizers import identity, num_tokens
 from sedd_train.tokens import unigram_entropy
 
 __all__ = ["train", "Result", "SetupError", "TrainingError"]
@@ -123,17 +123,16 @@ def train(
             recipe.micro_batches(world_size)
             _check_packing(net, recipe)
             _check_loggers(wandb, peak_tflops)
-            text = token_cache.prepare(
-                corpus or recipe.corpus, tokenizer or recipe.tokenizer, Path(cache), say, streaming=recipe.streaming
-            )
+            text = provenance.text_of(recipe, corpus, tokenizer, Path(cache), stop=lambda: preemption.heard)
+            recipe = provenance.pinned(recipe, text)
             text.check_length(recipe.length, packing=recipe.packing)
-            own_net, sections = net is not None, pretrained.sections(recipe, tokens=len(text.tokenizer))
-            graph = pretrained.make_graph(recipe.graph, len(text.tokenizer))
+            own_net, sections = net is not None, pretrained.sections(recipe, tokens=num_tokens(text.tokenizer))
+            graph = pretrained.make_graph(recipe.graph, num_tokens(text.tokenizer))
             if objective is None:
                 noise = make_noise(sections["noise"])
                 objective = pretrained.make_objective(sections["objective"], graph, noise)
             else:
-                sections = {"tokens": len(text.tokenizer), "objective": {"type": type(objective).__qualname__}}
+                sections = {"tokens": num_tokens(text.tokenizer), "objective": {"type": type(objective).__qualname__}}
             if net is None:
                 net = _new_net(recipe, graph.num_states, text, fresh=not goes_on)
             end = None if recipe.packing else text.tokenizer.eos_token_id  # what rows are filled up with
@@ -144,7 +143,7 @@ def train(
             checkpoint.check_space(output / "checkpoints", parameters, recipe.keep)
             if rank == 0:
                 held.enter_context(storage.owned(output))
-            saved = checkpoint.last(output / "checkpoints", text.fingerprint) if goes_on else None
+            saved = provenance.saved(output, text) if goes_on else None
             averaged = copy.deepcopy(net).eval().requires_grad_(False)  # holds the average, to measure and to sample
             if saved:
                 checkpoint.set_weights(net, saved.weights)
@@ -173,6 +172,7 @@ def train(
             checkpoint.restore(saved, engine, ema)
         if rank == 0:
             storage.write_text(output / "recipe.toml", recipes.to_toml(recipe))
+            provenance.write(output, text)
         progress = Progress(
             output,
             recipe,

@@ -98,9 +98,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd evaluate") -> N
     print(loggers.to_json(result) if args.json else said)
 
 
-def _documents(args: argparse.Namespace) -> Iterable[str]:
+def _documents(args: argparse.Namespace, tokenizer: Any) -> Iterable[str]:
     source = corpora.load_texts(args.corpus)
-    return {"train": source.train, "valid": source.valid, "test": source.test}[args.split]()
+    return source.documents(args.split, tokenizer)
 
 
 def _check_number(args: argparse.Namespace, have: int, what: str) -> int:
@@ -113,7 +113,7 @@ def _check_number(args: argparse.Namespace, have: int, what: str) -> int:
 def _blocks(
     args: argparse.Namespace, net: Any, graph: Any, noise: Any, tokenizer: Any, length: int
 ) -> tuple[Results, str]:
-    text = tokenise(_documents(args), tokenizer)
+    text = tokenise(_documents(args, tokenizer), tokenizer)
     have = text.blocks(length)
     where = f"the {args.split} part of {args.corpus}"
     if have == 0:
@@ -182,7 +182,7 @@ def _measured(
 def _last_words(
     args: argparse.Namespace, net: Any, graph: Any, noise: Any, tokenizer: Any, length: int
 ) -> tuple[Results, str]:
-    documents = [text for text in _documents(args) if text.strip()]
+    documents = [text for text in _documents(args, tokenizer) if text.strip()]
     number = _check_number(args, len(documents), f"documents in the {args.split} part of {args.corpus}")
     texts = [conditional.last_word(text) for text in documents[:number]]
     found, estimator = _measured(args, net, graph, noise, tokenizer, length, texts)
