@@ -74,6 +74,7 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> Results:
     """Fill the table and write it; `argv` in place of the command line's."""
     args = arguments(argv)
+    results = Results(args.output.with_name(args.output.name + ".json"))
     checkpoints = [read_checkpoint(*named(source)) for source in args.checkpoint]
     checkpoints += [read_causal(*named(source)) for source in args.causal]
     names = [checkpoint.name for checkpoint in checkpoints]
@@ -82,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> Results:
     rows = [row for checkpoint in checkpoints for row in rows_of(checkpoint, args)]
     judge = load_judge(args.judge, args.device)
 
-    results = Results(args.output.with_name(args.output.name + ".json"))
     results.agree("judge", judge.name)
     results.agree("seed", args.seed)
     for checkpoint in checkpoints:

@@ -85,6 +85,7 @@ PROMPTS = {"prefix": prefix, "suffix": suffix, "middle": middle, "scattered": sc
 def main(argv: Sequence[str] | None = None) -> Results:
     """Fill the table and write it; `argv` in place of the command line's."""
     args = arguments(argv)
+    results = Results(args.output.with_name(args.output.name + ".json"))
     mauve = load_mauve()
     checkpoints = [read_checkpoint(*named(source)) for source in args.checkpoint]
     checkpoints += [read_causal(*named(source)) for source in args.causal]
@@ -96,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> Results:
     systems[FREQUENCIES] = at_frequencies(windows)
     judge = load_judge(args.judge, args.device)
 
-    results = Results(args.output.with_name(args.output.name + ".json"))
     facts: dict[str, Any] = {
         name: getattr(args, name) for name in ("corpus", "num", "length", "seed", "method", "steps")
     }

@@ -113,6 +113,7 @@ def main() -> None:
     table = TABLES[args.table]
     folder: Path = args.output or Path("runs") / f"{args.table}-{args.scale}{'-padded' * args.padded}"
     try:
+        results = Results(folder / "table.json")
         recipe = recipes.read_recipe(table.recipes[args.scale][0])
         if args.num_times < 2 or args.num_times % 2:
             raise ValueError(f"--num-times {args.num_times}: expected an even number")
@@ -127,7 +128,6 @@ def main() -> None:
         end = corpus.tokenizer.eos_token_id if args.padded else None
         blocks, lengths = corpus.test.first(args.blocks or None, recipe.length, end)
         tokens = torch.full((len(blocks),), recipe.length) if lengths is None else lengths
-        results = Results(folder / "table.json")
         results.agree("table", args.table)
         results.agree("corpus", source)
         results.agree("padded", args.padded)
@@ -149,15 +149,18 @@ def main() -> None:
 
 
 def train(name: str, run: Path, table: Table, args: argparse.Namespace) -> dict[str, Any]:
-    """Train a row to its end, unless it is there; what it was trained with."""
+    """Train a row to its end, unless it is there; what it was trained with.
+
+    A run that ended after fewer steps than are asked for now goes on.
+    """
     absorbs, options = ROWS[name]
-    if not (run / "summary.json").exists():
+    if not (run / "summary.json").exists() or recipes.read_recipe(run / "recipe.toml").steps < steps_of(table, args):
         recipe = table.recipes[args.scale][0 if absorbs else 1]
         given = ["--recipe", recipe, *options, "--seed", str(args.seed), *args.training]
         given += ["--corpus", args.corpus] if args.corpus else []
         given += ["--no-packing"] if args.padded else []
         if any((run / "checkpoints").glob("step-*")):
-            given = ["--resume"]
+            given = ["--resume", "--steps", str(steps_of(table, args))]
         command = [*shlex.split(args.launch), str(TRAIN), *given, "--output", str(run), "--cache", str(args.cache)]
         say(f"\n{name}: {shlex.join(command)}")
         if code := subprocess.run(command, check=False).returncode:
@@ -167,6 +170,14 @@ def train(name: str, run: Path, table: Table, args: argparse.Namespace) -> dict[
     done = recipes.read_recipe(run / "recipe.toml")
     names = ("objective", "network", "graph", "noise", "steps", "batch_size", "length", "width", "depth", "seed")
     return {value: getattr(done, value) for value in names}
+
+
+def steps_of(table: Table, args: argparse.Namespace) -> int:
+    """How many steps a row is to be trained: the recipe's, or those given for every row."""
+    options = argparse.ArgumentParser(allow_abbrev=False)
+    recipes.add_arguments(options)
+    given, _ = options.parse_known_args(args.training)
+    return int(vars(given).get("steps", recipes.read_recipe(table.recipes[args.scale][0]).steps))
 
 
 def measure(run: Path, blocks: Tensor, lengths: Tensor | None, args: argparse.Namespace) -> list[float]:

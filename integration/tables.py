@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sedd_train import storage
 from sedd_train.loggers import to_json
 from torch import Tensor
 
@@ -24,11 +25,12 @@ class Results:
         path: the file; what it holds is read.
 
     Raises:
-        ValueError: the file is there and holds something else.
+        ValueError: the file cannot be written, or is there and holds something else.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        storage.check_output(path)
         self.commands: list[str] = []
         self.settings: dict[str, Any] = {}
         self.cells: dict[str, dict[str, Any]] = {}

@@ -98,12 +98,12 @@ def main(argv: Sequence[str] | None = None) -> Results:
         ValueError, OSError: a model cannot be had, or does not fit the options or the results; or no set can.
     """
     args = arguments(argv)
+    results = Results(args.output.with_name(args.output.name + ".json"))
     systems = [read_checkpoint(*named(source), args.num_times, args.estimator) for source in args.checkpoint]
     systems += [read_causal(*named(source)) for source in args.causal]
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         raise ValueError(f"every model needs a name of its own, got {', '.join(names)}: write NAME=MODEL")
-    results = Results(args.output.with_name(args.output.name + ".json"))
     for name in ("num_times", "blocks", "batch_size", "seed", "documents"):
         results.agree(name, getattr(args, name))
     for system in systems:

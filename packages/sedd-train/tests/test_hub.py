@@ -94,9 +94,7 @@ def test_a_stream_that_breaks_off(there, monkeypatch):
         raise RuntimeError("connection lost")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": breaking(), "test": []})
-    with pytest.raises(
-        OSError, match=r"could not be read on after 3 rows \(RuntimeError: connection lost\).*try"
-    ):
+    with pytest.raises(OSError, match=r"could not be read on after 3 rows \(RuntimeError: connection lost\).*try"):
         list(corpora.load_texts("hub:three", streaming=True).train())
 
 

@@ -200,10 +200,17 @@ def test_a_path_with_any_character_is_read_back(tmp_path):
 def test_a_run_keeps_what_makes_it_that_run(tmp_path):
     """Each value that FIXED lists, by name here too: what is trained on, by what, for what, and in which order."""
     named = {"column": "a", "revision": "b", "valid": "c", "encoding": "latin-1", "eos": "none"}
-    data = named | {"corpus": "another", "tokenizer": "characters", "length": 8, "crops": True, "packing": False, "seed": 1}
+    data = named | {
+        "corpus": "another",
+        "tokenizer": "characters",
+        "length": 8,
+        "crops": True,
+        "packing": False,
+        "seed": 1,
+    }
     process = {"graph": "uniform", "noise": "geometric", "sigma_min": 0.01, "sigma_max": 5.0, "scale_by_sigma": False}
     network = {"network": "radd", "width": 24, "depth": 1, "heads": 3, "cond_dim": 8}
-    others: dict[str, Any] = {"objective": "d3pm", "d3pm_steps": 10, "batch_size": 4} | data | process | network
+    others: dict[str, Any] = {"objective": "d3pm", "d3pm_steps": 10, "batch_size": 4} | named | data | process | network
     assert others.keys() == set(recipes.FIXED)
     recipe = recipes.Recipe()
     (tmp_path / "recipe.toml").write_text(recipes.to_toml(recipe))

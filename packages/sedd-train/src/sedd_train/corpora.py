@@ -126,7 +126,8 @@ def load_texts(
         speeches = _sotu()
         train, held_out = (speeches, []) if valid else _split(speeches)
         identity = _identity(corpus, [speeches])
-        texts = Texts(identity, *(functools.partial(list, part) for part in (train, held_out, held_out)))
+        valid_texts = functools.partial(list, held_out)
+        texts = Texts(identity, functools.partial(list, train), valid_texts, valid_texts)
     elif Path(corpus).exists():
         texts = _of_files("", Path(corpus), False, watched, options)
     else:
@@ -209,8 +210,9 @@ def _of_files(
     identity = f"{name or 'text'}:{digest}" + " by rows" * rows
 
     def texts(boundary: Callable[[str, int], int]) -> Texts:
-        splits = (functools.partial(part, wanted, boundary) for wanted in ("train", "validation", "test"))
-        return Texts(identity, *splits, parts=lambda: tuple(found))
+        train, valid, test = (functools.partial(part, wanted, boundary) for wanted in ("train", "validation", "test"))
+        measured = test if split["test"] and split["validation"] else valid
+        return Texts(identity, train, valid, measured, parts=lambda: tuple(found))
 
     plain = texts(folders.near_space)
     if not cut or what.longer == float("inf"):

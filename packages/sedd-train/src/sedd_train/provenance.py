@@ -13,10 +13,10 @@ from sedd_train.checkpoint import Checkpoint, CheckpointError
 from sedd_train.corpora import Texts
 from sedd_train.distributed import say
 from sedd_train.folders import Part
-from sedd_train.recipes import Recipe
+from sedd_train.recipes import Recipe, read_recipe
 from sedd_train.token_cache import Corpus
 
-__all__ = ["DATA", "text_of", "pinned", "saved", "write", "changes", "summary"]
+__all__ = ["DATA", "text_of", "pinned", "saved", "write", "trained_on", "changes", "summary"]
 
 DATA = "data.json"
 SHOWN = 30  # lines of a summary
@@ -77,8 +77,29 @@ def saved(output: Path, text: Corpus) -> Checkpoint:
 
 def write(output: Path, text: Corpus) -> None:
     """Keep what a run's text was made of."""
-    known = {"fingerprint": text.fingerprint, "parts": [dataclasses.asdict(part) for part in text.parts]}
+    known = {
+        "fingerprint": text.fingerprint,
+        "cache": str(text.folder.absolute()),
+        "parts": [dataclasses.asdict(part) for part in text.parts],
+    }
     storage.write_text(output / DATA, json.dumps(known, indent=1, ensure_ascii=False))
+
+
+def trained_on(checkpoint: str | Path) -> tuple[Recipe, Path]:
+    """The recipe of the run that a checkpoint is of, and the cache of its text: of a run, its export or a step of it.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    given = Path(checkpoint)
+    for folder in (given, *given.absolute().parents[:2]):
+        if (folder / "recipe.toml").is_file() and (folder == given or given.absolute().is_relative_to(folder)):
+            try:
+                cache = str(json.loads((folder / DATA).read_text(encoding="utf-8"))["cache"])
+            except (OSError, ValueError, KeyError, TypeError):
+                cache = ""
+            return read_recipe(folder / "recipe.toml"), Path(cache)
+    raise ValueError(f"{checkpoint} does not say what it was trained on: name what to measure by --corpus")
 
 
 def changes(output: Path, parts: Sequence[Part]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import IO
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-__all__ = ["publish", "write_text", "owned", "locked", "synchronise"]
+__all__ = ["publish", "write_text", "check_output", "owned", "locked", "synchronise"]
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems say that have no flock
 
@@ -42,6 +43,24 @@ def write_text(path: Path, text: str) -> None:
         _synchronise(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def check_output(path: Path, *, folder: bool = False) -> None:
+    """A file, or a folder, can be written here: asked before the work whose result it will hold.
+
+    Raises:
+        ValueError: it cannot, or the other of the two is there.
+    """
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{path} is a {'file: give a folder' if folder else 'folder: give a file'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
+            pass
+        if path.is_file():
+            path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error}): give another name") from error
 
 
 @contextmanager

@@ -86,12 +86,15 @@ def build(
     texts = source if source.at_tokens is None else source.at_tokens(coder)
     try:
         for name in ("train", "valid", "test"):
+            if name == "test" and texts.test is texts.valid:
+                meta[name] = meta["valid"]
+                continue
             meta[name] = _write(texts, name, coder, dtype, place, journal, stop)
     except ValueError as error:
         if not isinstance(error, _Stopped):  # what was wrong would be wrong again
             shutil.rmtree(place, ignore_errors=True)
         raise
-    if {**meta["test"], "file": "valid.bin"} == meta["valid"]:
+    if meta["test"] is not meta["valid"] and {**meta["test"], "file": "valid.bin"} == meta["valid"]:
         for end in ("", ".ends", ".counts"):
             (place / f"test.bin{end}").unlink()
         meta["test"] = meta["valid"]

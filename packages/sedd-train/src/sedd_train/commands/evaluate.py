@@ -1,6 +1,6 @@
 """Bound the negative log-likelihood of held-out text under a trained score model (equation 9), with its standard error.
 
-sedd evaluate --checkpoint runs/tiny/export
+sedd evaluate --checkpoint runs/tiny                                       on what it was not trained on of its text
 sedd evaluate --checkpoint louaaron/sedd-small --corpus my-texts/ --blocks 100 --num-times 1000
 sedd evaluate --checkpoint louaaron/sedd-small --corpus lambada --split test --last-word
 sedd evaluate --checkpoint louaaron/sedd-small --choices questions.jsonl
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from sedd_train import conditional, corpora, evaluate, load, loggers, plotting
+from sedd_train import conditional, corpora, evaluate, load, loggers, plotting, provenance, storage, token_cache
 from sedd_train.evaluation import ESTIMATORS, by_noise_level, choose_estimator
-from sedd_train.tokens import tokenise, unigram_entropy
+from sedd_train.tokenizers import identity
+from sedd_train.tokens import Tokens, tokenise, unigram_entropy
 
 __all__ = ["parser", "main"]
 
@@ -37,9 +38,11 @@ def parser(prog: str = "sedd evaluate") -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--corpus",
-        default="sotu",
-        help="any corpus that training takes, and lambada (default: %(default)s)",
+        help="any corpus that training takes, and lambada (default: what the checkpoint's run was trained on)",
     )
+    made.add_argument("--column", default="", help="the column of its text, as in training")
+    made.add_argument("--revision", default="", help="commit, tag or branch of a data set of the hub, as in training")
+    made.add_argument("--encoding", default="", help="of text that is neither UTF-8 nor marked, as in training")
     made.add_argument(
         "--split",
         choices=["train", "valid", "test"],
@@ -81,6 +84,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd evaluate") -> N
     options = parser(prog)
     args = options.parse_args(argv)
     try:
+        if args.levels:
+            storage.check_output(Path(args.levels))
         net, graph, noise, tokenizer = load(args.checkpoint)
         length = args.length or net.length
         if not 1 <= length <= net.length:
@@ -99,8 +104,22 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd evaluate") -> N
 
 
 def _documents(args: argparse.Namespace, tokenizer: Any) -> Iterable[str]:
-    source = corpora.load_texts(args.corpus)
-    return source.documents(args.split, tokenizer)
+    options = {name: getattr(args, name) for name in ("column", "revision", "encoding")}
+    if args.corpus is None:
+        recipe, _ = provenance.trained_on(args.checkpoint)
+        args.corpus = recipe.corpus
+        options = {name: value for name, value in recipe.texts.items() if name != "eos"}
+    return corpora.load_texts(args.corpus, **options).documents(args.split, tokenizer)
+
+
+def _tokens(args: argparse.Namespace, tokenizer: Any) -> Tokens:
+    """The text to measure; of the checkpoint's own run as that read it, where its cache is there still."""
+    if args.corpus is None:
+        recipe, folder = provenance.trained_on(args.checkpoint)
+        if (found := token_cache.read(folder)) is not None and identity(found.tokenizer) == identity(tokenizer):
+            args.corpus = recipe.corpus
+            return {"train": found.train, "valid": found.valid, "test": found.test}[str(args.split)]
+    return tokenise(_documents(args, tokenizer), tokenizer)
 
 
 def _check_number(args: argparse.Namespace, have: int, what: str) -> int:
@@ -113,7 +132,7 @@ def _check_number(args: argparse.Namespace, have: int, what: str) -> int:
 def _blocks(
     args: argparse.Namespace, net: Any, graph: Any, noise: Any, tokenizer: Any, length: int
 ) -> tuple[Results, str]:
-    text = tokenise(_documents(args, tokenizer), tokenizer)
+    text = _tokens(args, tokenizer)
     have = text.blocks(length)
     where = f"the {args.split} part of {args.corpus}"
     if have == 0:

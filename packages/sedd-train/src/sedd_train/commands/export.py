@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sedd_train import load_trained
+from sedd_train import load_trained, storage
 
 __all__ = ["parser", "main"]
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd export") -> Non
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         options.exit(2, f"{options.prog}: error: {args.output} exists and is not empty: choose another folder\n")
     try:
+        storage.check_output(args.output, folder=True)
         net, _, tokenizer = load_trained(args.checkpoint)
         net.save_pretrained(args.output)
         tokenizer.save_pretrained(args.output)

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sedd_train import report
+from sedd_train import report, storage
 
 __all__ = ["parser", "main"]
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd report") -> Non
     args = options.parse_args(argv)
     path = args.output or args.run / "report.html"
     try:
+        storage.check_output(path)
         path.write_text(report.page(args.run), encoding="utf-8")
     except (ValueError, OSError) as error:
         options.exit(2, f"{options.prog}: error: {error}\n")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from sedd_samplers.views import live, record
 from torch import Tensor
 from tqdm import tqdm
 
-from sedd_train import load, prompts
+from sedd_train import load, prompts, storage
 
 __all__ = ["parser", "main"]
 
@@ -181,6 +182,8 @@ def prompt_of(args: argparse.Namespace, tokenizer: Any, longest: int) -> prompts
 def run(args: argparse.Namespace) -> tuple[Tensor, Any, float]:
     """The samples (B, L), the tokenizer to read them with, and the seconds that they took."""
     check(args)
+    if args.page:
+        storage.check_output(Path(args.page))
     controls = controls_of(args)
     net, graph, noise, tokenizer = load(args.checkpoint)
     net = net.to(args.device).eval()

@@ -1,0 +1,56 @@
+"""The start of a run on many processes: one of them looks after the text, and none reads the whole cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sedd_train import distributed, token_cache
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SCRIPT = str(Path(__file__).with_name("starts_as_a_rank.py"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """16 million characters in a file, which are as many tokens and twice as many bytes."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(3000)]
+    rows = [json.dumps({"text": " ".join(draw.choices(words, k=800))}) for _ in range(3000)]
+    file = tmp_path_factory.mktemp("corpus") / "rows.jsonl"
+    file.write_text("\n".join(rows))
+    return file
+
+
+@pytest.mark.parametrize("ranks", [3, pytest.param(64, marks=pytest.mark.slow)])
+def test_a_rank_reads_what_it_needs(corpus, tmp_path, ranks):
+    made = token_cache.prepare(str(corpus), "bytes", tmp_path)
+    size = made.train.flat.nbytes
+    assert size > 25_000_000
+    outside = {name: value for name, value in os.environ.items() if name not in PLACE} | {"OMP_NUM_THREADS": "1"}
+    port = str(distributed.free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(corpus), str(tmp_path)],
+            env=outside | dict(zip(PLACE, (str(rank), str(ranks), str(rank), "127.0.0.1", port), strict=True)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        errors = process.communicate(timeout=1200)[1]
+        assert process.returncode == 0, errors[-2000:]
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    assert {each["fingerprint"] for each in found} == {made.fingerprint}
+    for each in found:
+        assert each["summed"] == 0
+        assert each["mapped"] < 1 << 20  # pages round the two blocks at its ends
+        # Tokenizer, ends and counts; the first rank also looks into a corpus that was only just written.
+        assert each["asked"] < 4_000_000 + (each["rank"] == 0) * 3 * corpus.stat().st_size
+    print(max(each["asked"] for each in found[1:]), max(each["seconds"] for each in found))
