@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from sedd_nets import MDLM, RADD, SEDD, Documents, LabelCondition
+from sedd_nets import MDLM, RADD, SEDD, Documents, LabelCondition, bind
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MODULES = ("attention", "block_diffusion", "checks", "conditioning", "documents", "fast.memory_efficient")
@@ -55,6 +55,37 @@ def test_a_training_step_reads_nothing_back(as_on_an_accelerator, batch, packed,
             log_score = net(x, sigma, condition=condition, documents=documents, dropout_seeds=seeds)
             log_score.square().mean().backward()
         assert reads.found == [], type(net).__name__
+
+
+@pytest.mark.parametrize("level", ["sequence", "position"])
+def test_rows_at_positions_are_those_of_where_and_nothing_is_read(as_on_an_accelerator, batch, level):
+    x, sigma = batch
+    sigma = sigma if level == "sequence" else sigma[:, None] * torch.linspace(1, 2, x.shape[1])
+    where = x > 4
+    positions = where.flatten().nonzero()[:, 0]
+    for net in [net.double().eval() for net in networks()]:
+        torch.nn.init.normal_(net.output_layer.linear.weight)
+        expected = net(x, sigma, where=where)
+        with Reads() as reads:
+            found = net(x, sigma, positions=positions)
+        assert reads.found == [], type(net).__name__
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        with pytest.raises(
+            ValueError, match=r"indices \(M,\) int64 into x.flatten\(\), without where; got .* and where"
+        ):
+            net(x, sigma, where, positions=positions)
+        with pytest.raises(ValueError, match=r"got torch.bool \(3, 7\)"):
+            net(x, sigma, positions=where)
+
+
+def test_a_bound_network_takes_positions(batch):
+    x, sigma = batch
+    net = networks()[1].double().eval()
+    torch.nn.init.normal_(net.output_layer.linear.weight)
+    score = bind(net, lengths=[7, 5, 6])
+    positions = torch.tensor([1, 3, 8, 20])
+    torch.testing.assert_close(score(x, sigma, positions=positions), score(x, sigma).flatten(0, 1)[positions],
+                               rtol=0, atol=1e-12)  # fmt: skip
 
 
 def test_reads_are_found(batch):

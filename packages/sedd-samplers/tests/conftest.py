@@ -290,7 +290,7 @@ class Enumerator(Reverse):
         self.outcomes = list(outcomes)
         self.stages = []
 
-    def redraw(self, x, sigma, where, kernel, *, moves=None):
+    def redraw(self, x, sigma, where, kernel, *, moves=None, among=None):
         rows = torch.nn.functional.one_hot(x, self.graph.num_states).double()
         sequence, position = where.nonzero(as_tuple=True)
         log_score = self.score(x, sigma.double())[sequence, position].double()

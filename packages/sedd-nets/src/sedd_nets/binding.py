@@ -36,8 +36,8 @@ def bind(
         condition: (B,) labels or (B, P) prompt embeddings; None: none.
 
     Returns:
-        `score(x, sigma, where=None, rows=None)`, the log-score as the network gives it; rows (b,) int64 says which of
-        the B sequences the b rows of x are, all of them in order unless given.
+        `score(x, sigma, where=None, rows=None, positions=None)`, the log-score as the network gives it; rows (b,) int64
+        says which of the B sequences the b rows of x are, all of them in order unless given.
 
     Raises:
         ValueError: lengths and condition are of different numbers of sequences; when called, x has not as many rows as
@@ -48,14 +48,24 @@ def bind(
     if len(numbers) > 1:
         raise ValueError(f"lengths and condition are of different numbers of sequences: {sorted(numbers)}")
 
-    def score(x: Tensor, sigma: Tensor, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    there: dict[torch.device, list[Tensor | None]] = {}
+
+    def score(
+        x: Tensor,
+        sigma: Tensor,
+        where: Tensor | None = None,
+        rows: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         if rows is None and numbers and len(x) not in numbers:
             raise ValueError(f"x has {len(x)} rows, and {max(numbers)} sequences were bound: say which they are, rows=")
-        of_rows = [None if a is None else a.to(x.device) for a in (sizes, condition)]
+        if x.device not in there:  # a copy at every step would wait
+            there[x.device] = [None if a is None else a.to(x.device) for a in (sizes, condition)]
+        of_rows = there[x.device]
         if rows is not None:
             of_rows = [None if a is None else a[rows] for a in of_rows]
         documents = None if of_rows[0] is None else Documents.padded(of_rows[0], x.shape[1])
-        log_score: Tensor = net(x, sigma, where, condition=of_rows[1], documents=documents)
+        log_score: Tensor = net(x, sigma, where, positions=positions, condition=of_rows[1], documents=documents)
         return log_score
 
     return score

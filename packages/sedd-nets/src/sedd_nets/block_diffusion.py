@@ -185,6 +185,7 @@ class BD3LM(ConditionalTransformer):
         sigma: Tensor,
         where: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         clean: Tensor | None = None,
         condition: Tensor | None = None,
         documents: Documents | None = None,
@@ -193,7 +194,7 @@ class BD3LM(ConditionalTransformer):
     ) -> Tensor:
         """The log-score, as for the other networks; `clean` and `cache` as for `hidden`."""
         given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds}
-        return self.head(*self.rows(x, sigma, where, clean=clean, cache=cache, **given))
+        return self.head(*self.rows(x, sigma, where, positions, clean=clean, cache=cache, **given))
 
     def sees(self, past: int, x: Tensor) -> Tensor:
         """Each position its block and those before it, (L, past + L) bool."""

@@ -49,6 +49,7 @@ class Causal(Transformer):
         sigma: Tensor | None = None,
         where: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         condition: Tensor | None = None,
         documents: Documents | None = None,
         dropout_seeds: Tensor | None = None,
@@ -60,13 +61,14 @@ class Causal(Transformer):
             x: (B, L) int64 states.
             sigma: ignored.
             where: (B, L) bool; the rows to compute.
+            positions: (M,) int64, the same as indices into x.flatten().
             condition: None: the trunk is not modulated.
             documents: where attention stays within; None: each row is one text.
             dropout_seeds: as for the other networks.
             cache: keys and values of the positions before x, to which x's are added; the answer is the same.
 
         Returns:
-            (B, L, N), or (M, N) for the M true positions of `where`; float32.
+            (B, L, N), or (M, N) for the M true positions of `where` or for `positions`; float32.
 
         Raises:
             ValueError, IndexError: as the other networks.
@@ -76,6 +78,7 @@ class Causal(Transformer):
             x,
             unused,
             where,
+            positions=positions,
             condition=condition,
             documents=documents,
             dropout_seeds=dropout_seeds,

@@ -187,11 +187,22 @@ class Transformer(Pretrained):
                 h = block(h, c, cos, sin, attention, documents, of_block)
         return h
 
-    def rows(self, x: Tensor, sigma: Tensor, where: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `head`: `hidden`, x and sigma, at the true positions of `where` or at all.
+    def rows(
+        self, x: Tensor, sigma: Tensor, where: Tensor | None, positions: Tensor | None = None, **given: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `head`: `hidden`, x and sigma, at the true positions of `where`, at `positions`, or at all.
 
         `given` are the other arguments of `hidden`.
         """
+        if positions is not None:
+            if where is not None or positions.ndim != 1 or positions.dtype != torch.int64:
+                raise ValueError(
+                    "positions must be indices (M,) int64 into x.flatten(), without where; got "
+                    f"{positions.dtype} {tuple(positions.shape)}{'' if where is None else ' and where'}"
+                )
+            level = over_last_axis(sigma, x)[..., 0].expand(x.shape)
+            hidden = self.hidden(x, sigma, **given).flatten(0, 1)
+            return hidden[positions], x.flatten()[positions], level.flatten()[positions]
         if where is None:
             return self.hidden(x, sigma, **given), x, sigma
         if where.shape != x.shape or where.dtype != torch.bool:
@@ -207,6 +218,7 @@ class Transformer(Pretrained):
         sigma: Tensor,
         where: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         condition: Tensor | None = None,
         documents: Documents | None = None,
         dropout_seeds: Tensor | None = None,
@@ -217,14 +229,16 @@ class Transformer(Pretrained):
         Args:
             x: (B, L) int64 states.
             sigma: (B,) total noise a sequence, or (B, L) a position.
-            where: (B, L) bool; the rows to compute. The head sees those only.
+            where: (B, L) bool; the rows to compute. The head sees those only. How many there are is read from the
+                device.
+            positions: (M,) int64, the same as indices into x.flatten(): nothing is read.
             condition: class labels (B,) or prompt embeddings (B, P), for a network with a `condition_embed`.
             documents: where attention stays within; None: each row is one text.
             dropout_seeds: (B,) int64; see `hidden`.
             cache: keys and values of the positions before x; see `hidden` and `sedd_nets.caching`.
 
         Returns:
-            (B, L, N), or (M, N) for the M true positions of `where` in row-major order; float32.
+            (B, L, N), or (M, N) for the M true positions of `where` in row-major order, or for `positions`; float32.
 
         Raises:
             ValueError: x, sigma, where or documents has another shape, the sequence is too long, or the network does
@@ -232,7 +246,7 @@ class Transformer(Pretrained):
             IndexError: a state is out of range.
         """
         given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds, "cache": cache}
-        return self.head(*self.rows(x, sigma, where, **given))
+        return self.head(*self.rows(x, sigma, where, positions, **given))
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks with `torch.compile`: one graph for all of them, in seconds, however deep the network.

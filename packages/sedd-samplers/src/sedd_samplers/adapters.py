@@ -31,11 +31,13 @@ from .interfaces import Graph, Noise, RowModel, ScoreModel
 from .leave_one_out import score_of, without_own
 from .masked import Unmasking
 from .model_calls import ModelCall, Wrapper, offers, per_sequence
+from .positions import Positions
 from .precision import check_recoverable, fastest_rate, working_dtype
 from .processes import Masking, Proportional, Replacing
 from .renoising import EntropyBoundRenoising
 from .steps import Tweedie, denoise_probs, tweedie_probs
 from .token_ids import banned_of, ends_of, mask_of, pad_of
+from .waiting import require
 
 __all__ = [
     "from_posterior",
@@ -126,21 +128,24 @@ def from_logits(
     wrong = [state for state in banned if not 0 <= state < graph.num_states]
     if wrong:
         raise ValueError(f"banned holds the state {wrong[0]}; states are 0..{graph.num_states - 1}")
-    out = {*banned} | ({graph.mask_id} if subs and graph.mask_id is not None else set())
-    if len(out | {graph.mask_id}) == graph.num_states + (graph.mask_id is None):
+    never = {*banned} | ({graph.mask_id} if subs and graph.mask_id is not None else set())
+    if len(never | {graph.mask_id}) == graph.num_states + (graph.mask_id is None):
         raise ValueError("banned holds every token: none is left to draw")
-    index = torch.tensor(sorted(out), dtype=torch.int64)
+    indices = {torch.device("cpu"): torch.tensor(sorted(never), dtype=torch.int64)}
     call = ModelCall(logits, graph.num_states, "logits", widths=_widths(graph))
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
-        answer = call(x, sigma, where, rows)
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
+        answer = call(x, sigma, at, rows)
+        if answer.device not in indices:
+            indices[answer.device] = indices[torch.device("cpu")].to(answer.device)
+        out = indices[answer.device]
 
         def softmax(part: Tensor, _: Part) -> Tensor:
-            return fit(part, graph).index_fill(1, index.to(part.device), -torch.inf).softmax(-1)
+            return fit(part, graph).index_fill(1, out, -torch.inf).softmax(-1)
 
         return answer.then(softmax, width=graph.num_states)
 
-    return from_posterior(Wrapper(at, logits), graph, controls=controls)
+    return from_posterior(Wrapper(rows_at, logits), graph, controls=controls)
 
 
 def from_masked_lm(
@@ -201,30 +206,27 @@ def from_masked_lm(
         )
     path = path_of_head(model)
     takes_mask = offers(model, "attention_mask") or offers(model, "kwargs")
+    all_masks = (
+        f"the {type(model).__name__} divides by the share of tokens that are no masks, and a sequence is nothing but "
+        "masks: give it its frame (CLS and EOS), or a token, by infill(..., given=)"
+    )
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
-        if getattr(config, "token_dropout", False) and bool(x.eq(mask_id).all(1).any()):
-            raise ValueError(
-                f"the {type(model).__name__} divides by the share of tokens that are no masks, and a sequence is "
-                "nothing but masks: give it its frame (CLS and EOS), or a token, by infill(..., given=)"
-            )
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
+        if getattr(config, "token_dropout", False):
+            require(~x.eq(mask_id).all(1), "a sequence may not be nothing but masks", lambda: all_masks)
         further: dict[str, Any] = {}
         if takes_mask:
             further["attention_mask"] = torch.ones_like(x) if pad_id is None else (x != pad_id).long()
         if inputs is not None:
             further.update(inputs(x, rows))
-        sequence, position = where.nonzero(as_tuple=True)
-        source = (position - 1).clamp(min=0) if shifted else position
-        asked = torch.zeros_like(where).index_put((sequence, source), torch.ones_like(where[sequence, source]))
-        called = model if path is None else with_head_at(model, path, asked)
+        # of a causal model's logits those before each; the first position's are asked for once or twice
+        source = torch.where(at.position > 0, at.flat - 1, at.flat) if shifted else at.flat
+        called = model if path is None or at.whole else with_head_at(model, path, source)
         logits = logits_of(called(input_ids=x, **further))
-        if logits.ndim == 3:
-            return Answer(logits.flatten(0, 1), sequence * x.shape[1] + source)
-        slot = asked.flatten().cumsum(0).view_as(asked) - 1
-        return Answer(logits, slot[sequence, source])
+        return Answer(logits.flatten(0, 1), source) if logits.ndim == 3 else Answer(logits)
 
     banned = [*(banned or ()), *([] if pad_id is None else [pad_id])]
-    return from_logits(Wrapper(at, model), graph, banned=banned, controls=controls)
+    return from_logits(Wrapper(rows_at, model), graph, banned=banned, controls=controls)
 
 
 class Adapted(NamedTuple):
@@ -431,9 +433,9 @@ def from_velocity(velocity: Model, graph: Graph) -> RowModel:
     _check_path(graph)
     call = ModelCall(velocity, graph.num_states, "velocity")
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
-        answer = call(x, torch.exp(-sigma), where, rows)
-        here, left = x[where][:, None], -torch.expm1(-sigma)[where.nonzero()[:, 0], None]
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
+        answer = call(x, torch.exp(-sigma), at, rows)
+        here, left = x.flatten()[at.flat, None], -torch.expm1(-sigma)[at.sequence, None]
 
         def posterior(u: Tensor, part: Part) -> Tensor:
             p = u * left[part].to(u.dtype)
@@ -441,7 +443,7 @@ def from_velocity(velocity: Model, graph: Graph) -> RowModel:
 
         return answer.then(posterior)
 
-    return from_posterior(Wrapper(at, velocity), graph)
+    return from_posterior(Wrapper(rows_at, velocity), graph)
 
 
 def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
@@ -450,26 +452,26 @@ def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
     Arguments and errors as for `from_velocity`.
     """
     _check_path(graph)
-    posterior = to_posterior(score, graph)
+    posterior = _to_law(ModelCall(score, graph.num_states, "score model"), graph, lambda sigma: sigma, denoise_probs)
 
-    def at(x: Tensor, kappa: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        p = posterior(x, -torch.log(kappa), where=where, rows=rows)
-        left = (1 - kappa)[where.nonzero()[:, 0], None]
-        return p.scatter_add_(1, x[where][:, None], -torch.ones_like(p[:, :1])).div_(left.to(p.dtype))
+    def rows_at(x: Tensor, kappa: Tensor, at: Positions, rows: Tensor) -> Tensor:
+        p = posterior.answer(x, -torch.log(kappa), at, rows).tensor()
+        here, left = x.flatten()[at.flat, None], (1 - kappa)[at.sequence, None]
+        return p.scatter_add_(1, here, -torch.ones_like(p[:, :1])).div_(left.to(p.dtype))
 
-    return Wrapper(at, score)
+    return Wrapper(rows_at, score)
 
 
 def _from_law(call: ModelCall, graph: Graph, delta_sigma: Levels, controls: Sequence[Control] = ()) -> RowModel:
     rate, seen = fastest_rate(graph), list[bool]()
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
-        answer = call(x, sigma, where, rows)
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
+        answer = call(x, sigma, at, rows)
         if not seen:
             check_probabilities(answer)
             seen.append(True)
-        index, position = where.nonzero(as_tuple=True)
-        here, level, sequence = x[where], delta_sigma(sigma)[index], rows[index]
+        here, level = x.flatten()[at.flat], delta_sigma(sigma)[at.sequence]
+        sequence, position = rows[at.sequence], at.position
 
         def convert(p: Tensor, part: Part) -> Tensor:
             pi = without_own(p, here[part], graph, level[part])
@@ -480,7 +482,7 @@ def _from_law(call: ModelCall, graph: Graph, delta_sigma: Levels, controls: Sequ
 
         return answer.then(convert, working_dtype(rate, answer.device))
 
-    return Wrapper(at, call.model)
+    return Wrapper(rows_at, call.model)
 
 
 def check_probabilities(answer: Answer) -> None:
@@ -493,13 +495,13 @@ def check_probabilities(answer: Answer) -> None:
         )
 
 
-def _to_law(call: ModelCall, graph: Graph, delta_sigma: Levels, kernel: Callable[..., Tensor]) -> RowModel:
+def _to_law(call: ModelCall, graph: Graph, delta_sigma: Levels, kernel: Callable[..., Tensor]) -> Wrapper:
     rate = fastest_rate(graph)
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
-        answer = call(x, sigma, where, rows)
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
+        answer = call(x, sigma, at, rows)
         check_recoverable(rate, delta_sigma(sigma), torch.promote_types(answer.dtype, torch.float32))
-        here, level = x[where], delta_sigma(sigma)[where.nonzero()[:, 0]]
+        here, level = x.flatten()[at.flat], delta_sigma(sigma)[at.sequence]
 
         def normalised(log_score: Tensor, part: Part) -> Tensor:
             p = kernel(log_score, here[part], graph, level[part].to(log_score.dtype)).clamp_min_(0)
@@ -507,7 +509,7 @@ def _to_law(call: ModelCall, graph: Graph, delta_sigma: Levels, kernel: Callable
 
         return answer.then(normalised, working_dtype(rate, answer.device))
 
-    return Wrapper(at, call.model)
+    return Wrapper(rows_at, call.model)
 
 
 def _widths(graph: Graph) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from torch import Generator, Tensor
 
 from .controls import Control, apply_controls
 from .model_calls import ModelCall, device_of
+from .positions import Positions
 from .prompts import check_prompt, check_shape
 from .randomness import draw_categorical, row_seeds, uniforms
 from .sampling import State, check_finished, last_state
@@ -172,7 +173,8 @@ def _next(call: ModelCall, x: Tensor, rows: Tensor) -> Tensor:
     """The law (b, N) of the token after x (b, l), float32 at least; ValueError where it is none."""
     last = torch.zeros_like(x, dtype=torch.bool)
     last[:, -1] = True
-    logits = call(x, None, last, rows).tensor()
+    ends = torch.arange(len(x), device=x.device) * x.shape[1] + x.shape[1] - 1
+    logits = call(x, None, Positions(last, ends, len(x)), rows).tensor()
     top = logits.amax(-1)
     if not top.isfinite().all():
         b = int((~top.isfinite()).nonzero()[0])

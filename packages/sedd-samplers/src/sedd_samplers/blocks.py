@@ -188,7 +188,7 @@ def blockwise(
             "this graph noises tokens, and finished blocks are clean: say conditioning=clamped, which is exact for a "
             "network that was trained with clean blocks before the noised one, and else an approximation"
         )
-    ends = [*itertools.pairwise(grid.to(x.device)), *([(grid[-1].to(x.device), grid.new_zeros(()))] if denoise else [])]
+    ends = list(itertools.pairwise([*grid.tolist(), *([0.0] if denoise else [])]))  # the host's own numbers
     place, total = torch.arange(x.shape[1], device=x.device), len(bounds) * len(ends)
     endings = _Endings(given, -1 if end_id is None else end_id, pad, until)
 
@@ -202,13 +202,13 @@ def blockwise(
         width = end if growing else x.shape[1]
         reverse.frozen = ~free[:, :width]
         for step, (t, s) in enumerate(ends, 1):
-            with named_step(step, len(ends), float(t), float(s), f" of block {number}"):
-                seen, at = x[:, :width], t.expand(len(x))
-                final = step == len(grid)
-                seen = final_denoise(reverse, seen, at) if final else method(reverse, seen, at, s.expand(len(x)))
-            state = BlockState(
-                torch.cat([seen, x[:, width:]], 1), float(s), number * len(ends) + step, total, endings.lengths
-            )
+            with named_step(reverse, step, len(ends), t, s, f" of block {number}"):
+                seen = x[:, :width]
+                at, to = (given.new_full((len(x),), time, dtype=torch.float64) for time in (t, s))
+                seen = final_denoise(reverse, seen, at) if step == len(grid) else method(reverse, seen, at, to)
+                if step == len(ends):
+                    reverse.finish()
+            state = BlockState(torch.cat([seen, x[:, width:]], 1), s, number * len(ends) + step, total, endings.lengths)
             x = endings.after(state, begin, end) if step == len(ends) else state.x
             yield replace(state, x=x, lengths=endings.lengths)
 

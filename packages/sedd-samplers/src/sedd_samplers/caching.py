@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .interfaces import KeyValues, RowModel
 from .model_calls import Wrapper, offers
+from .positions import Positions
 
 __all__ = ["cached", "prefix_cached"]
 
@@ -69,7 +70,8 @@ def cached(model: Callable[..., Tensor]) -> RowModel:
             )
         checked.append(True)
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Tensor:
+        where = at.where
         sequences = rows.tolist()
         if not checked and len(x):
             check(x, sigma, where, rows)
@@ -88,7 +90,7 @@ def cached(model: Callable[..., Tensor]) -> RowModel:
                 return answer
         return kept[sequences[0]][2] if len(sequences) == 1 else torch.cat([kept[b][2] for b in sequences])
 
-    return Wrapper(at, model)
+    return Wrapper(rows_at, model)
 
 
 def prefix_cached(

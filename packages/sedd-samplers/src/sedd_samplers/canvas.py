@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .fast import Answer
 from .model_calls import Wrapper, offers
+from .positions import Positions
 
 __all__ = ["rewrites_a_canvas", "canvas_logits"]
 
@@ -63,7 +64,7 @@ def canvas_logits(
     before: list[Tensor] = []  # the last answer (B, L, N)
     highest = torch.full((len(prompt),), -torch.inf, dtype=torch.float64, device=prompt.device)
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
         if len(rows) > len(prompt) or (len(rows) < len(prompt) and int(rows.max()) >= len(prompt)):
             raise ValueError(
                 f"the model was given {len(prompt)} prompts, and is asked about sequence {int(rows.max())}"
@@ -90,9 +91,9 @@ def canvas_logits(
         else:
             kept = logits.new_zeros(len(prompt), *logits.shape[1:])
             before[:] = [kept.index_copy_(0, rows, logits.detach())]
-        return Answer(logits.flatten(0, 1), where.flatten().nonzero()[:, 0])
+        return Answer(logits.flatten(0, 1), at.flat)
 
-    return Wrapper(at, model)
+    return Wrapper(rows_at, model)
 
 
 def _of_sequences(cache: Any, rows: Tensor) -> Any:

@@ -37,7 +37,9 @@ from .fast import Answer, Part, log
 from .interfaces import Graph, RowModel, ScoreModel
 from .leave_one_out import leave_one_out, score_of
 from .model_calls import ModelCall, Wrapper, offers
+from .positions import Positions
 from .precision import check_recoverable, fastest_rate, working_dtype
+from .waiting import reading_waits, require
 
 __all__ = [
     "Control",
@@ -79,20 +81,19 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
     """
     call, rate = ModelCall(score, graph.num_states, "score model"), fastest_rate(graph)
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
-        answer = call(x, sigma, where, rows)
-        index, position = where.nonzero(as_tuple=True)
-        here, level, sequence = x[where], sigma[index], rows[index]
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
+        answer = call(x, sigma, at, rows)
+        here, level, sequence, position = x.flatten()[at.flat], sigma[at.sequence], rows[at.sequence], at.position
         check_recoverable(rate, sigma, torch.promote_types(answer.dtype, torch.float32))
 
         def convert(log_score: Tensor, part: Part) -> Tensor:
             pi = leave_one_out(log_score, here[part], graph, level[part])
-            pi = apply_controls(controls, pi, sequence[part], position[part], x, index[part])
+            pi = apply_controls(controls, pi, sequence[part], position[part], x, at.sequence[part])
             return score_of(pi, here[part], graph, level[part])
 
         return answer.then(convert, working_dtype(rate, answer.device))
 
-    return Wrapper(at, score)
+    return Wrapper(rows_at, score)
 
 
 def apply_controls(
@@ -113,6 +114,9 @@ def apply_controls(
         x: (B, L) int64, the states that controls with a parameter `counts` count; negative ones stand for nothing.
         index: (M,) int64, which row of x each is; `sequence` when None.
 
+    On an accelerator a control that leaves nothing gives NaN, from which nothing can be drawn: whoever draws finds it,
+    and asks again.
+
     Raises:
         ValueError: a control leaves nothing, or asks for counts where there is no x.
     """
@@ -128,7 +132,7 @@ def apply_controls(
         else:
             p = control(p, sequence, position)
         total = p.sum(-1, keepdim=True)
-        if (total == 0).any():
+        if not reading_waits(p.device) and (total == 0).any():
             row = int((total[:, 0] == 0).nonzero()[0])
             raise ValueError(
                 f"the controls leave no token at sequence {int(sequence[row])}, position {int(position[row])}: "
@@ -140,7 +144,10 @@ def apply_controls(
 
 def _counts(x: Tensor, index: Tensor, num_states: int) -> Tensor:
     """How often each of the N states stands in x[index], (M, N) int32."""
-    rows, which = torch.unique(index, return_inverse=True)
+    if reading_waits(x.device):
+        rows, which = torch.arange(len(x), device=x.device), index
+    else:  # of a piece's own sequences alone
+        rows, which = torch.unique(index, return_inverse=True)
     there = x[rows]
     counts = torch.zeros(len(rows), num_states, dtype=torch.int32, device=x.device)
     return counts.scatter_add_(1, there.clamp(min=0), (there >= 0).int())[which]
@@ -224,15 +231,26 @@ def allowed_tokens(tokens: Tensor) -> Control:
         raise ValueError(f"no token is allowed at {'position' if tokens.ndim == 2 else 'sequence, position'} "
                          f"{', '.join(str(i) for i in empty[0].tolist())}")  # fmt: skip
 
+    copies = {tokens.device: tokens}
+
+    def on(device: torch.device) -> Tensor:
+        if device not in copies:
+            copies[device] = tokens.to(device)
+        return copies[device]
+
     def restrict(p: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
         at = (position,) if tokens.ndim == 2 else (sequence, position)
-        if p.shape[-1] != tokens.shape[-1] or any(
-            int(i.max()) >= n for i, n in zip(at, tokens.shape[:-1], strict=True)
-        ):
-            raise ValueError(
+
+        def told() -> str:
+            return (
                 f"allowed tokens have the shape {tuple(tokens.shape)}: too small for sequence {int(sequence.max())}, "
                 f"position {int(position.max())} and {p.shape[-1]} states"
             )
-        return p * tokens[at]
+
+        if p.shape[-1] != tokens.shape[-1]:
+            raise ValueError(told())
+        for i, most in zip(at, tokens.shape[:-1], strict=True):
+            require(i < most, "allowed tokens are too small for what is sampled", told)
+        return p * on(p.device)[at]
 
     return restrict

@@ -25,6 +25,7 @@ from .interfaces import Graph, Noise
 from .leave_one_out import carry, concrete_score, without_own
 from .masked import RemaskSchedule, mask_probability, rate_of
 from .model_calls import ModelCall
+from .positions import Positions
 from .randomness import draw_categorical
 from .reverse import Reverse
 from .steps import Method, Tweedie, tweedie_posterior
@@ -287,7 +288,7 @@ class PathPlanning:
         if not len(tokens):
             return plausible
         call = ModelCall(self.planner, graph.num_states, "planner", widths=(graph.num_states - 1,))
-        logits = call(seen[rows], sigma[rows].to(torch.float32), free[rows], rows)
+        logits = call(seen[rows], sigma[rows].to(torch.float32), Positions.of(free[rows]), rows)
         for part in logits.pieces(len(tokens)):
             b, i = sequence[tokens[part]], position[tokens[part]]
             log_p = fit(logits[tokens[part]], graph).index_fill(1, _column(graph, x.device), -torch.inf).log_softmax(-1)

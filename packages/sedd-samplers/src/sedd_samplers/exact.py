@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fast import Answer
-from .masked import mask_probability, rate_of
-from .randomness import draw_categorical
-from .reverse import Kernel, Reverse
-from .steps import reverse_rates, tweedie_posterior
+from .fast import Answer, draw_by_blocks
+from .masked import mask_probability, rate_of, redraw_clean
+from .positions import Positions
+from .reverse import Reverse
+from .steps import reverse_rates
+from .waiting import require
 
 __all__ = ["FirstHitting", "Uniformization"]
 
@@ -39,6 +40,8 @@ class FirstHitting:
     The sequences of a batch have their own times and their own numbers of events; each event is one call of the model
     for all sequences that have one left. A posterior that does not sum to 1 is normalised.
 
+    Of each event the host reads one number, whether there was one.
+
     Raises:
         ValueError: when called, for a graph that is not absorbing.
     """
@@ -50,21 +53,16 @@ class FirstHitting:
         while True:
             masked = reverse.movable(x)
             count = masked.sum(1)
-            row = ((count > 0) & (now > end)).nonzero()[:, 0]
-            if not len(row):
+            left = (count > 0) & (now > end)
+            u = 1 - reverse.uniform_of(left)
+            now = torch.where(left, now * u ** (1 / count), now)
+            event = left & (now > end)
+            rank = (reverse.uniform_of(event) * count).long()
+            where = event[:, None] & masked & (masked.cumsum(1) == rank[:, None] + 1)
+            at = reverse.positions(where)
+            if not at.sequences:
                 return x
-            u = 1 - reverse.uniforms(row, torch.zeros_like(row))
-            now = now.index_put((row,), now[row] * u ** (1 / count[row]))
-            row = row[now[row] > end[row]]
-            rank = (reverse.uniforms(row, torch.zeros_like(row)) * count[row]).long()
-            where = torch.zeros_like(masked)
-            where[row] = masked[row] & (masked[row].cumsum(1) == rank[:, None] + 1)
-            sigma = -torch.log1p(-now) / rate
-            x = reverse.redraw(x, sigma, where, _unmask(reverse, sigma))
-
-
-def _unmask(reverse: Reverse, sigma: Tensor) -> Kernel:
-    return lambda log_score, x, sequence, _: tweedie_posterior(log_score, x, reverse.graph, sigma[sequence])
+            x = redraw_clean(reverse, x, -torch.log1p(-now) / rate, where, among=at)
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Uniformization:
 
     Each jump costs some four evaluations of the score: two to bound the rate, `slack` or a little more candidates. The
     sequences of a batch have their own events; each call of the model is for all that need one. The grid only sets when
-    states are shown.
+    states are shown. The host reads three numbers of each candidate and of each window.
 
     Args:
         slack: what the bound is above the rates at a window's ends; at least 1.
@@ -110,67 +108,71 @@ class Uniformization:
     def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """All jumps between t and s; see `Method`."""
         now, end = reverse.noise(t)[0].clone(), reverse.noise(s)[0]
-        if not (bool((end > 0).all()) and bool(now.isfinite().all())):
-            raise ValueError(
+        require(
+            *((end > 0) & now.isfinite(), "Uniformization needs finite noise levels above 0"),
+            lambda: (
                 f"Uniformization needs finite noise levels above 0, got sigma = {float(now.max()):.6g} to "
                 f"{float(end.min()):.6g}; end the grid at t_min > 0"
-            )
-        x, stop, bound = x.clone(), now.clone(), torch.zeros_like(now)
+            ),
+        )
+        stop, bound = now, torch.zeros_like(now)
         while bool((now > end).any()):
             opening = (now > end) & (now <= stop)
-            if opening.any():
-                goal = torch.maximum(now * self.shrink, end)
-                rates = torch.maximum(*(_rates(reverse, x, sigma, opening)[0][:, -1] for sigma in (now, goal)))
-                bound, stop = torch.where(opening, self.slack * rates, bound), torch.where(opening, goal, stop)
-            row = _next_candidate(reverse, now, end, stop, bound)
-            row = _jump(reverse, x, now, bound, row)
-            stop[row] = now[row]  # x has moved
+            goal = torch.maximum(now * self.shrink, end)
+            where = reverse.movable(x) & opening[:, None]
+            at = reverse.positions(where)
+            rates = torch.maximum(*(_rates(reverse, x, sigma, where, at)[0][:, -1] for sigma in (now, goal)))
+            bound, stop = torch.where(opening, self.slack * rates, bound), torch.where(opening, goal, stop)
+            now, candidate = _next_candidate(reverse, now, end, stop, bound)
+            x, moved = _jump(reverse, x, now, bound, candidate)
+            stop = torch.where(moved, now, stop)
         return x
 
 
-def _next_candidate(reverse: Reverse, now: Tensor, end: Tensor, stop: Tensor, bound: Tensor) -> Tensor:
-    """Moves `now` on to the next candidates, or to where their window stops; the rows that have one."""
-    row = (now > end).nonzero()[:, 0]
-    wait = -torch.log1p(-reverse.uniforms(row, torch.zeros_like(row))) / bound[row]
-    inside = now[row] - wait > stop[row]
-    now[row] = torch.where(inside, now[row] - wait, stop[row])
-    return row[inside]
+def _next_candidate(reverse: Reverse, now: Tensor, end: Tensor, stop: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """`now` (B,) moved on to the next candidates, or to where their window stops; which sequences (B,) have one."""
+    going = now > end
+    after = now + torch.log1p(-reverse.uniform_of(going)) / bound
+    candidate = going & (after > stop)
+    return torch.where(candidate, after, torch.where(going, stop, now)), candidate
 
 
-def _jump(reverse: Reverse, x: Tensor, sigma: Tensor, bound: Tensor, row: Tensor) -> Tensor:
-    """Moves x at the candidates that are accepted; their rows."""
-    candidate = torch.zeros_like(sigma, dtype=torch.bool)
-    candidate[row] = True
-    cumulative, rates, slot = _rates(reverse, x, sigma, candidate)
+def _jump(reverse: Reverse, x: Tensor, sigma: Tensor, bound: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+    """X moved at the candidates (B,) that are accepted; which those are."""
+    where = reverse.movable(x) & candidate[:, None]
+    cumulative, rates, slot = _rates(reverse, x, sigma, where, reverse.positions(where))
     above = (cumulative[:, -1] > bound) & candidate
-    if above.any():
-        b = int(above.nonzero()[0])
-        raise ValueError(
-            f"the reverse process of sequence {b} leaves its state at the rate {float(cumulative[b, -1]):.6g} at "
-            f"sigma = {float(sigma[b]):.6g}, above the bound {float(bound[b]):.6g} relied on: the sample would "
-            "not be exact; raise Uniformization's slack, or its shrink towards 1"
-        )
-    mark = reverse.uniforms(row, torch.zeros_like(row)) * bound[row]
-    accepted = mark < cumulative[row, -1]
-    row, mark = row[accepted], mark[accepted]
-    position = torch.searchsorted(cumulative[row], mark[:, None], right=True)[:, 0]
-    if len(row):
-        x[row, position] = draw_categorical(rates[slot[row, position]], reverse.uniforms(row, position))
-    return row
+
+    def refuse() -> None:
+        if above.any():
+            b = int(above.nonzero()[0])
+            raise ValueError(
+                f"the reverse process of sequence {b} leaves its state at the rate {float(cumulative[b, -1]):.6g} at "
+                f"sigma = {float(sigma[b]):.6g}, above the bound {float(bound[b]):.6g} relied on: the sample would "
+                "not be exact; raise Uniformization's slack, or its shrink towards 1"
+            )
+
+    reverse.notice(above, refuse)
+    mark = reverse.uniform_of(candidate) * bound
+    accepted = candidate & (mark < cumulative[:, -1])
+    if not len(rates):
+        return x, accepted
+    position = torch.searchsorted(cumulative, mark[:, None], right=True).clamp(max=x.shape[1] - 1)
+    uniform = reverse.uniform_of(accepted, position[:, 0])
+    state, _ = draw_by_blocks(rates[slot.gather(1, position)[:, 0]], uniform)
+    return torch.where(accepted[:, None], x.scatter(1, position, state[:, None]), x), accepted
 
 
-def _rates(reverse: Reverse, x: Tensor, sigma: Tensor, active: Tensor) -> tuple[Tensor, Answer, Tensor]:
-    """The reverse rates of the active sequences (B,) at noise sigma (B,).
+def _rates(reverse: Reverse, x: Tensor, sigma: Tensor, where: Tensor, at: Positions) -> tuple[Tensor, Answer, Tensor]:
+    """The reverse rates at `where` (B, L) bool, at noise sigma (B,), among the positions `at`.
 
     Returns:
-        (B, L) their sums up to each position, 0 for the other sequences; M rows of N, those of each position that can
-        move; (B, L) which row of these is whose.
+        (B, L) their sums up to each position, 0 at the others; M rows of N, those of `at`; (B, L) which row of these is
+        whose.
     """
-    where = reverse.movable(x) & active[:, None]
-    rates = reverse.rows(x, sigma, where, lambda log_score, x, *_: reverse_rates(log_score, x, reverse.graph))
-    total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    sums = torch.empty(len(rates), dtype=torch.float64, device=x.device)
+    rates = reverse.rows_at(x, sigma, at, lambda log_score, x, *_: reverse_rates(log_score, x, reverse.graph), where)
+    total = torch.zeros(x.numel(), dtype=torch.float64, device=x.device)
     for part in rates.parts():
-        sums[part] = rates[part].sum(-1, dtype=torch.float64)
-    total[where] = sums
-    return total.cumsum(1), rates, where.flatten().cumsum(0).view_as(where) - 1
+        total[at.flat[part]] = rates[part].sum(-1, dtype=torch.float64)
+    slot = torch.zeros_like(x).flatten().index_put((at.flat,), torch.arange(len(at), device=x.device))
+    return torch.where(where, total.view_as(x), 0.0).cumsum(1), rates, slot.view_as(x)

@@ -30,6 +30,7 @@ from torch import Tensor
 from .fast import Answer, Part
 from .interfaces import RowModel, ScoreModel
 from .model_calls import ModelCall, Wrapper
+from .positions import Positions
 
 __all__ = ["classifier_free", "classifier_guided", "neighbour_ratios", "first_order_ratios"]
 
@@ -54,10 +55,10 @@ def classifier_free(conditional: ScoreModel, unconditional: ScoreModel, weight: 
     with_class = ModelCall(conditional, num_states, "conditional score model")
     without = ModelCall(unconditional, num_states, "unconditional score model")
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
         if weight in (0, 1):
-            return (with_class if weight else without)(x, sigma, where, rows)
-        conditioned, plain = with_class(x, sigma, where, rows), without(x, sigma, where, rows)
+            return (with_class if weight else without)(x, sigma, at, rows)
+        conditioned, plain = with_class(x, sigma, at, rows), without(x, sigma, at, rows)
 
         def combine(log_score: Tensor, part: Part) -> Tensor:
             given_class = conditioned[part].to(log_score.dtype)
@@ -66,7 +67,7 @@ def classifier_free(conditional: ScoreModel, unconditional: ScoreModel, weight: 
 
         return plain.then(combine, conditioned.work)
 
-    return Wrapper(at, conditional, unconditional)
+    return Wrapper(rows_at, conditional, unconditional)
 
 
 def classifier_guided(score: ScoreModel, ratios: Callable[..., Tensor], weight: float, *, num_states: int) -> RowModel:
@@ -89,11 +90,11 @@ def classifier_guided(score: ScoreModel, ratios: Callable[..., Tensor], weight: 
     unguided = ModelCall(score, num_states, "score model")
     classifier = ModelCall(ratios, num_states, "classifier's ratios")
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
-        answer = unguided(x, sigma, where, rows)
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
+        answer = unguided(x, sigma, at, rows)
         if weight == 0:
             return answer
-        ratio = classifier(x, sigma, where, rows)
+        ratio = classifier(x, sigma, at, rows)
 
         def add(log_score: Tensor, part: Part) -> Tensor:
             log_ratio = ratio[part].to(log_score.dtype)
@@ -101,7 +102,7 @@ def classifier_guided(score: ScoreModel, ratios: Callable[..., Tensor], weight: 
 
         return answer.then(add)
 
-    return Wrapper(at, score, ratios)
+    return Wrapper(rows_at, score, ratios)
 
 
 def neighbour_ratios(
@@ -118,8 +119,8 @@ def neighbour_ratios(
         (x, sigma) -> (B, L, N), offering `where`: M N evaluations for its M positions.
     """
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        sequence, position = where.nonzero(as_tuple=True)
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Tensor:
+        sequence, position = at.sequence, at.position
         here = log_prob(x, sigma)[sequence]
         out = here.new_empty(len(sequence) * num_states)
         for i in range(0, len(out), batch_size):
@@ -129,7 +130,7 @@ def neighbour_ratios(
             out[flat] = log_prob(changed, sigma[sequence[row]])
         return out.view(-1, num_states) - here[:, None]
 
-    return Wrapper(at, log_prob)
+    return Wrapper(rows_at, log_prob)
 
 
 def first_order_ratios(log_prob: Callable[[Tensor, Tensor], Tensor], num_states: int) -> RowModel:
@@ -147,15 +148,15 @@ def first_order_ratios(log_prob: Callable[[Tensor, Tensor], Tensor], num_states:
         (x, sigma) -> (B, L, N), offering `where`.
     """
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             tokens = torch.nn.functional.one_hot(x.clone(), num_states).to(sigma.dtype).requires_grad_()
             # a sequence's probability depends on its own tokens only, so that the sum's gradient is each one's
             (gradient,) = torch.autograd.grad(log_prob(tokens, sigma.clone()).sum(), tokens)
-        slope = gradient[where]
-        return slope - slope.gather(1, x[where][:, None])
+        slope = gradient.flatten(0, 1)[at.flat]
+        return slope - slope.gather(1, x.flatten()[at.flat, None])
 
-    return Wrapper(at, log_prob)
+    return Wrapper(rows_at, log_prob)
 
 
 def _check_weight(weight: float) -> None:

@@ -19,15 +19,15 @@ def path_of_head(model: object) -> str | None:
 
 
 class _HeadAt(torch.nn.Module):
-    """A module that sees the positions `where` of its input (B, L, D) only, as (M, D)."""
+    """A module that sees some positions of its input (B, L, D) only, as (M, D)."""
 
-    def __init__(self, head: torch.nn.Module, where: Tensor) -> None:
+    def __init__(self, head: torch.nn.Module, positions: Tensor) -> None:
         super().__init__()
-        self.head, self._where = head, where
+        self.head, self._positions = head, positions
 
     def forward(self, h: Tensor, *further: Any) -> Tensor:
         """The head's answer, (M, N)."""
-        out: Tensor = self.head(h[self._where] if h.ndim == 3 else h, *further)
+        out: Tensor = self.head(h.flatten(0, 1)[self._positions] if h.ndim == 3 else h, *further)
         return out
 
     def __getattr__(self, name: str) -> Any:
@@ -37,8 +37,8 @@ class _HeadAt(torch.nn.Module):
             return getattr(super().__getattr__("head"), name)
 
 
-def with_head_at(model: torch.nn.Module, path: str, where: Tensor) -> torch.nn.Module:
-    """The same model with its head, the submodule at `path`, run at some positions only.
+def with_head_at(model: torch.nn.Module, path: str, positions: Tensor) -> torch.nn.Module:
+    """The same model with its head, the submodule at `path`, run at some positions only, (M,) indices into (B L).
 
     The modules on the way to the head are copied, without their parameters; nothing of the model itself is touched, so
     that other threads may be in the middle of a call of it.
@@ -51,7 +51,7 @@ def with_head_at(model: torch.nn.Module, path: str, where: Tensor) -> torch.nn.M
         node = copy
     head = node._modules[last]
     assert head is not None
-    node._modules[last] = _HeadAt(head, where)
+    node._modules[last] = _HeadAt(head, positions)
     return root
 
 

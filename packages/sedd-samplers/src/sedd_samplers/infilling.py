@@ -33,6 +33,7 @@ from torch import Tensor
 from .fast import Answer, times_row
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import ModelCall, Wrapper
+from .positions import Positions
 from .randomness import draw_categorical, philox
 from .reverse import Reverse
 from .steps import Method, final_denoise, tweedie_posterior, tweedie_probs
@@ -138,6 +139,8 @@ class Particles:
             free = final_denoise(reverse, states, times) if last else method(reverse, states, times, to)
             states = torch.where(reverse.frozen, moved, free)
             weight = weight + gain.view(B, K)
+            if step == len(ends):
+                reverse.finish()
             yield states.view(B, K, -1), weight.log_softmax(1)
 
     def _resample(self, weight: Tensor, ahead: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,10 +247,10 @@ def _by_sequence(score: ScoreModel, graph: Graph, K: int) -> ScoreModel:
     """The model, told of which sequence each of K particles is."""
     call = ModelCall(score, graph.num_states, "score model")
 
-    def at(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
-        return call(x, sigma, where, rows // K)
+    def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
+        return call(x, sigma, at, rows // K)
 
-    return Wrapper(at, score)
+    return Wrapper(rows_at, score)
 
 
 def _mixed(seed: Tensor, number: Tensor) -> Tensor:

@@ -24,9 +24,11 @@ from torch import Tensor
 
 from .controls import Control, apply_controls
 from .interfaces import Graph
+from .positions import Positions
 from .randomness import draw_categorical
 from .reverse import Reverse
-from .steps import tweedie_posterior
+from .steps import Stay, Weights, tweedie_posterior, unmasking_weights
+from .waiting import require
 
 __all__ = [
     "Unmasking",
@@ -77,15 +79,9 @@ class Unmasking:
         rate = rate_of(reverse, "Unmasking")
         sigma = reverse.noise(t)[0]
         before, after = mask_probability(sigma, rate), mask_probability(reverse.noise(s)[0], rate)
-        sequence, position = reverse.movable(x).nonzero(as_tuple=True)
-        moves = reverse.uniforms(sequence, position) >= (after / before)[sequence]
-        where = torch.zeros_like(reverse.frozen)
-        where[sequence[moves], position[moves]] = True
-
-        def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
-            return tweedie_posterior(log_score, x, reverse.graph, sigma[sequence])
-
-        return reverse.redraw(x, sigma, where, kernel)
+        masked = reverse.movable(x)
+        where = masked & (reverse.uniforms_at(masked) >= (after / before)[:, None])
+        return redraw_clean(reverse, x, sigma, where)
 
 
 RemaskSchedule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -138,10 +134,10 @@ class Remasking:
         alpha_t = 1 - lambda_t
         r_max = (lambda_s / alpha_t).clamp(max=1)
         r = self.schedule(sigma_t, sigma_s, r_max)
-        if not ((r >= 0) & (r <= r_max)).all():
-            raise ValueError(
-                f"the remasking schedule must stay within [0, r_max], got {r.tolist()} of {r_max.tolist()}"
-            )
+        require(
+            *((r >= 0) & (r <= r_max), "the remasking schedule must stay within [0, r_max]"),
+            lambda: f"the remasking schedule must stay within [0, r_max], got {r.tolist()} of {r_max.tolist()}",
+        )
         stay = (lambda_s - r * alpha_t) / lambda_t
 
         def unmask(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
@@ -300,44 +296,62 @@ class ConfidenceUnmasking:
         due = (masked.sum(1) - left).clamp(min=0)
         if self.rule is None:
             masked &= (due > 0)[:, None]
-        sequence, position = masked.nonzero(as_tuple=True)
-        if not len(sequence):
+        at = reverse.positions(masked)
+        if not at.sequences:
             return x
-        posteriors = reverse.rows(
-            x, sigma, masked, lambda log_score, x, b, _: tweedie_posterior(log_score, x, reverse.graph, sigma[b])
+        posteriors = reverse.rows_at(
+            x, sigma, at, lambda log_score, x, b, _: tweedie_posterior(log_score, x, reverse.graph, sigma[b]), masked
         )
-        uniform, u = reverse.uniforms(sequence, position), reverse.uniforms(sequence, position)
-        token, rank, value = torch.empty_like(sequence), torch.empty_like(u), torch.empty_like(u)
+        uniform, u = reverse.uniforms_at(masked, at), reverse.uniforms_at(masked, at)
+        token, rank, value = torch.empty_like(at.flat), torch.empty_like(u), torch.empty_like(u)
         for part in posteriors.parts():
             law = posterior = posteriors[part]
             if self.controls:
-                law = apply_controls(self.controls, posterior, sequence[part], position[part], x)
-            token[part] = draw_categorical(law, uniform[part])
+                law = apply_controls(self.controls, posterior, at.sequence[part], at.position[part], x)
+            token[part] = draw_categorical(law, uniform[part], old=x.flatten()[at.flat][part])
             rank[part] = self.order(posterior, token[part]).double()
             if self.rule is not None:
                 value[part] = self.rule.statistic(posterior, token[part]).double()
         if self.randomness:
             gumbel = -torch.log(-torch.log1p(-u))
-            rank += self.randomness * mask_probability(sigma, rate)[sequence] * gumbel
-        place = _first(masked, rank, u)
-        chosen = place < due[sequence]
+            rank += self.randomness * mask_probability(sigma, rate)[at.sequence] * gumbel
+        place = _first(masked, at, rank, u)
+        chosen = place < due[:, None]
         if self.rule is not None:
-            ranked = torch.full(masked.shape, torch.nan, dtype=torch.float64, device=x.device)
-            ranked[sequence, place] = value
-            chosen |= (place == 0) | self.rule.within(ranked)[sequence, place]
-        x = x.clone()
-        x[sequence[chosen], position[chosen]] = token[chosen]
-        return x
+            by_place = torch.full_like(place, torch.nan, dtype=torch.float64).scatter(
+                1, place, _over(masked, at, value)
+            )
+            chosen |= (place == 0) | self.rule.within(by_place).gather(1, place)
+        return torch.where(chosen & masked, x.flatten().index_put((at.flat,), token).view_as(x), x)
 
 
-def _first(where: Tensor, rank: Tensor, tie: Tensor) -> Tensor:
-    """The place (M,) of each true position of `where` (B, L) in its sequence: highest rank first, then highest tie."""
-    keys = [torch.full(where.shape, -torch.inf, dtype=torch.float64, device=where.device) for _ in range(2)]
-    for key, value in zip(keys, (tie, rank), strict=True):
-        key[where] = value.double().nan_to_num()  # all that are due before any that is not
-    by_tie = keys[0].argsort(1, descending=True)
-    by_rank = keys[1].gather(1, by_tie).argsort(dim=1, descending=True, stable=True)
-    return by_tie.gather(1, by_rank).argsort(1)[where]
+def redraw_clean(
+    reverse: Reverse, x: Tensor, sigma: Tensor, where: Tensor, *, among: Positions | None = None
+) -> Tensor:
+    """X (B, L) with the masks at `where` (B, L) bool replaced by tokens of the posterior at noise sigma (B,)."""
+
+    def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+        return tweedie_posterior(log_score, x, reverse.graph, sigma[sequence])
+
+    def moves(x: Tensor, sequence: Tensor) -> tuple[Weights, Stay]:
+        return unmasking_weights(reverse.graph, x, sigma[sequence]), torch.zeros_like
+
+    return reverse.redraw(x, sigma, where, kernel, moves=moves, among=among)
+
+
+def _first(where: Tensor, at: Positions, rank: Tensor, tie: Tensor) -> Tensor:
+    """The place (B, L) of each true position of `where` in its sequence: highest rank (M,) first, then highest tie."""
+    # all that are due before any that is not
+    of_tie, of_rank = (_over(where, at, key.double().nan_to_num(), -torch.inf) for key in (tie, rank))
+    by_tie = of_tie.argsort(1, descending=True)
+    by_rank = of_rank.gather(1, by_tie).argsort(dim=1, descending=True, stable=True)
+    return by_tie.gather(1, by_rank).argsort(1)
+
+
+def _over(where: Tensor, at: Positions, values: Tensor, elsewhere: float = torch.nan) -> Tensor:
+    """Values (M,) float64 of the positions `at` as (B, L), with another number where `where` (B, L) is false."""
+    spread = torch.full((where.numel(),), elsewhere, dtype=torch.float64, device=where.device)
+    return spread.index_put((at.flat,), values).view_as(where).masked_fill(~where, elsewhere)
 
 
 def rate_of(reverse: Reverse, wanted_by: str) -> float:

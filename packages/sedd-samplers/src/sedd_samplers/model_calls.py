@@ -1,12 +1,14 @@
 """Calls of a model of sequences: at the positions that matter, in the way it offers, and checked.
 
-A model is a callable (x (B, L), sigma (B,)) -> (B, L, N). It may have two parameters more, by name:
+A model is a callable (x (B, L), sigma (B,)) -> (B, L, N). It may have three parameters more, by name:
 
-    where   (B, L) bool: return only the M rows at its true positions, (M, N), in row-major order
-    rows    (B,) int64: which sequences of the run x holds; a sequence that is finished is not asked about again, so
-            that a model with a condition for each sequence (a label, a constraint) needs to be told
+    where      (B, L) bool: return only the M rows at its true positions, (M, N), in row-major order
+    positions  (M,) int64: the same as ascending indices into x.flatten(), asked for instead of `where` where both are
+               offered: how many rows there are is then known, and on a GPU the host need not wait to learn it
+    rows       (B,) int64: which sequences of the run x holds; a sequence that is finished is not asked about again, so
+               that a model with a condition for each sequence (a label, a constraint) needs to be told
 
-The wrappers of this package (adapters, controls, guidance) offer both and hand them on.
+The wrappers of this package (adapters, controls, guidance) offer `where` and `rows`, and hand on all three.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .fast import Answer
+from .positions import Positions
 
 __all__ = [
     "ModelCall",
@@ -57,9 +60,11 @@ class ModelCall:
         check_conditions(model, name)
         self.model, self._num_states, self._name, self._widths = model, num_states, name, widths
         self._offers_where, self._offers_rows = offers(model, "where"), offers(model, "rows")
+        self._offers_positions = offers(model, "positions")
+        self._must_be_told = _required(model, "where", "positions")
 
-    def __call__(self, x: Tensor, sigma: Tensor | None, where: Tensor, rows: Tensor) -> Answer:
-        """The rows at the true positions of `where` (B, L), in row-major order.
+    def __call__(self, x: Tensor, sigma: Tensor | None, at: Positions, rows: Tensor) -> Answer:
+        """The rows at some positions of x (B, L), in row-major order.
 
         A model that does not take sigma is called with None.
 
@@ -67,16 +72,16 @@ class ModelCall:
             ValueError: the answer has another shape or is no float tensor.
         """
         if isinstance(self.model, Wrapper) and sigma is not None:
-            made = self.model.answer(x, sigma, where, rows)
+            made = self.model.answer(x, sigma, at, rows)
             self._check(made.shape, made.dtype, (len(made), self._num_states))
             return made
         inputs = (x,) if sigma is None else (x, sigma)
         further = {"rows": rows} if self._offers_rows else {}
-        if self._offers_where:
-            answer = self.model(*inputs, where=where, **further)
-            return Answer(self._checked(answer, (int(where.sum()), self._num_states)))
+        if (self._offers_positions or self._offers_where) and (not at.whole or self._must_be_told):
+            further |= {"positions": at.flat} if self._offers_positions else {"where": at.where}
+            return Answer(self._checked(self.model(*inputs, **further), (len(at), self._num_states)))
         answer = self._checked(self.model(*inputs, **further), (*x.shape, self._num_states))
-        return Answer(answer.flatten(0, 1), where.flatten().nonzero()[:, 0])
+        return Answer(answer.flatten(0, 1), None if at.whole else at.flat)
 
     def _checked(self, answer: object, expected: tuple[int, ...]) -> Tensor:
         if not isinstance(answer, Tensor):
@@ -99,35 +104,47 @@ class ModelCall:
 
 def offers(model: Any, parameter: str) -> bool:
     """Whether a model has a parameter of that name; a module is asked about its forward."""
+    return parameter in _parameters(model)
+
+
+def _required(model: Any, *names: str) -> bool:
+    """Whether one of these parameters has to be given."""
+    found = _parameters(model)
+    return any(name in found and found[name].default is inspect.Parameter.empty for name in names)
+
+
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     function = model.forward if isinstance(model, torch.nn.Module) else model
     try:
-        return parameter in inspect.signature(function).parameters
+        return inspect.signature(function).parameters
     except (TypeError, ValueError):
-        return False
+        return {}
 
 
 class Wrapper:
     """A model made of others, as a `RowModel`; inside the package its answer is taken in pieces.
 
     Args:
-        at: (x, sigma, where, rows) -> the rows (M, N) at the true positions of `where`, or an `Answer`.
+        rows_at: (x, sigma, positions, rows) -> the rows (M, N) at these positions, or an `Answer`.
         *inside: the models that it calls.
     """
 
-    def __init__(self, at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | Answer], *inside: object) -> None:
-        self._at, self.inside = at, inside
+    def __init__(
+        self, rows_at: Callable[[Tensor, Tensor, Positions, Tensor], Tensor | Answer], *inside: object
+    ) -> None:
+        self._rows_at, self.inside = rows_at, inside
 
-    def answer(self, x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Answer:
-        """The rows at the true positions of `where` (B, L)."""
-        out = self._at(x, sigma, where, rows)
+    def answer(self, x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
+        """The rows at some positions of x (B, L)."""
+        out = self._rows_at(x, sigma, at, rows)
         return out if isinstance(out, Answer) else Answer(out)
 
     def __call__(self, x: Tensor, sigma: Tensor, /, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """(B, L, N), or (M, N) for the M true positions of `where`."""
-        everywhere = torch.ones_like(x, dtype=torch.bool) if where is None else where
+        at = Positions.everywhere(x.shape, x.device) if where is None else Positions.of(where)
         rows = torch.arange(len(x), device=x.device) if rows is None else rows
-        out = self.answer(x, sigma, everywhere, rows).tensor()
+        out = self.answer(x, sigma, at, rows).tensor()
         return out.reshape(*x.shape, -1) if where is None else out
 
 
@@ -193,11 +210,11 @@ def per_sequence(model: Callable[..., Tensor], **conditions: Tensor) -> Callable
         score = per_sequence(network, labels=torch.tensor([3, 1, 4]))
 
     Args:
-        model: (x (b, L), sigma (b,), **conditions) -> (b, L, N); it may offer `where`.
+        model: (x (b, L), sigma (b,), **conditions) -> (b, L, N); it may offer `where` or `positions`.
         **conditions: (B, ...) each, B being the sequences of the run.
 
     Returns:
-        A model that offers `rows`, and `where` if `model` does.
+        A model that offers `rows`, and `where` or `positions` if `model` does.
     """
 
     def plain(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
@@ -206,4 +223,9 @@ def per_sequence(model: Callable[..., Tensor], **conditions: Tensor) -> Callable
     def at_positions(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
         return model(x, sigma, where=where, **{key: value[rows] for key, value in conditions.items()})
 
+    def at_flat(x: Tensor, sigma: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        return model(x, sigma, positions=positions, **{key: value[rows] for key, value in conditions.items()})
+
+    if offers(model, "positions"):
+        return at_flat
     return at_positions if offers(model, "where") else plain

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .fast import spread
@@ -65,13 +66,14 @@ class Trapezoidal:
         sigma, dsigma = reverse.noise(t)
         sigma_star, dsigma_star = reverse.noise(t - first)
         free = reverse.movable(x)
-        slot = free.flatten().cumsum(0).view_as(x) - 1
+        at = reverse.positions(free)
+        slot = torch.zeros_like(x).flatten().index_put((at.flat,), torch.arange(len(at), device=x.device)).view_as(x)
         kept: list[Tensor] = []  # a(x, t), made when its precision is known
 
         def to_star(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
             a = reverse_rates(log_score, x, reverse.graph).mul_(dsigma.to(log_score.dtype)[sequence, None])
             if not kept:
-                kept.append(a.new_empty(int(free.sum()), a.shape[1]))
+                kept.append(a.new_empty(len(at), a.shape[1]))
             kept[0][slot[sequence, position]] = a
             return leap(a.mul_(first.to(a.dtype)[sequence, None]), x)
 
@@ -79,11 +81,11 @@ class Trapezoidal:
             a_star = reverse_rates(log_score, x_star, reverse.graph)
             rates = a_star.mul_(alpha_1 * dsigma_star.to(log_score.dtype)[sequence, None])
             still = x_star == x[sequence, position]
-            rates[still] -= alpha_2 * kept[0][slot[sequence[still], position[still]]]
+            rates -= kept[0][slot[sequence, position]].mul_(alpha_2 * still[:, None])
             return leap(rates.clamp_(min=0).mul_(second.to(rates.dtype)[sequence, None]), x_star)
 
-        x_star = reverse.redraw(x, sigma, free, to_star)
-        return reverse.redraw(x_star, sigma_star, reverse.movable(x_star), from_star)
+        x_star = reverse.redraw(x, sigma, free, to_star, among=at)
+        return reverse.redraw(x_star, sigma_star, reverse.movable(x_star), from_star, among=at)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def correct(reverse: Reverse, x: Tensor, sigma: Tensor, delta_sigma: Tensor) -> 
     def kernel(log_score: Tensor, x: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
         return corrector_probs(log_score, x, reverse.graph, rates_out_of(x), delta_sigma[sequence])
 
-    return reverse.redraw(x, sigma, ~reverse.frozen & (sigma > 0)[:, None], kernel)
+    where = ~reverse.frozen & (sigma > 0)[:, None]
+    return reverse.redraw(x, sigma, where, kernel, among=reverse.free())
 
 
 def corrector_probs(log_score: Tensor, x: Tensor, graph: Graph, out: Row, delta_sigma: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .interfaces import Graph
+from .waiting import require
 
 __all__ = ["fastest_rate", "working_dtype", "check_recoverable"]
 
@@ -44,15 +45,19 @@ def working_dtype(rate: float, device: torch.device) -> torch.dtype:
 def check_recoverable(rate: float, sigma: Tensor, dtype: torch.dtype) -> None:
     """That a posterior can be told from a score at sigma: ValueError where e^(rate sigma) eps > 1e-3.
 
+    On an accelerator an assertion of the device's, which nobody waits for.
+
     Where tokens are noised, all that the score knows of x0 is of the size e^(-rate sigma), with the graph's fastest
     rate, and what a network computes is rounded more coarsely than that.
     """
     if rate == 0 or not len(sigma):
         return
     limit = math.log(1e-3 / torch.finfo(dtype).eps) / rate
-    if float(sigma.max()) > limit:
-        raise ValueError(
+    require(
+        *(sigma <= limit, "the posterior p(x0 | x_t) cannot be told from a score at such a sigma"),
+        lambda: (
             f"the posterior p(x0 | x_t) cannot be told from a {dtype} score at sigma = {float(sigma.max()):.6g}: what "
             f"it knows of x0 is lost in rounding beyond {limit:.3g}. Adapt and control a model of the posterior "
             "instead (from_posterior, from_logits and their controls), or use float64"
-        )
+        ),
+    )

@@ -22,6 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from .fast import draw_by_blocks
+from .waiting import reading_waits
 
 __all__ = ["philox", "uniforms", "draw_categorical", "draw_shared", "row_seeds"]
 
@@ -48,12 +49,14 @@ def uniforms(seed: Tensor, draw: Tensor, position: Tensor) -> Tensor:
     return ((high << 21) | (low >> 11)).double() * 2.0**-53
 
 
-def draw_categorical(probs: Tensor, uniform: Tensor) -> Tensor:
+def draw_categorical(probs: Tensor, uniform: Tensor, *, old: Tensor | None = None) -> Tensor:
     """One state a row; a state of probability zero is never drawn.
 
     Args:
         probs: (M, N) float, non-negative; rows need not sum to 1. Not modified.
         uniform: (M,) float64 in [0, 1): the only source of randomness.
+        old: (M,) int64, what to return for rows from which nothing can be drawn, where values are not to be read
+            because the host would wait for them; None to read them all the same.
 
     Returns:
         (M,) int64.
@@ -63,6 +66,8 @@ def draw_categorical(probs: Tensor, uniform: Tensor) -> Tensor:
     """
     state, total = draw_by_blocks(probs, uniform)
     bad = ~((total > 0) & total.isfinite())
+    if old is not None and reading_waits(probs.device):
+        return torch.where(bad, old, state)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
@@ -75,7 +80,8 @@ def draw_categorical(probs: Tensor, uniform: Tensor) -> Tensor:
 def draw_shared(law: Tensor, uniform: Tensor) -> Tensor:
     """Draws (M,) int64 from one distribution, law (N,) float64, with one uniform (M,) each."""
     cumulative = law.cumsum(0)
-    target = (uniform * cumulative[-1]).clamp(max=float(torch.nextafter(cumulative[-1], cumulative.new_zeros(()))))
+    below = torch.nextafter(cumulative[-1], cumulative.new_zeros(()))
+    target = torch.minimum(uniform * cumulative[-1], below)
     drawn: Tensor = torch.searchsorted(cumulative, target, right=True)
     return drawn
 

@@ -3,24 +3,30 @@
 Everything that must hold for every method is held here, once: given positions never move; only positions that can move
 reach the network's head; the network is not called for a sequence in which none can; arithmetic after the head is
 float32 (float64 for a float64 score) under any autocast; a row's random numbers depend on nothing but its seed.
+
+Nor does the host wait for the device more than once a step: how many positions can move is read back, whether the step
+before drew all its states, and whether any sequence is unfinished, in one tensor.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .fast import Answer, Part
+from .fast import Answer, Part, draw_by_blocks
 from .interfaces import Graph, Noise, Row, ScoreModel
 from .model_calls import ModelCall
+from .positions import Positions, true_indices
 from .precision import fastest_rate, working_dtype
-from .randomness import draw_categorical, draw_shared, uniforms
+from .randomness import draw_shared, uniforms
+from .waiting import at_once, reading_waits
 
-__all__ = ["Reverse", "Kernel", "Moves"]
+__all__ = ["Reverse", "Kernel", "Moves", "NoticedLate"]
 
 T = TypeVar("T")
 
@@ -32,6 +38,27 @@ Moves = Callable[[Tensor, Tensor], tuple[Row, Callable[[Tensor], Tensor]]]
 a kernel whose probabilities are w_y s_y for y != x, R in all, and that mass at x."""
 
 
+class NoticedLate(ValueError):
+    """What was wrong in a step, found when the next one read back how it ended.
+
+    Attributes:
+        where: the step.
+    """
+
+    def __init__(self, error: ValueError, where: str) -> None:
+        super().__init__(str(error))
+        self.where = where
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """Something that may have gone wrong: () bool on the device, how to look for it once more, and the step."""
+
+    wrong: Tensor
+    again: Callable[[], object]
+    where: str
+
+
 class Reverse:
     """A score model run backwards through a graph's noise, with some positions held fixed.
 
@@ -41,6 +68,13 @@ class Reverse:
         noise: its schedule.
         frozen: (B, L) bool, the positions that never move.
         seeds: (B,) int64, one seed a sequence.
+        static_shapes: whether the model is asked at all positions of all sequences in every call; see `trajectory`.
+
+    Attributes:
+        frozen: may be assigned anew between two steps, with more positions.
+        step: what errors call the step that is being made.
+        unfinished: whether any position was not frozen at the last read; None when nothing was read since it was set
+            to None.
     """
 
     def __init__(
@@ -51,13 +85,21 @@ class Reverse:
         *,
         frozen: Tensor,
         seeds: Tensor,
+        static_shapes: bool = False,
     ) -> None:
         self.score = score
         self.graph = graph
         self.noise = noise
         self.frozen = frozen
+        self.step = "a step"
+        self.unfinished: bool | None = None
         self._seeds = seeds
         self._drawn = torch.zeros_like(seeds)
+        self._sequences = torch.arange(len(seeds), device=frozen.device)
+        self._all = Positions.everywhere(frozen.shape, frozen.device, whole=True)
+        self._static = static_shapes
+        self._free: tuple[Tensor, Positions] | None = None
+        self._unread: list[_Unread] = []
         self._call = ModelCall(score, graph.num_states, "score model")
         into = graph.rates_into(torch.arange(graph.num_states, device=frozen.device))
         # a jump leads into x where the row Q[x, .] is positive; its one negative entry is the diagonal
@@ -76,14 +118,57 @@ class Reverse:
 
     def prior(self) -> Tensor:
         """States from the limit of the forward process, independent over positions: (B, L) int64."""
-        row = self.graph.prior(torch.tensor(torch.inf, device=self.frozen.device))
+        row = self.graph.prior(torch.full((), torch.inf, device=self.frozen.device))
         law = row.base.double().expand(self.graph.num_states).scatter(0, row.index, row.value.double())
-        sequence, position = torch.ones_like(self.frozen).nonzero(as_tuple=True)
-        return draw_shared(law, self.uniforms(sequence, position)).view(self.frozen.shape)
+        return draw_shared(law, self.uniforms_at(torch.ones_like(self.frozen)).flatten()).view(self.frozen.shape)
 
     def movable(self, x: Tensor) -> Tensor:
         """The positions of x (B, L) whose state the reverse process can still leave: (B, L) bool."""
         return self._enterable[x] & ~self.frozen
+
+    @property
+    def _everywhere(self) -> Positions:
+        """All positions; anew where frozen has another length now."""
+        if self._all.where.shape != self.frozen.shape:
+            self._all = Positions.everywhere(self.frozen.shape, self.frozen.device, whole=True)
+        return self._all
+
+    def positions(self, where: Tensor) -> Positions:
+        """The true positions of `where` (B, L) bool; with static shapes all of them, if any is true.
+
+        The one read of a step: the number of positions, and all else that the host has to know of the device.
+
+        Raises:
+            NoticedLate: for what went wrong since the last read.
+        """
+        wrong = torch.zeros((), dtype=torch.bool, device=where.device)
+        for unread in self._unread:
+            wrong = wrong | unread.wrong
+        told = [where.sum(), where.any(1).sum(), (~self.frozen).any(), wrong]
+        count, sequences, unfinished, gone_wrong = torch.stack([number.long() for number in told]).tolist()
+        self.unfinished = bool(unfinished)
+        self._settle(bool(gone_wrong))
+        if self._static:
+            return replace(self._everywhere, sequences=sequences)
+        return Positions(where, true_indices(where.flatten(), count), sequences)
+
+    def free(self) -> Positions:
+        """The positions that are not frozen; read again only when these are others."""
+        if self._free is None or self._free[0] is not self.frozen:
+            self._free = self.frozen, self.positions(~self.frozen)
+        return self._free[1]
+
+    def finish(self) -> None:
+        """Reads how the last step ended; ValueError if something went wrong in it. No read where none is pending."""
+        if self._unread:
+            self._settle(bool(torch.stack([unread.wrong for unread in self._unread]).any()))
+
+    def notice(self, wrong: Tensor, again: Callable[[], object]) -> None:
+        """Calls `again`, which raises, if any of `wrong` (...) bool is true: at the next read, where reading waits."""
+        if reading_waits(wrong.device):
+            self._unread.append(_Unread(wrong.any(), again, self.step))
+        elif wrong.any():
+            again()
 
     def uniforms(self, sequence: Tensor, position: Tensor) -> Tensor:
         """A fresh float64 uniform for each (sequence, position), both (M,) int64."""
@@ -91,35 +176,64 @@ class Reverse:
         self._drawn[sequence] = draw + 1  # a sequence that draws nothing does not count
         return uniforms(self._seeds[sequence], draw, position)
 
-    def redraw(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel, *, moves: Moves | None = None) -> Tensor:
+    def uniforms_at(self, where: Tensor, at: Positions | None = None) -> Tensor:
+        """A fresh float64 uniform for each position of the batch, (B, L), or for those of `at` only, (M,).
+
+        For sequences with a true position in `where` (B, L) bool; numbers of others mean nothing, and do not count.
+        """
+        chosen = self._everywhere if at is None else at
+        drawn = uniforms(self._seeds[chosen.sequence], self._drawn[chosen.sequence], chosen.position)
+        self._drawn = self._drawn + where.any(1)
+        return drawn.view(where.shape) if at is None else drawn
+
+    def uniform_of(self, counts: Tensor, position: Tensor | None = None) -> Tensor:
+        """A fresh float64 uniform for each sequence (B,), at a position of it, the first when None.
+
+        For sequences in `counts` (B,) bool; those of others mean nothing, and do not count.
+        """
+        position = torch.zeros_like(self._seeds) if position is None else position
+        drawn = uniforms(self._seeds, self._drawn, position)
+        self._drawn = self._drawn + counts
+        return drawn
+
+    def redraw(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        where: Tensor,
+        kernel: Kernel,
+        *,
+        moves: Moves | None = None,
+        among: Positions | None = None,
+    ) -> Tensor:
         """X (B, L) with the states at `where` (B, L) bool drawn anew from the kernel's rows, at noise sigma (B,).
 
         Where the kernel is one of `moves`, a GPU draws by these, without making the rows: the same states.
+
+        Args:
+            x: (B, L) int64, the states.
+            sigma: (B,) their total noise.
+            where: (B, L) bool.
+            kernel: their rows.
+            moves: the same as weights, where that is what it is.
+            among: positions that hold all of `where`, to be asked about instead: then nothing is read.
         """
-        sequence, position = where.nonzero(as_tuple=True)
-        if not len(sequence):
+        at = self.positions(where) if among is None else among
+        if not at.sequences:
             return x
-        old = x[sequence, position]
-        new = torch.empty_like(old)
-        uniform = self.uniforms(sequence, position)
-        log_scores = self._answer(x, sigma, where)
-        drawn = None if moves is None else _by_moves(log_scores, old, moves(old, sequence), uniform)
-        if drawn is not None:
-            x = x.clone()
-            x[sequence, position] = drawn
-            return x
-        answer = log_scores.then(
-            lambda log_score, part: kernel(log_score, old[part], sequence[part], position[part]), self._work
-        )
-        for part in answer.parts():
-            probs = answer[part].clamp_(min=0)
-            try:
-                new[part] = draw_categorical(probs, uniform[part])
-            except ValueError as error:
-                raise _named(error, log_scores[part], probs, sequence[part], position[part], sigma) from error
-        x = x.clone()
-        x[sequence, position] = new
-        return x
+        uniform = self.uniforms_at(where, at)
+        log_scores = self._answer(x, sigma, at)
+        drawn = None if moves is None else _by_moves(log_scores, x.flatten()[at.flat], moves, at, uniform)
+        if drawn is None:
+            drawn = self._by_rows(log_scores, x, sigma, at, where, kernel, uniform)
+        state, right = drawn
+
+        def again() -> None:
+            self._by_rows(self._answer(x, sigma, at), x, sigma, at, where, kernel, uniform)
+
+        self.notice(~right & where.flatten()[at.flat], again)
+        out = x.flatten().index_put((at.flat,), torch.where(right, state, x.flatten()[at.flat])).view_as(x)
+        return out if at.where is where else torch.where(where, out, x)
 
     def evaluate(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel) -> Tensor:
         """The kernel's rows (M, N) at `where` (B, L) bool, at noise sigma (B,), in row-major order; nothing is drawn.
@@ -129,23 +243,30 @@ class Reverse:
         Raises:
             ValueError: if a row holds NaN or infinity.
         """
-        rows = self.rows(x, sigma, where, kernel)
+        at = Positions.of(where) if self._static else self.positions(where)
+        rows = self.rows_at(x, sigma, at, kernel)
         return rows.tensor() if len(rows) else torch.empty(0, self.graph.num_states, device=x.device)
 
     def rows(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel) -> Answer:
         """The same, to be read piece by piece: beside the model's output nothing of its size is held."""
-        sequence, position = where.nonzero(as_tuple=True)
-        if not len(sequence):
+        return self.rows_at(x, sigma, Positions.of(where) if self._static else self.positions(where), kernel)
+
+    def rows_at(self, x: Tensor, sigma: Tensor, at: Positions, kernel: Kernel, where: Tensor | None = None) -> Answer:
+        """The same at positions that are known; with `where` (B, L) bool, the rows of others may be what they like."""
+        if not at.sequences:
             return Answer(torch.empty(0, self.graph.num_states, device=x.device))
-        old = x[sequence, position]
-        answer = self._answer(x, sigma, where)
+        old, wanted = x.flatten()[at.flat], None if where is None else where.flatten()[at.flat]
 
         def checked(log_score: Tensor, part: Part) -> Tensor:
-            rows = kernel(log_score, old[part], sequence[part], position[part])
+            sequence, position = at.sequence[part], at.position[part]
+            rows = kernel(log_score, old[part], sequence, position)
             bad = ~rows.sum(-1).isfinite()
-            if bad.any():
+            bad = bad if wanted is None else bad & wanted[part]
+            if reading_waits(x.device):
+                self.notice(bad, again)
+            elif bad.any():
                 row = int(bad.nonzero()[0])
-                b, i = int(sequence[part][row]), int(position[part][row])
+                b, i = int(sequence[row]), int(position[row])
                 what = (
                     "NaN" if log_score[row].isnan().any() else f"a log-score of up to {float(log_score[row].max()):.6g}"
                 )
@@ -155,38 +276,79 @@ class Reverse:
                 )
             return rows
 
-        return answer.then(checked, self._work)
+        def again() -> None:
+            rows = self._answer(x, sigma, at).then(checked, self._work)
+            for part in rows.parts():
+                rows[part]
+
+        return self._answer(x, sigma, at).then(checked, self._work)
 
     def flip(self, x: Tensor, where: Tensor, state: int, probability: Tensor) -> Tensor:
         """X (B, L) with each position of `where` (B, L) bool set to `state` with a probability, (B,) or (B, L)."""
-        sequence, position = where.nonzero(as_tuple=True)
-        chance = probability[sequence] if probability.ndim == 1 else probability[sequence, position]
-        flipped = self.uniforms(sequence, position) < chance
-        x = x.clone()
-        x[sequence[flipped], position[flipped]] = state
-        return x
+        chance = probability[:, None] if probability.ndim == 1 else probability
+        return x.masked_fill(where & (self.uniforms_at(where) < chance), state)
 
-    def _answer(self, x: Tensor, sigma: Tensor, where: Tensor) -> Answer:
-        """The model's rows at `where`, of the sequences that have any."""
-        rows = where.any(1).nonzero()[:, 0]
-        if len(rows) < len(x):
-            x, sigma, where = x[rows], sigma[rows], where[rows]
-        return self._call(x, sigma.to(torch.float32), where, rows)
+    def _answer(self, x: Tensor, sigma: Tensor, at: Positions) -> Answer:
+        """The model's rows at some positions, of the sequences that have any."""
+        rows = self._sequences
+        if at.sequences < len(x) and not at.whole:
+            at, rows = at.in_sequences_that_have_any()
+            x, sigma = x[rows], sigma[rows]
+        return self._call(x, sigma.to(torch.float32), at, rows)
+
+    def _by_rows(
+        self,
+        log_scores: Answer,
+        x: Tensor,
+        sigma: Tensor,
+        at: Positions,
+        where: Tensor,
+        kernel: Kernel,
+        uniform: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The states (M,) drawn from the kernel's rows, and whether there was one to draw."""
+        old, wanted = x.flatten()[at.flat], where.flatten()[at.flat]
+        state, right = torch.empty_like(old), torch.empty_like(wanted)
+        rows = log_scores.then(
+            lambda log_score, part: kernel(log_score, old[part], at.sequence[part], at.position[part]), self._work
+        )
+        for part in rows.parts():
+            probs = rows[part].clamp_(min=0)
+            state[part], total = draw_by_blocks(probs, uniform[part])
+            right[part] = (total > 0) & total.isfinite()
+            if not reading_waits(x.device) and not (right | ~wanted)[part].all():
+                row = int((~right & wanted)[part].nonzero()[0])
+                raise _named(log_scores[part][row], probs[row], at.sequence[part][row], at.position[part][row], sigma)
+        return state, right
+
+    def _settle(self, wrong: bool) -> None:
+        """Forget what was to be read, or say what was wrong."""
+        unread, self._unread = self._unread, []
+        if not wrong:
+            return
+        with at_once():
+            for one in unread:
+                if one.wrong:
+                    try:
+                        one.again()
+                    except ValueError as error:
+                        raise NoticedLate(error, one.where) from error
+                    raise NoticedLate(ValueError("the score model returned NaN or infinity, or left no state to draw, "
+                                                 "and did not when it was asked again"), one.where)  # fmt: skip
 
 
 def _by_moves(
-    log_scores: Answer, x: Tensor, moves: tuple[Row, Callable[[Tensor], Tensor]], uniform: Tensor
-) -> Tensor | None:
-    """The states (M,) drawn by the kernels; None where they do not serve, or find a row with nothing to draw."""
+    log_scores: Answer, x: Tensor, moves: Moves, at: Positions, uniform: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The states (M,) drawn by the kernels, and whether there was one to draw; None where they do not serve."""
     returned = log_scores.as_returned()
     if returned is None or not kernels_serve(returned[0]):
         return None
     from .fast.draw_kernel import draw_moves
 
     rows, pick = returned
-    state, total = draw_moves(rows, x, *moves, uniform, pick=pick)
-    right = total.isfinite() & (total > 0)
-    return state if bool(right.all()) else None
+    state, total = draw_moves(rows, x, *moves(x, at.sequence), uniform, pick=pick)
+    return state, total.isfinite() & (total > 0)
 
 
 def kernels_serve(rows: Tensor) -> bool:
@@ -194,16 +356,15 @@ def kernels_serve(rows: Tensor) -> bool:
     return rows.is_cuda and rows.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
-def _named(
-    error: ValueError, log_score: Tensor, probs: Tensor, sequence: Tensor, position: Tensor, sigma: Tensor
-) -> ValueError:
-    """The error of a failed draw, told in terms of the model that caused it."""
-    total = probs.sum(-1)
-    row = int((~((total > 0) & total.isfinite())).nonzero()[0])
-    b, i = int(sequence[row]), int(position[row])
+def _named(log_score: Tensor, probs: Tensor, sequence: Tensor, position: Tensor, sigma: Tensor) -> ValueError:
+    """The error of a row (N,) from which no state could be drawn, told in terms of the model that caused it."""
+    b, i = int(sequence), int(position)
     place = f"at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}"
-    if log_score[row].isnan().any():
+    if log_score.isnan().any():
         return ValueError(f"the score model returned NaN {place}")
-    if log_score[row].max() == torch.inf:
+    if log_score.max() == torch.inf:
         return ValueError(f"the score model returned an infinite log-score {place}")
-    return ValueError(f"no state can be drawn {place}: {error}")
+    return ValueError(
+        f"no state can be drawn {place}: the probabilities sum to {float(probs.sum())}; expected a finite, positive "
+        "sum: no state to draw is left (0) or an entry is NaN or infinite"
+    )

@@ -28,7 +28,7 @@ from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import device_of, warn_of_training
 from .prompts import check_prompt, check_shape, check_start
 from .randomness import row_seeds
-from .reverse import Reverse
+from .reverse import NoticedLate, Reverse
 from .steps import Method, Tweedie, final_denoise
 
 __all__ = ["State", "TrajectoryOptions", "trajectory", "sample", "infill"]
@@ -64,6 +64,7 @@ class TrajectoryOptions(TypedDict, total=False):
     until: Callable[[State], Tensor] | None
     start: Tensor | None
     conditioning: Clamped | Particles | None
+    static_shapes: bool
 
 
 def sample(
@@ -86,7 +87,7 @@ def sample(
         device: where the states live; the device of the model's first parameter when None, else the CPU.
         progress: whether to show a bar.
         **options: `steps=128`, `method=Tweedie()`, `generator`, `seeds`, `times`, `t_min=1e-5`, `denoise=True`,
-            `until`, `start`, `conditioning`; and the errors: see `trajectory`.
+            `until`, `start`, `conditioning`, `static_shapes`; and the errors: see `trajectory`.
 
     Returns:
         (B, L) int64.
@@ -144,10 +145,13 @@ def trajectory(
     until: Callable[[State], Tensor] | None = None,
     start: Tensor | None = None,
     conditioning: Clamped | Particles | None = None,
+    static_shapes: bool = False,
 ) -> Iterator[State]:
     """The states on the way, from the prior (step 0) to the sample; nothing is kept of those that were yielded.
 
-    A module is used as it stands: put it into evaluation mode first. To stop early, leave the loop.
+    A module is used as it stands: put it into evaluation mode first. To stop early, leave the loop. On a GPU the host
+    reads one small tensor a step, before it asks the model: what went wrong in a step is told in the next one, and of
+    the last before it is yielded.
 
     Args:
         score: (x (B, L), sigma (B,)) -> log-score (B, L, N), see `ScoreModel`.
@@ -168,6 +172,9 @@ def trajectory(
             text, to polish a draft; the prior when None, which is the law at t = 1 of a schedule that ends in noise.
         conditioning: how given tokens are kept where the graph noises tokens: `Particles(count)`, exact as particles
             grow, or `clamped`, which is an approximation. Under absorbing graphs None is exact.
+        static_shapes: whether the model is called with all B sequences and for all L positions, (B, L) and (B,) in,
+            (B, L, N) out, as long as one can move, so that its shapes never change: for a network that was compiled, or
+            captured as a CUDA graph. The samples are the same; finished sequences and positions cost what others do.
 
     Yields:
         `State`, steps + 1 of them, one more with the final denoise; fewer when `until` ends the loop.
@@ -187,18 +194,20 @@ def trajectory(
         raise ValueError(f"times begin at {float(grid[0]):.6g}, below 1: say from which states, start= (B, L)")
     grid = finite_start(noise, grid)
     seeds = row_seeds(seeds, generator, len(x)).to(x.device)
-    total = len(grid) - 1 + denoise
-    ends = [*itertools.pairwise(grid.to(x.device)), *([(grid[-1].to(x.device), grid.new_zeros(()))] if denoise else [])]
+    total, clock = len(grid) - 1 + denoise, [*grid.tolist(), *([0.0] if denoise else [])]  # the host's own numbers
     if isinstance(conditioning, Particles):
-        if start is not None or until is not None:
-            raise ValueError("particles begin at noise and end together: neither start nor until goes with them")
+        if start is not None or until is not None or static_shapes:
+            raise ValueError("particles begin at noise, end together and change in number: neither start nor until "
+                             "nor static_shapes goes with them")  # fmt: skip
+        ends = [(given.new_full((), t, dtype=torch.float64), given.new_full((), s, dtype=torch.float64))
+                for t, s in itertools.pairwise(clock)]  # fmt: skip
         states = conditioning.run(
             score, graph, noise, x=x, given=given, seeds=seeds, ends=ends, method=method, denoise=denoise
         )
         for step, x in enumerate(states):
-            yield State(x, float(grid[0]) if step == 0 else float(ends[step - 1][1]), step, total)
+            yield State(x, clock[step], step, total)
         return
-    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds)
+    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds, static_shapes=static_shapes)
     if conditioning is None and reverse.noises_tokens and bool((given.any(1) & ~given.all(1)).any()):
         raise ValueError(
             "this graph noises tokens, and a given token that is held still would be an approximation: choose "
@@ -206,19 +215,23 @@ def trajectory(
             "approximation, and for padding that the model does not look at"
         )
     x = torch.where(given, x, reverse.prior() if start is None else check_start(start, x, graph.num_states))
-    state = State(x, float(grid[0]), 0, total)
+    state = State(x, clock[0], 0, total)
     yield state
-    for step, (t, s) in enumerate(ends, 1):
+    for step, (t, s) in enumerate(itertools.pairwise(clock), 1):
         if until is not None:
             reverse.frozen = reverse.frozen | check_finished(until(state), len(x))[:, None]
-            if reverse.frozen.all():
+            reverse.unfinished = None
+        with named_step(reverse, step, total, t, s):
+            at, to = (given.new_full((len(x),), time, dtype=torch.float64) for time in (t, s))
+            x = method(reverse, x, at, to) if step <= len(grid) - 1 else final_denoise(reverse, x, at)
+            if step == total:
+                reverse.finish()
+        if until is not None:
+            if reverse.unfinished is None:  # the step had nothing to read
+                reverse.unfinished = not bool(reverse.frozen.all())
+            if not reverse.unfinished:
                 return
-        with named_step(step, total, float(t), float(s)):
-            if step <= len(grid) - 1:
-                x = method(reverse, x, t.expand(len(x)), s.expand(len(x)))
-            else:
-                x = final_denoise(reverse, x, t.expand(len(x)))
-        state = State(x, float(s), step, total)
+        state = State(x, s, step, total)
         yield state
 
 
@@ -240,11 +253,13 @@ def check_finished(finished: object, batch: int) -> Tensor:
 
 
 @contextmanager
-def named_step(step: int, total: int, t: float, s: float, of: str = "") -> Iterator[None]:
+def named_step(reverse: Reverse, step: int, total: int, t: float, s: float, of: str = "") -> Iterator[None]:
     """What goes wrong inside says in which step."""
-    where = f"step {step} of {total}{of}, from t = {t:.4g} to {s:.4g}"
+    reverse.step = where = f"step {step} of {total}{of}, from t = {t:.4g} to {s:.4g}"
     try:
         yield
+    except NoticedLate as error:
+        raise ValueError(f"{error.where}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     except Exception as error:

@@ -57,6 +57,9 @@ __all__ = [
     "ancestral_probs",
     "reverse_rates",
     "leap",
+    "Weights",
+    "Stay",
+    "unmasking_weights",
 ]
 
 
@@ -99,7 +102,7 @@ class Tweedie:
             return tweedie_probs(log_score, x, reverse.graph, delta_sigma[sequence])
 
         def moves(x: Tensor, sequence: Tensor) -> tuple[Weights, Stay]:
-            return _unmasking(reverse.graph, x, delta_sigma[sequence]), _what_is_left
+            return unmasking_weights(reverse.graph, x, delta_sigma[sequence]), _what_is_left
 
         where = reverse.movable(x)
         return reverse.redraw(x, sigma, where, kernel, moves=None if reverse.noises_tokens else moves)
@@ -163,13 +166,13 @@ def final_denoise(reverse: Reverse, x: Tensor, t: Tensor) -> Tensor:
         return denoise_probs(log_score, x, reverse.graph, sigma[sequence])
 
     def moves(x: Tensor, sequence: Tensor) -> tuple[Weights, Stay]:
-        return _unmasking(reverse.graph, x, sigma[sequence]), torch.zeros_like
+        return unmasking_weights(reverse.graph, x, sigma[sequence]), torch.zeros_like
 
     where = reverse.movable(x)
     return reverse.redraw(x, sigma, where, kernel, moves=None if reverse.noises_tokens else moves)
 
 
-def _unmasking(graph: Graph, x: Tensor, delta_sigma: Tensor) -> Weights:
+def unmasking_weights(graph: Graph, x: Tensor, delta_sigma: Tensor) -> Weights:
     """Equation 19 where jumps lead into the mask alone: e^(D Q[x, y]) - 1 times s_y, and at x what is left of 1."""
     jumps = _scaled(graph.rates_into(x), delta_sigma)
     return Weights(jumps.base.expm1(), jumps.index, jumps.value.expm1())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..interfaces import Graph, Noise, Row
+from ..positions import Positions
 from ..reverse import Kernel, Moves, Reverse
 
 __all__ = ["ALARM", "Pairs", "check_frequencies", "dense", "law_of_chain", "marginal", "score_of_law"]
@@ -83,7 +84,16 @@ class Enumerating(Reverse):
         super().__init__(score, graph, noise, frozen=torch.zeros_like(x, dtype=torch.bool), seeds=seeds)
         self._told, self.draws = list(outcomes), list[Tensor]()
 
-    def redraw(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel, *, moves: Moves | None = None) -> Tensor:
+    def redraw(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        where: Tensor,
+        kernel: Kernel,
+        *,
+        moves: Moves | None = None,
+        among: Positions | None = None,
+    ) -> Tensor:
         rows = torch.nn.functional.one_hot(x, self.graph.num_states).double()
         sequence, position = where.nonzero(as_tuple=True)
         log_score = self.score(x, sigma.double())[sequence, position].double()

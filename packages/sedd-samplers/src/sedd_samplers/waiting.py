@@ -1,0 +1,48 @@
+"""Checks of values without waiting for the device.
+
+On the CPU values are read at once and the error names the one that is wrong. On an accelerator a read back makes the
+host wait until everything before it is done, so that nothing is read inside a step but one small tensor (see
+`sedd_samplers.reverse`): what is wrong is noticed with the next step's read, and is then looked for once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["reading_waits", "at_once", "require"]
+
+_at_once = ContextVar("at_once", default=False)
+
+
+def reading_waits(device: torch.device) -> bool:
+    """Whether values are not to be read."""
+    return device.type != "cpu" and not _at_once.get()
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Inside, values are read on every device: to say what is wrong once it is known that something is."""
+    token = _at_once.set(True)
+    try:
+        yield
+    finally:
+        _at_once.reset(token)
+
+
+def require(right: Tensor, expected: str, told: Callable[[], str]) -> None:
+    """ValueError unless `right` (...) bool holds everywhere; where reading waits, an assertion of the device's.
+
+    Args:
+        right: what must hold.
+        expected: the sentence that says so without values, for the device.
+        told: the sentence with the values that were found.
+    """
+    if reading_waits(right.device):
+        torch._assert_async(right.all(), expected)
+    elif not right.all():
+        raise ValueError(told())
