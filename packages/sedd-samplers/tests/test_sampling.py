@@ -449,7 +449,7 @@ def told(function):
 def test_numbers_unless_told_otherwise(ref):
     """A changed one would change every sample of whoever leaves it out."""
     values: dict[Any, dict[str, Any]] = {
-        trajectory: {"method": Tweedie(), "denoise": True},
+        trajectory: {"method": Tweedie(), "denoise": True, "static_shapes": False},
         Particles: {"count": 64, "threshold": 0.5},
         Trapezoidal: {"theta": 0.5},
         PredictorCorrector: {"predictor": Tweedie(), "corrections": 1, "ratio": 1.0},
