@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,9 +16,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from sedd_samplers import (
     ConfidenceUnmasking,
+    EntropyBoundRenoising,
     Euler,
+    LeaveOneOut,
+    Looped,
     Particles,
+    PathPlanning,
     PredictorCorrector,
+    Psi,
     TauLeaping,
     Trapezoidal,
     Tweedie,
@@ -25,23 +31,33 @@ from sedd_samplers import (
     Unmasking,
     adapters,
     adaptive_grid,
+    at_rate,
     cached,
+    capped,
     clamped,
     confidence,
+    entropy_bound,
     guidance,
     infill,
     mask_probability,
     noise_grid,
     pad_prompts,
+    rescaled,
     sample,
+    threshold,
+    token_grid,
     trajectory,
     uniform_grid,
     views,
+    when_still,
 )
 from sedd_samplers.adapters import from_logits, from_posterior
-from sedd_samplers.controls import allowed_tokens, controlled, temperature, top_k, top_p
+from sedd_samplers.controls import allowed_tokens, controlled, min_p, repetition_penalty, temperature, top_k, top_p
+from sedd_samplers.grids import check_times
 from sedd_samplers.guidance import classifier_free
 from sedd_samplers.model_calls import device_of
+from sedd_samplers.processes import Masking
+from sedd_samplers.prompts import check_prompt, check_start
 from sedd_samplers.views import live
 
 METHODS = [Euler(), TauLeaping(), Tweedie()]
@@ -475,3 +491,97 @@ def test_numbers_unless_told_otherwise(ref):
     assert [len(states), states[0].t, states[-2].t, states[-1].t] == [130, 1.0, 1e-5, 0.0]
     assert [state.step for state in states] == list(range(130))
     assert {state.steps for state in states} == {129}
+
+
+def noise(t):
+    return 4 * t, torch.full_like(t, 4.0)
+
+
+JUST = 1e-9
+TAKEN_AND_REFUSED: dict[str, tuple[Callable[[Any], object], list[Any], list[Any]]] = {
+    "temperature": (temperature, [JUST, 1e9], [0.0, -1.0, math.inf, math.nan]),
+    "top_k": (top_k, [1, 10**9], [0, True, 1.0]),
+    "top_p": (top_p, [JUST, 1], [0.0, 1 + JUST, math.nan]),
+    "min_p": (min_p, [0.0, 1.0], [-JUST, 1 + JUST, math.nan]),
+    "repetition_penalty": (repetition_penalty, [JUST, 1e9], [0.0, -1.0, math.inf, math.nan]),
+    "Psi kappa": (Psi, [0, 1.0], [-JUST, 1 + JUST, math.nan]),
+    "share": (lambda v: LeaveOneOut(share=v), [JUST, 1], [0, 1 + JUST, math.nan]),
+    "corrections of one out": (lambda v: LeaveOneOut(corrections=v), [1], [0, True, 1.5]),
+    "eta": (lambda v: PathPlanning(planner=flat(6), eta=v), [0, 1e9], [-JUST, math.inf, math.nan]),
+    "at": (lambda v: Looped(noise, v, 0.6, 0.4), [JUST, 1 - JUST], [0, 1, math.nan]),
+    "on": (lambda v: Looped(noise, 0.5, v, 0.4), [0.4 + JUST, 1 - JUST], [0.4, 1, math.nan]),
+    "off": (lambda v: Looped(noise, 0.5, 0.6, v), [JUST, 0.6 - JUST], [0, 0.6, math.nan]),
+    "when_still": (when_still, [0, 1], [-JUST, 1 + JUST, math.nan]),
+    "capped": (capped, [0, 1], [-JUST, 1 + JUST, math.nan]),
+    "rescaled": (rescaled, [0, 1], [-JUST, 1 + JUST, math.nan]),
+    "at_rate": (at_rate, [0, 1e9], [-JUST, math.inf, math.nan]),
+    "threshold": (threshold, [JUST, 1], [0, 1 + JUST, math.nan]),
+    "entropy_bound": (entropy_bound, [0, 1e9], [-JUST, math.inf, math.nan]),
+    "randomness": (lambda v: ConfidenceUnmasking(randomness=v), [0, 1e9], [-JUST, math.inf, math.nan]),
+    "slack": (lambda v: Uniformization(slack=v), [1, 1e9], [1 - JUST, math.nan]),
+    "shrink": (lambda v: Uniformization(shrink=v), [JUST, 1 - JUST], [0, 1, math.nan]),
+    "steps": (uniform_grid, [1, 10**4], [0, True, 1.0]),
+    "t_min": (lambda v: uniform_grid(2, v), [0, 1 - JUST], [-JUST, 1, math.nan]),
+    "t_max": (lambda v: uniform_grid(2, 0.5, v), [0.5 + JUST, 1], [0.5, 1 + JUST, math.nan]),
+    "tokens": (lambda v: token_grid(noise, v, 3), [3, 4], [2, True, 4.0]),
+    "times": (
+        lambda v: check_times(torch.tensor(v, dtype=torch.float64)),
+        [[1, 0], [1.0, JUST, 0]],
+        [[1], [1 + JUST, 0], [1, -JUST], [1, 0.5, 0.5], [0.5, 1]],
+    ),
+    "count": (lambda v: Particles(count=v), [2], [1, True, 2.0]),
+    "threshold of particles": (lambda v: Particles(threshold=v), [0, 1], [-JUST, 1 + JUST, math.nan]),
+    "theta": (lambda v: Trapezoidal(theta=v), [JUST, 1 - JUST], [0, 1, math.nan]),
+    "corrections": (lambda v: PredictorCorrector(corrections=v), [1], [0, True, 1.5]),
+    "ratio": (lambda v: PredictorCorrector(ratio=v), [JUST, 1e9], [0, math.inf, math.nan]),
+    "bound": (lambda v: EntropyBoundRenoising(bound=v), [JUST, 1e9], [0, math.inf, math.nan]),
+    "confident": (lambda v: EntropyBoundRenoising(confident=v), [JUST, 1e9, None], [0, math.inf, math.nan]),
+    "stable": (lambda v: EntropyBoundRenoising(stable=v), [0, 1], [-1, True, 1.0]),
+    "weight of guidance": (lambda v: classifier_free(flat(6), flat(6), v, num_states=6), [0, 9], [-JUST, math.inf]),
+    "length of a prompt": (lambda v: pad_prompts([[1, 2]], v), [2, 3], [1, 0]),
+    "lengths": (lambda v: pad_prompts([[], [1]], v, pad_id=0), [[1, 1], [3, 1]], [[0, 1], [1, 0], [1]]),
+}
+
+
+@pytest.mark.parametrize("which", TAKEN_AND_REFUSED)
+def test_numbers_are_taken_up_to_their_ends_and_refused_beyond(which):
+    function, taken, refused = TAKEN_AND_REFUSED[which]
+    for value in taken:
+        function(value)
+    for value in refused:
+        with pytest.raises(ValueError, match=r"must|needs|do not fit"):
+            function(value)
+
+
+@pytest.mark.parametrize("which", ["target", "t_min", "most"])
+def test_an_adaptive_grid_takes_numbers_up_to_their_ends(ref, which):
+    graph, free = ref.StructuredUniform(6), torch.zeros(1, 1, dtype=torch.bool)
+    how: dict[str, Any] = {"x": free.long(), "given": free, "target": 1e9, "t_min": 0.5, "most": 100}
+    refused: list[Any] = {"target": [0, math.inf, math.nan], "t_min": [0, 1, math.nan], "most": [0, True, 9.0]}[which]
+    for value in refused:
+        with pytest.raises(ValueError, match=f"{which} must"):
+            adaptive_grid(flat(6), graph, ref.LogLinear(), **how | {which: value})
+    steps = len(adaptive_grid(flat(6), graph, ref.LogLinear(), **how)) - 1
+    adaptive_grid(flat(6), graph, ref.LogLinear(), **how | {"most": steps})
+    with pytest.raises(ValueError, match=f"{steps - 1} steps only lead to"):
+        adaptive_grid(flat(6), graph, ref.LogLinear(), **how | {"most": steps - 1})
+
+
+def test_states_are_taken_up_to_the_last(ref):
+    """Of a prompt, of a start and of the rows that are shown."""
+    graph = ref.StructuredAbsorbing(5, 2)
+    x, given = torch.tensor([[0, 5, 3]]), torch.tensor([[True, True, False]])
+    check_prompt(x, given, 6, 2)
+    for state, message in ((-1, "state -1"), (6, "state 6"), (2, "the mask \\(2\\)")):
+        with pytest.raises(ValueError, match=message):
+            check_prompt(x.masked_fill(given, state), given, 6, 2)
+        check_prompt(x.masked_fill(~given, state), given, 6, 2)  # what stands at a free position does not count
+    check_start(torch.tensor([[0, 5, 2]]), x, 6)
+    for state in (-1, 6):
+        with pytest.raises(ValueError, match=r"outside 0\.\.5"):
+            check_start(torch.tensor([[0, 5, state]]), x, 6)
+    for mask_id in (0, graph.num_states - 1):
+        Masking(6, mask_id)
+    for mask_id in (-1, 6, True):
+        with pytest.raises(ValueError, match=r"states 0\.\.5"):
+            Masking(6, mask_id)
