@@ -122,6 +122,7 @@ def test_checkpoint_of_another_family(golden, family, folder, its):
 def test_score_is_the_conditional_over_the_rate(make, batch, mask_id):
     x, sigma = batch
     net = make(mask_id=mask_id).double()
+    assert net.mask_id == (10 if mask_id is None else mask_id)
     x = x.clone()
     x[:, ::2] = net.mask_id
     log_score, log_conditional = net(x, sigma.double()), net.log_conditional(x, sigma.double())
@@ -236,8 +237,9 @@ def test_dropout_in_training_only(make, batch):
 @pytest.mark.parametrize("family", [RADD, MDLM])
 def test_bad_input_is_named(family, batch):
     x, sigma = batch
-    with pytest.raises(ValueError, match=r"mask_id 11 is outside 0\.\.10"):
-        family(11, **SIZES, mask_id=11)
+    for mask_id in (-1, 11):
+        with pytest.raises(ValueError, match=rf"mask_id {mask_id} is outside 0\.\.10"):
+            family(11, **SIZES, mask_id=mask_id)
     with pytest.raises(ValueError, match="width 16 over 3 heads"):
         family(11, **SIZES | {"heads": 3})
     net = family(11, **SIZES)

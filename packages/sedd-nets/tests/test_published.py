@@ -463,6 +463,28 @@ def test_bd3lm_block_by_block(tmp_path):
         net(noised, sigma, clean=clean[:, :8])
 
 
+@pytest.mark.parametrize("host", [True, False])
+def test_bd3lm_takes_masks_of_one_block_in_a_row(monkeypatch, host):
+    """Anywhere in it, in another one of each row, or nowhere; two of neighbouring blocks are too many."""
+    net, clean = BD3LM(21, width=8, depth=1, heads=1, cond_dim=8, length=12, block_size=4).eval(), some_states(20)
+    asked = []
+    monkeypatch.setattr("sedd_nets.block_diffusion.on_host", lambda _tensor: host)
+    monkeypatch.setattr(torch, "_assert_async", lambda right, told: asked.append(bool(right)))
+    x = clean.clone()
+    x[0, 4], x[0, 7], x[1, 8:], x[2, 0] = 20, 20, 20, 20
+    net(clean, torch.ones(3))
+    net(x, torch.ones(3))
+    for position in (3, 8):
+        wrong = x.clone()
+        wrong[0, position] = 20
+        if host:
+            with pytest.raises(ValueError, match="masks in several blocks of 4 positions"):
+                net(wrong, torch.ones(3))
+        else:
+            net(wrong, torch.ones(3))
+    assert asked == ([] if host else [True, True, False, False])
+
+
 def test_bd3lm_comes_back(tmp_path):
     net = from_pretrained(bd3lm(tmp_path / "bd3lm"))
     net.save_pretrained(tmp_path / "again")
