@@ -131,7 +131,9 @@ def flash_attn(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn.cute", with_normalisers)
 
 
-@pytest.mark.parametrize("ids", [None, IDS, IDS.abs()], ids=["rows", "padding", "no padding"])
+@pytest.mark.parametrize(
+    "ids", [None, IDS, IDS.flip(0, 1), IDS.abs()], ids=["rows", "padding", "padding before", "no padding"]
+)
 @pytest.mark.parametrize("version", [2, 4])
 def test_flash_packs_and_unpacks(flash_attn, ids, version):
     (q, k, v), documents = heads(torch.bfloat16), None if ids is None else Documents(ids)

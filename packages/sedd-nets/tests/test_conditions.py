@@ -68,6 +68,14 @@ def test_condition_learns_and_survives_a_round_trip(make_sedd, batch, tmp_path, 
     assert again.parameter_counts()["conditioning"] == net.parameter_counts()["conditioning"]
 
 
+@pytest.mark.parametrize(("embed", "given", "none"), conditions(), ids=["label", "prompt"])
+def test_what_knows_of_a_condition_is_counted_as_conditioning(make_sedd, embed, given, none):
+    net = make_sedd()
+    before, own = net.parameter_counts(), sum(parameter.numel() for parameter in embed.parameters())
+    net.condition_embed = embed
+    assert net.parameter_counts() == before | {"conditioning": before["conditioning"] + own}
+
+
 def test_unknown_condition_in_a_checkpoint(make_sedd, tmp_path):
     net = make_sedd()
     net.condition_embed = LabelCondition(5, 8)
