@@ -11,6 +11,7 @@ holds for any score; see `decoder.py` for this one.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,17 @@ from .checks import check_not_nan, sum_dtype
 from .decoder import log_decoder
 from .denoising import denoising_loss
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
-from .jumps import RatesInto
+from .jumps import RatesInto, value_at
 from .times import NoiseTimes
 
 __all__ = ["Bound", "likelihood_bound", "reconstruction_loss"]
+
+EVEN_IN_NOISE = 0.5
+"""The `small_noise_share` that the draws are compared with."""
+RARE, ENOUGH = 8.0, 500
+"""The ratio of variances from which a warning is due, and the number of draws that can tell it."""
+LATE, EARLY = 0.5, 0.05
+"""The share of tokens moved before t_min from which a warning is due, and that of the t_min then named."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,10 @@ def likelihood_bound(
             noise a jump of a uniform-like process is rare and dear, so that the mean of the bound is skewed, and its
             error understated: 0.5 mends that. Under an absorbing process take 0 unless times are many.
 
+    Warns:
+        UserWarning: most of the variance comes from rare large losses at small noise, which `small_noise_share` would
+            spare; or most tokens have moved before t_min, and an earlier one would change that.
+
     Raises:
         ValueError: as `denoising_loss`; an odd or too small number of evaluations.
     """
@@ -102,16 +114,23 @@ def likelihood_bound(
     dtype, batch = sum_dtype(x0.device), len(x0)
     how: dict[str, Any] = {"weight": weight, "given": given, "generator": generator}
     strata, times = num_times // 2, NoiseTimes(noise, small_noise_share, t_min=t_min, device=x0.device)
-    diffusion, variance = x0.new_zeros(batch, dtype=dtype), x0.new_zeros(batch, dtype=dtype)
+    by_noise = NoiseTimes(noise, EVEN_IN_NOISE, t_min=t_min, device=x0.device)
+    diffusion, variance, otherwise = torch.zeros(3, batch, dtype=dtype, device=x0.device)
     for stratum in range(strata):
-        pair = []
+        pair, at = [], []
         for _ in range(2):
             offset = torch.rand(batch, generator=generator, device=x0.device)
             t, by_density = times.at((stratum + offset) / strata)
             loss = denoising_loss(score, graph, noise, x0, t, **how)
             pair.append(by_density.to(dtype) * loss.to(dtype))
+            at.append(t)
         diffusion += (1 - t_min) * (pair[0] + pair[1]) / num_times
-        variance += ((1 - t_min) * (pair[0] - pair[1]) / num_times) ** 2
+        square = ((1 - t_min) * (pair[0] - pair[1]) / num_times) ** 2
+        variance += square
+        otherwise += square / by_noise.density(torch.where(pair[0] > pair[1], *at))
+    if small_noise_share == 0 and batch * num_times >= ENOUGH:
+        _warn_of_rare_losses(variance.sum() / otherwise.sum())
+    _warn_of_a_late_start(graph, noise, x0, factor, t_min)
 
     lowest = torch.full((batch,), t_min, device=x0.device)
     draws = torch.stack(
@@ -123,6 +142,36 @@ def likelihood_bound(
     kl = graph.prior_kl(x0, noise(torch.ones(batch, device=x0.device))[0]).to(dtype)
     prior = (kl if factor is None else kl * factor).sum(-1)
     return Bound(diffusion + prior + reconstruction, variance.sqrt(), diffusion, prior, reconstruction)
+
+
+def _warn_of_rare_losses(ratio: Tensor) -> None:
+    """Warn where times even in the noise would have left a small part of the variance, as told by the draws made."""
+    if bool(ratio > RARE):
+        warnings.warn(
+            f"small_noise_share=0: times even in t leave about {float(ratio):.0f} times the variance that times even "
+            "in the noise would, most of it in rare large losses at small noise, of which a standard error from few "
+            f"times knows too little; take small_noise_share={EVEN_IN_NOISE}, or a schedule that spends more time at "
+            "small noise, such as a geometric one",
+            stacklevel=4,  # of this, the bound, and torch.no_grad
+        )
+
+
+def _warn_of_a_late_start(
+    graph: LikelihoodGraph, noise: Noise, x0: Tensor, factor: Tensor | None, t_min: float
+) -> None:
+    """Warn where most tokens have moved before t_min, if a smaller one would change that, and name it."""
+    tokens, count = torch.unique(x0 if factor is None else x0[factor > 0], return_counts=True)
+    leaving = -value_at(graph.rates_into(tokens), tokens[:, None])[:, 0].to(sum_dtype(x0.device))
+    rate = (leaving * count).sum() / count.sum()
+    earlier = torch.tensor(t_min, dtype=leaving.dtype, device=x0.device) * 10.0 ** -torch.arange(10.0, device=x0.device)
+    moved = -torch.expm1(-rate * noise(earlier)[0].to(leaving.dtype))
+    right = (moved < EARLY).nonzero()
+    if bool(moved[0] > LATE) and len(right):
+        warnings.warn(
+            f"t_min={t_min:g}: by then {float(moved[0]):.0%} of the tokens have moved already, and what is lost of "
+            f"them has to be told by the reconstruction term alone; take t_min={float(earlier[int(right[0])]):.0e}",
+            stacklevel=4,
+        )
 
 
 def reconstruction_loss(

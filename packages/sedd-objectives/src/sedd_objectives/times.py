@@ -198,11 +198,20 @@ class NoiseTimes:
         if self.share == 0:
             return _onto_interval(unit, self.t_min), torch.ones_like(unit)
         place = unit.to(self.upper.dtype)
-        k = (torch.searchsorted(self.upper, place, right=True) - 1).clamp(0, len(self.knots) - 2)
-        width, probability = self.knots[k + 1] - self.knots[k], self.upper[k + 1] - self.upper[k]
+        k, width, probability = self._piece(self.upper, place)
         t = self.knots[k] + (place - self.upper[k]) / probability * width
         below_one = 1 - torch.finfo(unit.dtype).eps / 2
         return t.to(unit.dtype).clamp(self.t_min, below_one), width / probability / (1 - self.t_min)
+
+    def density(self, t: Tensor) -> Tensor:
+        """The density at times t (...), relative to the uniform one on [t_min, 1]."""
+        _, width, probability = self._piece(self.knots, t.to(self.knots.dtype))
+        return probability / width * (1 - self.t_min)
+
+    def _piece(self, ends: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In which piece each place lies, by knots or quantiles, and the piece's width and probability."""
+        k = (torch.searchsorted(ends, place.contiguous(), right=True) - 1).clamp(0, len(self.knots) - 2)
+        return k, self.knots[k + 1] - self.knots[k], self.upper[k + 1] - self.upper[k]
 
 
 def _device(generator: Generator | None, device: torch.device | str | None) -> torch.device | str | None:
