@@ -12,6 +12,7 @@ from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
 from sedd_objectives import denoising_loss
 from sedd_train import zero_shards
+from sedd_train.deepspeed_options import zero_options
 from sedd_train.ema import EMA
 from sedd_train.engine import LINEAR, Loss, learning_rate, start_engine, train_step
 from sedd_train.objectives import ScoreEntropy
@@ -139,6 +140,34 @@ def test_deepspeed_is_told_what_the_recipe_says(monkeypatch, stage, offload):
     assert ("offload_param" in zero) is (offload and stage == 3)
     assert all(zero[name]["device"] == "cpu" for name in ("offload_optimizer", "offload_param") if name in zero)
     assert ("stage3_param_persistence_threshold" in zero) is (stage == 3)
+
+
+def test_options_of_deepspeed_are_added_and_replace_what_is_there(monkeypatch):
+    options = {"wall_clock_breakdown": True, "zero_optimization": {"reduce_bucket_size": 7}}
+    told, _ = told_to_deepspeed(monkeypatch, stage=2, options=options)
+    assert told["wall_clock_breakdown"] is True
+    zero = told["zero_optimization"]
+    assert (zero["stage"], zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (2, 7, 1 << 16)
+    assert told["train_batch_size"] == 12
+    assert "overlap_comm" not in zero
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert zero_options(1, 10**9, offload=False) == {
+        "stage": 1, "reduce_bucket_size": 1 << 26, "allgather_bucket_size": 1 << 26, "overlap_comm": True,
+    }  # fmt: skip
+
+
+def test_deepspeed_itself_takes_the_options():
+    """Small buckets, so that one step's gradients go through several: the same weights."""
+    weights = []
+    for options in ({}, {"zero_optimization": {"reduce_bucket_size": 100, "allgather_bucket_size": 100}}):
+        loss = Loss(network(), ScoreEntropy(GRAPH, NOISE))
+        engine = start_engine(loss, batch_size=4, micro_batches=1, stage=2, options=options)
+        assert train_step(engine, [batch(0)], 1e-2).applied
+        weights.append(zero_shards.gather(engine))
+        if options:
+            assert engine.zero_reduce_bucket_size() == engine.zero_allgather_bucket_size() == 100
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-7)
 
 
 def test_the_optimiser_is_adamw_with_the_numbers_given(monkeypatch):

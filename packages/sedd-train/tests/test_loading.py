@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
-from sedd_train import randomness, recipes
+from sedd_train import loading, randomness, recipes
 from sedd_train.loading import Batches, order
 from sedd_train.objectives import ScoreEntropy
 from sedd_train.tokens import Tokens
@@ -86,3 +86,13 @@ def test_x_t_is_noise_of_x_0_at_the_times_told():
 def test_times_are_of_the_recipe_s_seed_and_least_time():
     ((_, _, t, *_),) = batches(t_min=0.5).make(3)
     assert torch.equal(t, randomness.times(5, 3, range(4), 4, 0.5))
+
+
+def test_batches_are_pinned_where_there_is_a_gpu(monkeypatch):
+    pinned, batch = [], (torch.zeros(2, 3), torch.ones(2))
+    assert loading.pinned([batch])[0][0] is batch[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: [pinned.append(tensor.shape), tensor + 1][1])
+    (found,) = loading.pinned([batch])
+    assert [float(part.sum()) for part in found] == [6.0, 4.0]
+    assert pinned == [(2, 3), (2,)]

@@ -9,7 +9,7 @@ the loss switches autocast off for everything after the network's head.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from sedd_nets.layers import Block
 from sedd_nets.transformer import Transformer
 from torch import Tensor, nn
 
+from sedd_train.deepspeed_options import with_options, zero_options
 from sedd_train.objectives import Objective, has_head
 
 __all__ = ["Batch", "Loss", "compile_network", "start_engine", "learning_rate", "Step", "train_step"]
@@ -66,6 +67,7 @@ def start_engine(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """A DeepSpeed engine over the loss's network, every rank's with the weights of rank 0.
 
@@ -81,6 +83,7 @@ def start_engine(
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
         weight_decay: AdamW's weight decay.
+        options: more of DeepSpeed's config, which replace what is there; see `sedd_train.deepspeed_options`.
     """
     import deepspeed
 
@@ -99,29 +102,16 @@ def start_engine(
         "steps_per_print": 1 << 62,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its own AdamW for offloaded masters compiles itself, too
-        "zero_optimization": {
-            "stage": stage,
-            # DeepSpeed's default buckets are half a billion elements, allocated up front.
-            "reduce_bucket_size": max(1 << 16, min(size, 1 << 26)),
-        },
+        "zero_optimization": zero_options(stage, size, offload=offload),
     }
-    if offload:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if offload and stage == 3:
-        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if stage == 3:
-        config["zero_optimization"] |= {
-            "stage3_prefetch_bucket_size": max(1 << 16, min(size // 4, 1 << 25)),
-            "stage3_param_persistence_threshold": 1 << 14,
-            "stage3_max_live_parameters": 1 << 30,
-        }
         net: Any = loss.net
         head = net.output_layer.linear if has_head(net) else nn.Identity()
         for parameter in head.parameters():
             deepspeed.zero.register_external_parameter(loss, parameter)
     if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config)
+    engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=with_options(config, options or {}))
     engine.clip_without_zero = clip
     return engine
 

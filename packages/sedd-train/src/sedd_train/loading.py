@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sedd_train import randomness
@@ -93,7 +94,7 @@ class Batches:
 
     def make(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step: arguments of `Loss.forward`."""
-        return [self._micro_batch(step, j) for j in range(self.rank, self.micro_batches, self.world_size)]
+        return pinned([self._micro_batch(step, j) for j in range(self.rank, self.micro_batches, self.world_size)])
 
     def _micro_batch(self, step: int, number: int) -> Batch:
         recipe, tokens = self.recipe, self.tokens
@@ -104,6 +105,13 @@ class Batches:
         xt, t = self.objective.noised(x0, t, recipe.seed, step, numbers)
         lengths = [] if self.end is None else [tokens.lengths(at, recipe.length)]
         return (x0, xt, t, randomness.dropout_seeds(recipe.seed, step, numbers), *lengths)
+
+
+def pinned(batches: list[Batch]) -> list[Batch]:
+    """Micro-batches in memory that a GPU can copy from while the host goes on; without one as they are."""
+    if not torch.cuda.is_available():
+        return batches
+    return [tuple(tensor.pin_memory() for tensor in batch) for batch in batches]
 
 
 def ahead(make: Callable[[int], Made], steps: Iterable[int]) -> Iterator[Made]:

@@ -15,15 +15,18 @@ import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sedd_train import checkpoint
+from sedd_train.deepspeed_options import check_options
 
 __all__ = ["Recipe", "recipe_names", "read_recipe", "for_run", "check_run", "add_arguments", "override", "to_toml"]
 
 
 OBJECTIVES = ("score-entropy", "d3pm", "autoregressive")
 NETWORKS = ("sedd", "radd", "mdlm", "causal")
+ATTENTIONS = ("sdpa", "flex", "flash", "flash-4")
 
 
 def _value(default: Any, help: str) -> Any:
@@ -95,7 +98,11 @@ class Recipe:
         False, "keep masters and moments, in stage 3 weights too, in the machine's memory (ZeRO 1 to 3)"
     )
     activation_checkpointing: bool = _value(False, "recompute each block in the backward pass, to save memory")
-    compile: bool = _value(False, "compile the network by torch.compile: a slow first step, then faster ones")
+    compile: bool | None = _value(
+        None, "compile the network by torch.compile: a slow first step, then faster ones; by default on a GPU"
+    )
+    attention: str = _value("sdpa", "what attends: sdpa, or on a GPU flex, flash (flash-attn 2) or flash-4, with bf16")
+    deepspeed: dict[str, Any] = field(default_factory=dict, metadata={"help": "more options of DeepSpeed's config"})
     seed: int = _value(0, "seed of everything random")
     max_skipped: int = _value(10, "non-finite steps in a row after which training stops")
 
@@ -137,6 +144,12 @@ class Recipe:
         _require(not (self.offload and self.zero_stage == 0), "offload", True, "false without ZeRO (zero_stage = 0)")
         _require(self.packing or not self.crops, "crops", True, "false without packing")
         _require(self.packing or not self.compile, "compile", True, "false without packing: rows have many lengths")
+        _require(self.attention in ATTENTIONS, "attention", self.attention, ", ".join(ATTENTIONS))
+        flash = self.attention.startswith("flash")
+        _require(not (flash and self.precision != "bf16"), "attention", self.attention, "sdpa or flex with fp32")
+        other = self.attention != "sdpa" and self.network == "causal"
+        _require(not other, "attention", self.attention, "sdpa for causal, which attends to what came before")
+        check_options(self.deepspeed)
         _require(self.objective in OBJECTIVES, "objective", self.objective, ", ".join(OBJECTIVES))
         _require(self.network in NETWORKS, "network", self.network, ", ".join(NETWORKS))
         _require(self.d3pm_steps > 0, "d3pm_steps", self.d3pm_steps, "a positive number")
@@ -222,7 +235,7 @@ def read_recipe(name: str | Path) -> Recipe:
         raise ValueError(f"recipe {name} is not TOML: {error}") from None
     values: dict[str, Any] = {}
     for key, value in sections.items():
-        values.update(value if isinstance(value, dict) else {key: value})
+        values.update(value if isinstance(value, dict) and key != "deepspeed" else {key: value})
     return override(Recipe(), values, source=f"recipe {name}")
 
 
@@ -309,31 +322,48 @@ def override(recipe: Recipe, values: dict[str, Any], source: str = "command line
             raise ValueError(f"{source}: unknown value {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
         if types[name] is float and type(value) is int:
             values = values | {name: float(value)}
-        elif type(value) is not types[name]:
-            raise ValueError(f"{source}: {name} = {value!r} should be of type {types[name].__name__}")
+        elif type(value) is not _kind(types[name]):
+            raise ValueError(f"{source}: {name} = {value!r} should be of type {_kind(types[name]).__name__}")
     return dataclasses.replace(recipe, **values).check()
 
 
+def _kind(hint: Any) -> type:
+    """The type of a value: of bool | None and dict[str, Any] bool and dict."""
+    kind: type = get_origin(hint) or hint
+    return next(part for part in get_args(hint) if part is not type(None)) if kind is UnionType else kind
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each of a recipe's values, absent from the result unless given."""
+    """One option for each of a recipe's values, absent from the result unless given; `deepspeed` is a file's alone."""
     types = get_type_hints(Recipe)
     group = parser.add_argument_group("recipe values", "each overrides the recipe's")
     for value in dataclasses.fields(Recipe):
         option = f"--{value.name.replace('_', '-')}"
         help = value.metadata["help"].replace("%", "%%")
-        if types[value.name] is bool:
+        kind = _kind(types[value.name])
+        if kind is dict:
+            continue
+        if kind is bool:
             action: Any = argparse.BooleanOptionalAction
             group.add_argument(option, default=argparse.SUPPRESS, action=action, help=help)
         else:
-            kind = types[value.name]
             metavar = {int: "N", float: "X", str: "S"}[kind]
             group.add_argument(option, default=argparse.SUPPRESS, type=kind, metavar=metavar, help=help)
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe as a TOML text that `read_recipe` reads back."""
+    """The recipe as a TOML text that `read_recipe` reads back; `compile` is left out where nothing was said of it."""
     lines = []
     for name, value in dataclasses.asdict(recipe).items():
-        text = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)  # both are TOML
-        lines.append(f"{name} = {text}")
+        if value is not None:
+            lines.append(f"{name} = {_toml(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)  # both are TOML

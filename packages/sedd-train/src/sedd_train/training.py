@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from sedd_nets import init_local_attention, init_unigram_bias
+from sedd_nets.fast.attention import attention_named
 from torch import Tensor, nn
 
 from sedd_train import (
@@ -145,6 +146,7 @@ def train(
                 held.enter_context(storage.owned(output))
             saved = provenance.saved(output, text) if goes_on else None
             averaged = copy.deepcopy(net).eval().requires_grad_(False)  # holds the average, to measure and to sample
+            _choose_attention(net, recipe, own=own_net)
             if saved:
                 checkpoint.set_weights(net, saved.weights)
             first = saved.step if saved else 0
@@ -153,7 +155,7 @@ def train(
 
         device = distributed.start()
         averaged.to(device)
-        if recipe.compile:
+        if _compiles(recipe, device, own=own_net):
             compile_network(net, recipe.zero_stage)
         engine = start_engine(
             Loss(net, objective),
@@ -166,6 +168,7 @@ def train(
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
+            options=recipe.deepspeed,
         )
         ema = EMA(engine, recipe.ema)
         if saved:
@@ -277,6 +280,27 @@ def _new_net(recipe: Recipe, num_states: int, text: Corpus, *, fresh: bool) -> n
         init_local_attention(net)
     net.checkpoint_activations = recipe.activation_checkpointing
     return net
+
+
+def _compiles(recipe: Recipe, device: torch.device, *, own: bool) -> bool:
+    """Whether the network is compiled: as the recipe says, else on a GPU, for its own networks and rows of one length."""
+    if recipe.compile is not None:
+        return recipe.compile
+    return device.type == "cuda" and recipe.packing and not own
+
+
+def _choose_attention(net: Any, recipe: Recipe, *, own: bool) -> None:
+    """The attention that the recipe names, for training alone: what measures and samples works in float32, too."""
+    if recipe.attention == "sdpa":
+        return
+    if own:
+        raise ValueError(f"attention = {recipe.attention!r}: a network of your own attends as it does; leave it out")
+    if not torch.cuda.is_available():
+        raise ValueError(f"attention = {recipe.attention!r}: it has no backward pass but on a GPU; use sdpa")
+    try:
+        net.attention = attention_named(recipe.attention)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_packing(net: nn.Module | None, recipe: Recipe) -> None:
