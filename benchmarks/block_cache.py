@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for name, default in {
     **{"states": 2049, "width": 128, "depth": 4, "heads": 4, "batch": 4, "length": 256, "block": 16, "steps": 8},
-    **{"train-steps": 600, "train-batch": 16, "train-length": 128},
+    **{"train-steps": 2500, "train-batch": 16, "train-length": 64},
 }.items():
     parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
 args = parser.parse_args()
@@ -109,6 +109,7 @@ def trained() -> tuple[RADD, dict[int, str]]:
     V, L = len(letters), args.train_length
     net = RADD(V + 1, width=args.width, depth=args.depth, heads=args.heads, length=max(L, 128), dropout=0.0)
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    seen = 0.0
     for step in range(args.train_steps):
         start = torch.randint(len(data) - L, (args.train_batch, 1))
         x0 = data[start + torch.arange(L)]
@@ -120,11 +121,12 @@ def trained() -> tuple[RADD, dict[int, str]]:
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (1 - step / args.train_steps)
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 100) * (1 - step / args.train_steps)
         optimiser.step()
         optimiser.zero_grad()
-        if (step + 1) % 100 == 0:
-            print(f"  step {step + 1}: {float(loss.detach()) / math.log(2):.2f} bits a character")
+        seen = float(loss.detach()) if step == 0 else 0.99 * seen + 0.01 * float(loss.detach())
+        if (step + 1) % 250 == 0:
+            print(f"  step {step + 1}: {seen / math.log(2):.2f} bits a character", flush=True)
     return net.eval(), dict(enumerate(letters))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_nets import MDLM, RADD, SEDD
+from sedd_samplers import draw_lengths
 from sedd_train import tokenizers
 from sedd_train.commands import sample
 from torch import Tensor
@@ -208,3 +209,34 @@ def test_the_help_explains_every_option_and_method(script: ModuleType) -> None:
         assert option in tested, f"{option} has no test"
     for name in script.METHODS:
         assert re.search(rf"^  {name} {{2,}}\S", script.EPILOG, re.M), name
+
+
+def test_a_model_of_rows_of_many_lengths_samples_texts_of_their_lengths(
+    script: ModuleType, saved: dict[str, Path], coder: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """Lengths by the law that the checkpoint carries; what is behind a text changes nothing of it."""
+    net = SEDD.from_pretrained(saved["absorb"])
+    law = [0] * LENGTH
+    law[4], law[8] = 3, 1  # rows of 5 and of 9 tokens
+    net.save_pretrained(tmp_path, sections={**net.sections, "lengths": law})
+    coder.save_pretrained(tmp_path)
+    options = ["--checkpoint", str(tmp_path), "--steps", "3"]
+    x = script.main([*options, "--num", "40"])
+    printed = capsys.readouterr().out
+    lengths = [int(n) for n in draw_lengths(torch.tensor(law), range(40))]
+    assert x.shape == (40, 9)
+    assert set(lengths) == {5, 9}
+    assert 20 <= lengths.count(5) < 40
+    for b, n in enumerate(lengths):
+        assert f"--- sample {b + 1} of 40 {'-' * 50}\n{coder.decode(x[b, :n].tolist())}\n" in printed
+    assert f"\n{sum(lengths)} tokens in" in printed
+    for b in (lengths.index(5), lengths.index(9)):  # as it is alone
+        assert torch.equal(script.main([*options, "--num", "1", "--seed", str(b)])[0], x[b, : lengths[b]])
+    assert script.main([*options, "--num", "2", "--length", "7"]).shape == (2, 7)
+    prefix = coder.decode(coder.encode(TEXTS[0])[:6])
+    shortest = len(coder.encode(prefix))
+    assert script.main([*options, "--num", "8", "--prefix", prefix]).shape == (8, 9)
+    assert 5 <= shortest < 9
+    with pytest.raises(SystemExit):
+        script.main([*options, "--prefix", coder.decode(coder.encode(TEXTS[0])[:11])])
+    assert "no text that this model was trained on is longer" in capsys.readouterr().err

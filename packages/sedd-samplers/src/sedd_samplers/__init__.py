@@ -35,7 +35,7 @@ from .masked import (
     threshold,
 )
 from .multistage import PredictorCorrector, Trapezoidal
-from .prompts import pad_prompts
+from .prompts import draw_lengths, pad_prompts
 from .randomness import draw_categorical
 from .renoising import EntropyBoundRenoising
 from .reverse import Reverse
@@ -53,6 +53,7 @@ __all__ = [
     "BlockState",
     "Generated",
     "pad_prompts",
+    "draw_lengths",
     "prompt_ids",
     "Particles",
     "clamped",

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["pad_prompts", "check_prompt", "check_shape", "check_start"]
+from .randomness import draw_shared, uniforms
+
+__all__ = ["pad_prompts", "draw_lengths", "check_prompt", "check_shape", "check_start"]
 
 
 def pad_prompts(
@@ -57,6 +59,33 @@ def pad_prompts(
         x[i, begin[i] : begin[i] + len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
         given[i, begin[i] + len(prompt) : begin[i] + own] = False
     return x.to(device), given.to(device)
+
+
+def draw_lengths(law: Tensor, seeds: Sequence[int] | Tensor) -> Tensor:
+    """Lengths to sample sequences of, by the law of the lengths that a model was trained on.
+
+    A model that was trained on rows of many lengths, padding left out, says nothing of lengths: the law has to be
+    carried along.
+
+        lengths = draw_lengths(torch.bincount(training_lengths)[1:], seeds)
+        x, given = pad_prompts([[]] * len(seeds), lengths.tolist(), pad_id=0)
+
+    Args:
+        law: (L,) weights >= 0 of the lengths 1 to L; they need not sum to 1.
+        seeds: B integers, one a sequence; those that the sequences are sampled with will do.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        ValueError: the law is no (L,) or has nothing to draw.
+    """
+    law = torch.as_tensor(law).double()
+    if law.ndim != 1 or not len(law) or bool((law < 0).any()) or not 0 < float(law.sum()) < float("inf"):
+        raise ValueError(f"the law must be (L,) weights, none negative and not all 0, got {tuple(law.shape)}")
+    seeds = torch.as_tensor(seeds).long()
+    uniform = uniforms(seeds, torch.full_like(seeds, -1), torch.zeros_like(seeds))  # no run draws that often
+    return draw_shared(law.to(seeds.device), uniform) + 1
 
 
 def check_prompt(x: Tensor, given: Tensor, num_states: int, mask_id: int | None) -> None:

@@ -219,8 +219,9 @@ def measure_and_sample(
         values = {name: value.tolist() for name, value in vars(levels).items()}
         progress.write("levels", copy=False, step=step, **values)
     random = randomness.generator(recipe.seed, randomness.SAMPLING, step, device=device)
+    length = recipe.length if lengths is None else int(lengths[step % len(lengths)])  # of some held-out row
     with torch.inference_mode():
-        x = objective.sample(averaged, (1, recipe.length), steps=recipe.sample_steps, generator=random, device=device)
+        x = objective.sample(averaged, (1, length), steps=recipe.sample_steps, generator=random, device=device)
     sample = text.tokenizer.decode(x[0].tolist())
     progress.write(
         "valid",

@@ -67,6 +67,12 @@ class Tokens:
         starts = np.asarray([self.ends[n - 1] if n else 0 for n in numbers], np.int64)
         return torch.from_numpy(np.minimum(stops - starts, length))
 
+    def law_of_lengths(self, length: int) -> list[int]:
+        """How many rows hold 1, 2, ... up to `length` tokens: what a model of rows does not say of itself."""
+        sizes = np.minimum(np.diff(self.ends, prepend=0), length)
+        counts: list[int] = np.bincount(sizes, minlength=length + 1)[1:].tolist()
+        return counts
+
     def rows(self, numbers: NDArray[Any] | Sequence[int], length: int, end: int) -> Tensor:
         """The rows of these documents, (len(numbers), length) int64: cut, or filled up with the token `end`."""
         rows = torch.full((len(numbers), length), end)

@@ -134,6 +134,8 @@ def train(
                 objective = pretrained.make_objective(sections["objective"], graph, noise)
             else:
                 sections = {"tokens": num_tokens(text.tokenizer), "objective": {"type": type(objective).__qualname__}}
+            if not recipe.packing:
+                sections["lengths"] = text.train.law_of_lengths(recipe.length)
             if net is None:
                 net = _new_net(recipe, graph.num_states, text, fresh=not goes_on)
             end = None if recipe.packing else text.tokenizer.eos_token_id  # what rows are filled up with

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sedd_nets import bind
 from sedd_samplers import (
     Ancestral,
     ConfidenceUnmasking,
@@ -24,6 +25,7 @@ from sedd_samplers import (
     Method,
     PredictorCorrector,
     Remasking,
+    ScoreModel,
     State,
     TauLeaping,
     Trapezoidal,
@@ -32,11 +34,13 @@ from sedd_samplers import (
     Unmasking,
     at_rate,
     clamped,
+    draw_lengths,
     trajectory,
 )
 from sedd_samplers.controls import Control, controlled, temperature, top_k, top_p
 from sedd_samplers.views import live, record
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from sedd_train import load, prompts, storage
@@ -96,7 +100,12 @@ def parser(prog: str = "sedd sample") -> argparse.ArgumentParser:
     prompt.add_argument(
         "--text", help='text with blanks to fill, one underscore for each free token: "The ____ of the Union"'
     )
-    prompt.add_argument("--length", type=int, help="tokens a sample (default: what the model was trained with)")
+    prompt.add_argument(
+        "--length",
+        type=int,
+        help="tokens a sample (default: what the model was trained with; where that were rows of many lengths, lengths "
+        "drawn from theirs)",
+    )
     add_drawing(made)
     return made
 
@@ -179,8 +188,24 @@ def prompt_of(args: argparse.Namespace, tokenizer: Any, longest: int) -> prompts
     return prompts.around(tokenizer, length, prefix=args.prefix, suffix=args.suffix)
 
 
-def run(args: argparse.Namespace) -> tuple[Tensor, Any, float]:
-    """The samples (B, L), the tokenizer to read them with, and the seconds that they took."""
+def lengths_of(args: argparse.Namespace, net: Any, seeds: Sequence[int], shortest: int) -> list[int] | None:
+    """The length of each sample where the model carries the law of the lengths it was trained on; else None."""
+    law = net.sections.get("lengths")
+    if law is None or args.text or args.length:
+        return None
+    possible = torch.tensor(law, dtype=torch.float64)
+    possible[:shortest] = 0
+    if not possible.any():
+        raise ValueError(
+            f"the prompt has {shortest} tokens, and no text that this model was trained on is longer: shorten it, or "
+            "say --length"
+        )
+    lengths: list[int] = draw_lengths(possible, seeds).tolist()
+    return lengths
+
+
+def run(args: argparse.Namespace) -> tuple[Tensor, list[int], Any, float]:
+    """The samples (B, L), the length of each, the tokenizer to read them with, and the seconds that they took."""
     check(args)
     if args.page:
         storage.check_output(Path(args.page))
@@ -192,16 +217,27 @@ def run(args: argparse.Namespace) -> tuple[Tensor, Any, float]:
             "--temperature, --top-k and --top-p need a model that masks: they act on p(x0 | x_t), which cannot be told "
             "from this one's score at high noise"
         )
-    x, given = (part.to(args.device).expand(args.num, -1) for part in prompt_of(args, tokenizer, net.length))
+    seeds = range(args.seed, args.seed + args.num)
+    prompt = prompt_of(args, tokenizer, net.length)
+    lengths = lengths_of(args, net, seeds, int(prompt.given.sum()))
+    score: ScoreModel = net
+    if lengths is None:
+        lengths = [len(prompt.x)] * args.num
+        x, given = (part.to(args.device).expand(args.num, -1) for part in prompt)
+    else:
+        own = [prompts.around(tokenizer, length, prefix=args.prefix, suffix=args.suffix) for length in lengths]
+        x = pad_sequence([part.x for part in own], batch_first=True).to(args.device)
+        given = pad_sequence([part.given for part in own], batch_first=True, padding_value=True).to(args.device)
+        score = bind(net, lengths=lengths)  # what is behind a text is seen by nothing
     states = trajectory(
-        controlled(net, graph, *controls) if controls else net,
+        controlled(score, graph, *controls) if controls else score,
         graph,
         noise,
         x=x,
         given=given,
         steps=args.steps,
         method=METHODS[args.method],
-        seeds=range(args.seed, args.seed + args.num),
+        seeds=seeds,
         conditioning=clamped,
     )
 
@@ -220,11 +256,11 @@ def run(args: argparse.Namespace) -> tuple[Tensor, Any, float]:
     with torch.inference_mode():
         for state in views:
             x = state.x
-    return x, tokenizer, time.perf_counter() - start
+    return x, lengths, tokenizer, time.perf_counter() - start
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "sedd sample") -> Tensor:
-    """Draw the samples and print them; also returns them, (B, L)."""
+    """Draw the samples and print them; also returns them, (B, L); what is behind the length of one means nothing."""
     return draw(parser(prog), argv)
 
 
@@ -232,11 +268,11 @@ def draw(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> Tensor
     """What `main` does, for options that may be another command's."""
     args = options.parse_args(argv)
     try:
-        x, tokenizer, seconds = run(args)
+        x, lengths, tokenizer, seconds = run(args)
     except (ValueError, OSError) as error:
         options.exit(2, f"{options.prog}: {error}\n")
-    for i, tokens in enumerate(x.tolist(), 1):
+    for i, (tokens, length) in enumerate(zip(x.tolist(), lengths, strict=True), 1):
         print(f"\n--- sample {i} of {args.num} " + "-" * 50)
-        print(tokenizer.decode(tokens))
-    print(f"\n{x.numel()} tokens in {seconds:.1f} s ({args.steps} steps of {args.method}, seed {args.seed})")
+        print(tokenizer.decode(tokens[:length]))
+    print(f"\n{sum(lengths)} tokens in {seconds:.1f} s ({args.steps} steps of {args.method}, seed {args.seed})")
     return x
