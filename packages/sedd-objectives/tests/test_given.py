@@ -263,13 +263,28 @@ def test_padding_may_hold_the_mask(name, absorbing, log_linear):
     assert CALLS[name](absorbing, log_linear, x0=torch.tensor([[0, 3]]), weight=torch.tensor([[1, 0]])) is not None
 
 
-@pytest.mark.parametrize("name", ["denoising_loss", "cross_entropy_loss", "lambda_cross_entropy_loss"])
+PAIRED = [
+    *("denoising_loss", "reconstruction_loss", "cross_entropy_loss", "lambda_cross_entropy_loss"),
+    *("posterior_loss", "leave_one_out_loss", "d3pm_loss"),
+]
+
+
+@pytest.mark.parametrize("name", PAIRED)
 def test_a_pair_that_cannot_be_is_named(name, absorbing, log_linear):
     """An unmasked token that is not the clean one."""
     with pytest.raises(ValueError, match="no jump leads into it, and it is another state, got such pairs at 1 of 2"):
         CALLS[name](absorbing, log_linear, x0=X0, xt=torch.tensor([[3, 2]]))
     with pytest.raises(ValueError, match="no jump leads into it, and it is another state"):
         denoising_score_entropy(torch.zeros(1, 2, 4), absorbing, torch.tensor([[1, 3]]), X0, torch.ones(1))
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_padding_may_be_a_pair_that_cannot_be(name, absorbing, log_linear):
+    """Nothing is asked of what weighs nothing; what weighs as little as may be is named."""
+    how = {"x0": X0, "xt": torch.tensor([[3, 2]])}
+    assert float(CALLS[name](absorbing, log_linear, **how, weight=torch.tensor([[1, 0]]))) > 0
+    with pytest.raises(ValueError, match="got such pairs at 1 of 2"):
+        CALLS[name](absorbing, log_linear, **how, weight=torch.tensor([[1, 1e-30]]))
 
 
 def test_one_time_for_all_reaches_the_network_as_one_a_sequence(absorbing, log_linear):

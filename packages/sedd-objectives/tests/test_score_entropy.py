@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sedd_objectives import denoising_score_entropy, score_entropy
+from sedd_objectives import concrete_score_matching, denoising_score_entropy, score_entropy
 
 
 def textbook(log_score, ratio, weight, x):
@@ -104,6 +104,20 @@ def test_bfloat16_is_computed_in_float32_under_any_autocast(graph, generator):
     plain = denoising_score_entropy(log_score.float(), graph, x, x0, sigma)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(denoising_score_entropy(log_score, graph, x, x0, sigma), plain)
+
+
+@pytest.mark.parametrize("function", [score_entropy, concrete_score_matching])
+@pytest.mark.parametrize("of_score", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of_ratio", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of_weight", [torch.float32, torch.float64])
+def test_the_sum_is_as_wide_as_the_score_or_the_ratio(function, of_score, of_ratio, of_weight, generator):
+    log_score = torch.randn(3, 5, generator=generator).to(of_score)
+    ratio, weight = (torch.rand(3, 5, generator=generator).to(of) for of in (of_ratio, of_weight))
+    x = torch.tensor([0, 4, 2])
+    found = function(log_score, ratio, weight, x)
+    assert found.dtype == (torch.float64 if torch.float64 in (of_score, of_ratio) else torch.float32)
+    exact = function(log_score.double(), ratio.double(), weight.double(), x)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-12 if found.dtype == torch.float64 else 1e-5, atol=0)
 
 
 def test_overflowed_scores_do_not_spoil_states_without_a_jump():

@@ -391,3 +391,16 @@ def test_logits_of_another_shape_are_refused(make_graphs):
     graph, x = make_graphs(TOKENS)["uniform"], torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="logits must have shape"):
         posterior_score_entropy(torch.zeros(2, 3, 9), graph, x, x, torch.ones(2))
+
+
+@pytest.mark.parametrize("loss", [posterior_score_entropy, leave_one_out_score_entropy])
+def test_tokens_that_cannot_have_become_x_are_left_out_of_the_posterior(loss, graph_of, generator):
+    """Of two groups of states without a way between them: what is said of the other group changes nothing."""
+    rates = torch.block_diag(torch.tensor([[-1.0, 0.5], [1.0, -0.5]]), torch.tensor([[-2.0, 1.0], [2.0, -1.0]]))
+    graph, sigma = graph_of(rates), torch.full((2,), 0.7, dtype=torch.float64)
+    x, x0 = torch.tensor([1, 2]), torch.tensor([0, 2])
+    logits = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    other = logits.clone()
+    other[0, 2:] += torch.tensor([5.0, -3.0])
+    other[1, :2] += torch.tensor([-1.0, 40.0])
+    torch.testing.assert_close(loss(other, graph, x, x0, sigma), loss(logits, graph, x, x0, sigma), rtol=1e-10, atol=0)
