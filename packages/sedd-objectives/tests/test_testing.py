@@ -368,3 +368,14 @@ def test_what_laws_compare_with_is_what_sequences_enumerate(kind, make_graphs, e
     levels = log_linear(torch.ones(len(data.sequences), dtype=torch.float64))[0]
     prior = float((graph.prior_kl(data.sequences, levels).sum(-1) * data.probability).sum())
     assert problem.prior(log_linear) == pytest.approx(prior, rel=1e-9)
+
+
+def test_the_laws_integral_runs_over_log_sigma_and_the_data(make_graphs, log_linear, monkeypatch):
+    """Of x0 / sigma it is the mean token times log(sigma(1) / sigma(t_min)), to the last digits; of 1 nearly sigma."""
+    problem = Problem(make_graphs(TOKENS)["uniform"], length=1)
+    low, high = log_linear(torch.tensor([0.01, 1.0], dtype=torch.float64))[0].tolist()
+    monkeypatch.setattr(problem, "integrand", lambda score, x0, sigma: float(x0[0] / sigma))
+    mean = float((problem.probability * problem.sequences[:, 0]).sum())
+    assert problem.integral(problem.score(), log_linear, 0.01) == pytest.approx(mean * math.log(high / low), rel=1e-6)
+    monkeypatch.setattr(problem, "integrand", lambda score, x0, sigma: 1.0)
+    assert problem.integral(problem.score(), log_linear, 0.01) == pytest.approx(high - low, rel=2e-3)
