@@ -341,6 +341,32 @@ def test_draws_are_compared_with_their_standard_error():
             assert_near(torch.full((4,), wrong), 1.0, "draws")
 
 
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_loss_must_rise_on_either_side(side, make_graphs, log_linear):
+    """One that takes no notice of scores that are too small, or of those that are too large."""
+    graph = make_graphs(TOKENS)["uniform"]
+    exact = Problem(graph, length=2).score()
+
+    def one_sided(score, graph, noise, x0, t, *, generator):
+        def bent(x, sigma):
+            true = exact(x, sigma)
+            return true + side * (side * (score(x, sigma) - true)).clamp_min(0)
+
+        return denoising_loss(bent, graph, noise, x0, t, generator=generator)
+
+    with pytest.raises(AssertionError, match=f"must rise where the log-score is off by {-0.5 * side} times a constant"):
+        loss_is_least_at_the_true_score(one_sided, graph, log_linear)
+
+
+@pytest.mark.parametrize("time", [0.15, 0.5, 0.9])
+def test_a_loss_is_compared_at_every_time(time, make_graphs, log_linear):
+    def wrong_then(score, graph, noise, x0, t, *, generator):
+        return denoising_loss(score, graph, noise, x0, t, generator=generator) * (1.5 if float(t[0]) == time else 1)
+
+    with pytest.raises(AssertionError, match=f"mean at t = {time}, its score off by 1"):
+        loss_is_the_enumerated_integrand(wrong_then, make_graphs(TOKENS)["uniform"], log_linear)
+
+
 @pytest.mark.parametrize("kind", ["uniform", "absorbing", "dense"])
 def test_what_laws_compare_with_is_what_sequences_enumerate(kind, make_graphs, enumerated, log_linear):
     """Marginals, scores, entropy and integrals of pairs, against this folder's own enumeration."""
