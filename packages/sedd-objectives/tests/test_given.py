@@ -212,7 +212,7 @@ def test_a_causal_model_is_given_a_prefix():
         autoregressive_loss(lambda x: logits, x, start=0, given=~given)
 
 
-CALLS = {
+CALLS: dict[str, Any] = {
     "denoising_loss": lambda g, n, **how: denoising_loss(score, g, n, how.pop("x0"), **how),
     "likelihood_bound": lambda g, n, **how: likelihood_bound(score, g, n, how.pop("x0"), **how),
     "reconstruction_loss": lambda g, n, **how: reconstruction_loss(
