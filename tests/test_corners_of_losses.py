@@ -92,7 +92,7 @@ def test_a_bound_on_fast_states_by_even_times_is_warned_of_with_what_to_do():
         noised = graph.propagate(p.expand(len(sigma), -1), sigma.double()).log()[:, None]
         return noised - noised.gather(-1, x[..., None])
 
-    def bound(**how: float) -> Bound:
+    def bound(**how: Any) -> Bound:
         draws = torch.Generator().manual_seed(1)
         return likelihood_bound(score, graph, noise, x0, num_times=16, generator=draws, **how)
 

@@ -8,7 +8,7 @@ weight        otherwise multiplies the position's part of the result
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import sedd_objectives as objectives
@@ -18,6 +18,12 @@ MASK, SIZE = 3, (400, 4)
 X0 = torch.randint(3, SIZE, generator=torch.Generator().manual_seed(0))
 ZERO, GIVEN = 0, 1
 """The position whose weight is 0, and the one that is given; the other two count."""
+
+
+class Row(NamedTuple):
+    base: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # the name is the rows', and a tuple has a method of it
+    value: torch.Tensor
 
 
 class Process:
@@ -36,6 +42,21 @@ class Process:
 
     def propagate(self, v, t):
         return self.graph.propagate(v, self.noise(t)[0])
+
+
+class WithPrior:
+    """A graph that says its prior, as those of sedd-graphs do."""
+
+    def __init__(self, graph):
+        self.graph = graph
+
+    def __getattr__(self, name):
+        return getattr(self.graph, name)
+
+    def prior(self, sigma):
+        tokens = torch.tensor([1.0, 1, 1, 0], dtype=sigma.dtype) / 3
+        value = self.graph.propagate(tokens, sigma)
+        return Row(torch.zeros_like(value[..., 0]), torch.arange(4), value)
 
 
 def fused(call):
@@ -74,6 +95,10 @@ LOSSES: dict[str, Any] = {
     "masked_likelihood_bound": lambda *args, **how: o.masked_likelihood_bound(*args, num_times=4, **how).value,
     "elbo_loss": o.elbo_loss,
     "reconstruction_loss": lambda m, g, n, x0, **how: o.reconstruction_loss(m, g, n, x0, LATE, **how),
+    "snapshot_loss": o.snapshot_loss,
+    "snapshot_bound": lambda m, g, n, x0, **how: (
+        o.snapshot_bound(m, WithPrior(g), n, x0, num_times=4, num_reconstructions=2, **how).value
+    ),
     "cross_entropy_loss": o.cross_entropy_loss,
     "lambda_cross_entropy_loss": lambda m, g, n, x0, **how: o.lambda_cross_entropy_loss(m, g, x0, **how),
     "any_order_loss": lambda m, g, n, x0, **how: o.any_order_loss(m, g, x0, **how),
@@ -151,7 +176,7 @@ def test_weights_multiply(name, measure):
     weight = torch.rand(SIZE, generator=torch.Generator().manual_seed(2)) + 0.5
     whole = measure(name, Model(), weight=weight)
     torch.testing.assert_close(measure(name, Model(), weight=2 * weight), 2 * whole, rtol=1e-4, atol=1e-5)
-    if name == "implicit_score_entropy_loss":  # which neighbour is drawn depends on the weights
+    if name in ("implicit_score_entropy_loss", "snapshot_bound"):  # which neighbour is drawn depends on the weights
         return
     one_hot = torch.eye(SIZE[1])
     parts = sum(measure(name, Model(), weight=weight * one_hot[i]) for i in range(SIZE[1]))

@@ -202,7 +202,10 @@ def test_under_absorption_both_are_cross_entropy(make_graphs, generator, log_lin
 
 
 def test_is_the_published_loss_of_udlm(make_graphs, generator, float64_rates):
-    """Schiff et al. 2024, eq. 18, with alpha = e^-sigma, so that alpha' / alpha = -1 a unit of noise."""
+    """Schiff et al. 2024, the loss in continuous time, with alpha = e^-sigma, so that alpha' / alpha = -1 a unit of noise.
+
+    As their code has it: diffusion.py of kuleshov-group/discrete-diffusion-guidance.
+    """
     graph, n = make_graphs(TOKENS)["uniform"], TOKENS
     x0 = torch.randint(n, (4, 6), generator=generator)
     sigma = torch.tensor([0.01, 0.3, 1.0, 5.0], dtype=torch.float64)
@@ -221,7 +224,7 @@ def test_is_the_published_loss_of_udlm(make_graphs, generator, float64_rates):
 class Interpolation:
     """x_t stays x0 with probability alpha, else it comes from a mixture of masks and tokens that changes with t (GIDD).
 
-    The jump from any state into z has the rate z . (beta pi' - alpha' / alpha pi), GIDD's eq. 8; alpha = 1 - t.
+    The jump from any state into z has the rate z . (beta pi' - alpha' / alpha pi), GIDD's forward rate; alpha = 1 - t.
     """
 
     num_states, mask_id = TOKENS + 1, TOKENS
@@ -257,7 +260,10 @@ class Interpolation:
 
 
 def test_is_the_published_loss_of_gidd(vector, generator):
-    """Von Ruette et al. 2025, theorem 3.2: w (KL(q_0 || q_p) + IS(q_0(x), q_p(x))), w = rate into x / q_0(x)."""
+    """Von Ruette et al. 2025, the bound: w (KL(q_0 || q_p) + IS(q_0(x), q_p(x))), w = rate into x / q_0(x).
+
+    As their code has it: `GiddLoss` in loss.py of dvruette/gidd.
+    """
     process, x0 = Interpolation(vector), torch.randint(TOKENS, (5, 8), generator=generator)
     t = torch.tensor([0.02, 0.3, 0.5, 0.8, 0.99], dtype=torch.float64)
     assert (process.into(t) >= 0).all()

@@ -10,9 +10,8 @@ P is a matrix of probabilities: at the times of a Poisson process of rate r the 
 is, and P^n v is n products with a sparse matrix.
 
 What has no short form is a row of exp(sQ): after a few jumps a walk may be anywhere. Exact at a vocabulary's size are
-the draws of x_t and the rows of Q. These are all that the implicit score entropy (6) asks for, a loss by snapshots x_t
-alone: it is unbiased and the exact score minimises it, but it is the denoising score entropy only up to a constant, so
-that its value is no bound. Transitions, ratios, posteriors and the prior are exact too, at N numbers a position.
+the draws of x_t and the rows of Q. These are all that losses and bounds by snapshots x_t ask for, the implicit score
+entropy (6) among them. Transitions, ratios, posteriors and the prior are exact too, at N numbers a position.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from .score_entropy import (
     plain_score_entropy,
     score_entropy,
 )
+from .snapshots import snapshot_bound, snapshot_loss
 from .times import ImportanceTimes, low_discrepancy_times, of_time, stratified_times, uniform_times
 from .x0_prediction import (
     leave_one_out_loss,
@@ -45,6 +46,8 @@ __all__ = [
     "plain_concrete_score_matching",
     "implicit_score_entropy_loss",
     "enumerated_implicit_score_entropy_loss",
+    "snapshot_loss",
+    "snapshot_bound",
     "denoising_loss",
     "fused_denoising_loss",
     "fused_cross_entropy_loss",

@@ -16,7 +16,7 @@ from .checks import (
     reading_waits,
     require,
 )
-from .interfaces import Graph, MaskGraph, Noise, PosteriorModel, ScoreModel
+from .interfaces import Graph, MaskGraph, Noise, NoisingGraph, PosteriorModel, ScoreModel
 from .times import stratified_times
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def noised(
-    graph: Graph,
+    graph: NoisingGraph,
     noise: Noise,
     x0: Tensor,
     t: Tensor | None,

@@ -127,7 +127,7 @@ def likelihood_bound(
         diffusion += (1 - t_min) * (pair[0] + pair[1]) / num_times
         square = ((1 - t_min) * (pair[0] - pair[1]) / num_times) ** 2
         variance += square
-        otherwise += square / by_noise.density(torch.where(pair[0] > pair[1], *at))
+        otherwise += square / by_noise.density(torch.where(pair[0] > pair[1], at[0], at[1]))
     if small_noise_share == 0 and batch * num_times >= ENOUGH:
         _warn_of_rare_losses(variance.sum() / otherwise.sum())
     _warn_of_a_late_start(graph, noise, x0, factor, t_min)

@@ -34,7 +34,7 @@ from .checks import (
 from .interfaces import ImplicitGraph, ScoreModel
 from .jumps import DenseRow, can_move, merge
 
-__all__ = ["implicit_score_entropy_loss", "enumerated_implicit_score_entropy_loss"]
+__all__ = ["implicit_score_entropy_loss", "enumerated_implicit_score_entropy_loss", "total_rate_out"]
 
 
 def implicit_score_entropy_loss(
@@ -69,7 +69,7 @@ def implicit_score_entropy_loss(
     """
     factor = _check(graph, x, sigma, weight, given)
     scores = _reverse_rates(score, graph, x, sigma, factor)
-    rates = factor * _total_rate_out(graph, x)
+    rates = factor * total_rate_out(graph, x)
     total = rates.sum(-1)
     position = _draw(rates, generator)[:, None]
     states = x.gather(-1, position)
@@ -162,7 +162,7 @@ def _reverse_rates(score: ScoreModel, graph: ImplicitGraph, x: Tensor, sigma: Te
     return spread(total, live).sum(-1)
 
 
-def _total_rate_out(graph: ImplicitGraph, x: Tensor) -> Tensor:
+def total_rate_out(graph: ImplicitGraph, x: Tensor) -> Tensor:
     """sum_{y != x} Q[y, x], (...), summed in float64 where the device has it."""
     row, wide = graph.rates_out_of(x), sum_dtype(x.device)
     own = row.index == x[..., None]

@@ -14,9 +14,11 @@ from torch import Generator, Tensor
 __all__ = [
     "Row",
     "Graph",
+    "NoisingGraph",
     "PosteriorGraph",
     "LikelihoodGraph",
     "ImplicitGraph",
+    "SnapshotGraph",
     "MaskGraph",
     "DiscreteTimeGraph",
     "TimeVaryingGraph",
@@ -63,6 +65,17 @@ class Graph(Protocol):
         """p(y | x0) / p(x | x0) for every state y."""
 
 
+class NoisingGraph(Protocol):
+    """What noises: no more of a graph than its draws."""
+
+    @property
+    def num_states(self) -> int:
+        """N."""
+
+    def sample(self, x0: Tensor, sigma: Tensor, /, *, generator: Generator | None = None) -> Tensor:
+        """x_t ~ exp(sigma Q)[., x0], (...) int64."""
+
+
 class PosteriorGraph(Graph, Protocol):
     """What models of the clean token need besides: how to go from clean tokens to noised ones."""
 
@@ -96,6 +109,17 @@ class ImplicitGraph(Protocol):
 
     def rates_out_of(self, x: Tensor, /) -> Row:
         """Q[., x]: the rates of the jumps that lead out of x; the diagonal entry is the negative of their sum."""
+
+
+class SnapshotGraph(ImplicitGraph, NoisingGraph, Protocol):
+    """What losses and bounds by snapshots need: draws of x_t and the rows of Q, and no transition."""
+
+    @property
+    def mask_id(self) -> int | None:
+        """The state that is no token and never occurs in clean data; None when every state is a token."""
+
+    def prior(self, sigma: Tensor, /) -> Row:
+        """The distribution meant at t = 1, for sigma (): what noise sigma makes of random tokens."""
 
 
 class MaskGraph(Protocol):
