@@ -202,7 +202,7 @@ def test_under_absorption_both_are_cross_entropy(make_graphs, generator, log_lin
 
 
 def test_is_the_published_loss_of_udlm(make_graphs, generator, float64_rates):
-    """Schiff et al. 2024, the loss in continuous time, with alpha = e^-sigma, so that alpha' / alpha = -1 a unit of noise.
+    """Schiff et al. 2024, the loss in continuous time, with alpha = e^-sigma: alpha' / alpha = -1 a unit of noise.
 
     As their code has it: diffusion.py of kuleshov-group/discrete-diffusion-guidance.
     """
