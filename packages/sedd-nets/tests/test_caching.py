@@ -82,8 +82,11 @@ def test_what_a_cache_cannot_hold_is_refused():
         net(x[:, 6:], sigma, cache=cache)
     with pytest.raises(ValueError, match="no clean copy"):
         net(x, sigma, clean=x, cache=KeyValueCache())
-    with pytest.raises(ValueError, match="at most 6; got -7"):
-        cache.crop(-7)
+    for count in (-7, 1):
+        with pytest.raises(ValueError, match=f"minus the number of positions to forget, at most 6; got {count}"):
+            cache.crop(count)
+    cache.crop(0)
+    assert cache.get_seq_length() == 6
     causal = Causal(11, **SIZES).eval()
     cache = KeyValueCache()
     causal(x, cache=cache)

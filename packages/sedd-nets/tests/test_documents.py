@@ -126,3 +126,14 @@ def test_a_row_as_long_as_its_only_text():
     assert (documents.spans, documents.longest) == (((0, 5), (5, 6)), 5)
     assert Documents.padded([5, 5], 5).kept is None
     assert documents.cu_seqlens.tolist() == [0, 5, 6]
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_all_that_a_device_needs_goes_there(padding):
+    documents = Documents(torch.tensor([[0, 0, 1, -1 if padding else 1], [2, 2, 2, 2]]))
+    moved = documents.to("meta")
+    assert {moved.ids.device.type, moved.cu_seqlens.device.type} == {"meta"}
+    assert moved.cu_seqlens.dtype == torch.int32
+    assert (moved.kept.device.type == "meta") if padding else moved.kept is None
+    assert (moved.spans, moved.longest) == (documents.spans, 4)
+    assert documents.cu_seqlens.device.type == "cpu"

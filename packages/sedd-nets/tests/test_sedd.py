@@ -283,6 +283,18 @@ def test_the_noise_may_come_in_float64(make_sedd, batch, scale_by_sigma):
     log_score.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale_by_sigma", [True, False])
+def test_noise_in_half_precision_is_computed_with_in_float32(make_sedd, batch, scale_by_sigma, dtype):
+    x, sigma = batch
+    net, half = make_sedd(scale_by_sigma=scale_by_sigma), sigma.to(dtype)
+    assert torch.equal(net(x, half), net(x, half.float()))
+    where = x > 4
+    assert torch.equal(net(x, half, where), net(x, half.float(), where))
+    for ours, wide in zip(net.linear_head(x, half), net.linear_head(x, half.float()), strict=True):
+        assert ours is wide or torch.equal(ours, wide)
+
+
 def test_published_names():
     net = SEDD(11, width=16, depth=1, heads=2, cond_dim=8, scale_by_sigma=True)
     assert isinstance(net, nn.Module)
