@@ -79,6 +79,23 @@ def test_flops_are_what_torch_counts(family, rows):
     assert counter.get_total_flops() == net.flops(12, rows=rows)
 
 
+def test_gradients_under_autocast_are_float32_and_near(make_sedd, batch):
+    """Of every parameter, after the backward pass has been taken outside of autocast, as it should be."""
+    x, sigma = batch
+    net = make_sedd()
+    weight = torch.randn(3, 7, 11, generator=torch.Generator().manual_seed(2))
+    (net(x, sigma) * weight).sum().backward()
+    exact = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+    net.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = (net(x, sigma) * weight).sum()
+    loss.backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        off, size = (parameter.grad - exact[name]).norm(), exact[name].norm()
+        assert off < 0.05 * size, (name, float(off / size))
+
+
 @pytest.mark.parametrize("family", [ScaledSEDD, RADD, MDLM])
 def test_parameter_counts_add_up(family):
     net = family(50, **SIZES)
