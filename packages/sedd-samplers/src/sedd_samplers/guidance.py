@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .fast import Answer, Part
+from .fast import Answer, Part, rows_at_a_time
 from .interfaces import RowModel, ScoreModel
 from .model_calls import ModelCall, Wrapper
 from .positions import Positions
@@ -149,12 +149,29 @@ def first_order_ratios(log_prob: Callable[[Tensor, Tensor], Tensor], num_states:
     """
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Tensor:
+        size = max(1, rows_at_a_time(num_states, x.device) // x.shape[1])
+        if size >= len(x):
+            return slope(x, sigma, at.flat)
+        out: Tensor | None = None
+        ends = [0, *at.where.sum(1).cumsum(0).tolist()]
+        for i in range(0, len(x), size):
+            mine = slice(ends[i], ends[min(i + size, len(x))])
+            part = slope(x[i : i + size], sigma[i : i + size], at.flat[mine] - i * x.shape[1])
+            out = part.new_empty(len(at), num_states) if out is None else out
+            out[mine] = part
+            del part  # of a sequence's size
+        assert out is not None
+        return out
+
+    def slope(x: Tensor, sigma: Tensor, flat: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            tokens = torch.nn.functional.one_hot(x.clone(), num_states).to(sigma.dtype).requires_grad_()
+            tokens = torch.zeros(*x.shape, num_states, dtype=sigma.dtype, device=x.device)
+            tokens.scatter_(2, x.clone()[..., None], 1.0).requires_grad_()
             # a sequence's probability depends on its own tokens only, so that the sum's gradient is each one's
             (gradient,) = torch.autograd.grad(log_prob(tokens, sigma.clone()).sum(), tokens)
-        slope = gradient.flatten(0, 1)[at.flat]
-        return slope - slope.gather(1, x.flatten()[at.flat, None])
+        del tokens
+        here: Tensor = gradient.flatten(0, 1)[flat]
+        return here.sub_(here.gather(1, x.flatten()[flat, None]))
 
     return Wrapper(rows_at, log_prob)
 

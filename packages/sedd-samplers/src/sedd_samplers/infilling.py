@@ -30,7 +30,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .fast import Answer, times_row
+from .fast import Answer, rows_at_a_time, times_row
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import ModelCall, Wrapper
 from .positions import Positions
@@ -162,9 +162,12 @@ class Particles:
 
 @dataclass(frozen=True)
 class _GivenRows:
-    """What the model says of given positions: its step's rows (M, N), which is whose (R, L), and the outlook (R,)."""
+    """What the model says of given positions: its step's rows (M, N), which is whose (R, L), and the outlook (R,).
 
-    rows: Tensor
+    The rows are made when they are read, so that beside the network's answer nothing of their size is held.
+    """
+
+    rows: Answer
     slot: Tensor
     ahead: Tensor
 
@@ -176,7 +179,7 @@ def _given_rows(reverse: Reverse, x: Tensor, tokens: Tensor, t: Tensor, s: Tenso
     slot = given.flatten().cumsum(0).view_as(given) - 1
     ahead = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     if not len(sequence):
-        return _GivenRows(ahead.new_empty(0, graph.num_states), slot, ahead)
+        return _GivenRows(Answer(ahead.new_empty(0, graph.num_states)), slot, ahead)
     sigma = reverse.noise(t)[0]
     delta = sigma if s is None else sigma - reverse.noise(s)[0]
     clean = torch.empty(len(sequence), dtype=torch.float64, device=x.device)
@@ -184,10 +187,15 @@ def _given_rows(reverse: Reverse, x: Tensor, tokens: Tensor, t: Tensor, s: Tenso
     def kernel(log_score: Tensor, x: Tensor, b: Tensor, i: Tensor) -> Tensor:
         posterior = tweedie_posterior(log_score, x, graph, sigma[b])
         clean[slot[b, i]] = posterior.gather(1, tokens[b, i, None])[:, 0].double()
-        step = posterior if s is None else tweedie_probs(log_score, x, graph, delta[b]).clamp_(min=0)
+        if s is None:
+            return posterior
+        del posterior  # of a piece's size
+        step = tweedie_probs(log_score, x, graph, delta[b]).clamp_(min=0)
         return step / step.sum(-1, keepdim=True)
 
-    rows = reverse.evaluate(x, sigma, given, kernel)
+    rows = reverse.rows(x, sigma, given, kernel)
+    for part in rows.parts():
+        rows[part]
     ahead.index_add_(0, sequence, _log(clean))
     return _GivenRows(rows, slot, ahead)
 
@@ -202,8 +210,10 @@ def _start(reverse: Reverse, tokens: Tensor, t: Tensor) -> Tensor:
     if not len(sequence):
         return x
     sigma = reverse.noise(t.expand(len(x)))[0][sequence]
-    law = _forward(reverse.graph, tokens[sequence, position], sigma)
-    x[sequence, position] = draw_categorical(law, reverse.uniforms(sequence, position))
+    home, uniform = tokens[sequence, position], reverse.uniforms(sequence, position)
+    for part in _pieces(len(home), reverse.graph, x.device):
+        law = _forward(reverse.graph, home[part], sigma[part])
+        x[sequence[part], position[part]] = draw_categorical(law, uniform[part])
     return x
 
 
@@ -217,15 +227,19 @@ def _bridge(
     if not len(sequence):
         return x, gain
     home, here = tokens[sequence, position], x[sequence, position]
-    if s is None:
-        moved, log_q = home, torch.zeros_like(gain[sequence])
-    else:
+    moved, log_q, own = home.clone(), torch.zeros_like(gain[sequence]), torch.empty_like(gain[sequence])
+    if s is not None:
         sigma_s = reverse.noise(s)[0][sequence]
-        delta = reverse.noise(t)[0][sequence] - sigma_s
-        bridge = times_row(_forward(graph, home, sigma_s), graph.transition_into(here, delta.double())).clamp_(min=0)
-        moved = draw_categorical(bridge, reverse.uniforms(sequence, position))
-        log_q = (bridge.gather(1, moved[:, None])[:, 0] / bridge.sum(-1)).log()
-    own = model.rows[model.slot[parent[sequence], position], moved].double()
+        delta, uniform = reverse.noise(t)[0][sequence] - sigma_s, reverse.uniforms(sequence, position)
+    slot = model.slot[parent[sequence], position]
+    for part in _pieces(len(home), graph, x.device):
+        if s is not None:
+            back = graph.transition_into(here[part], delta[part].double())
+            bridge = times_row(_forward(graph, home[part], sigma_s[part]), back).clamp_(min=0)
+            moved[part] = draw_categorical(bridge, uniform[part])
+            log_q[part] = (bridge.gather(1, moved[part, None])[:, 0] / bridge.sum(-1)).log()
+            del bridge  # of a piece's size
+        own[part] = model.rows[slot[part]].gather(1, moved[part, None])[:, 0].double()
     gain.index_add_(0, sequence, _log(own) - log_q)
     x = x.clone()
     x[sequence, position] = moved
@@ -239,8 +253,15 @@ def _log(probability: Tensor) -> Tensor:
 
 def _forward(graph: Graph, token: Tensor, sigma: Tensor) -> Tensor:
     """exp(sigma Q)[., token], (M, N) float64."""
-    clean = torch.nn.functional.one_hot(token, graph.num_states).double()
+    clean = torch.zeros(len(token), graph.num_states, dtype=torch.float64, device=token.device)
+    clean.scatter_(1, token[:, None], 1.0)
     return graph.propagate(clean, sigma.double())
+
+
+def _pieces(count: int, graph: Graph, device: torch.device) -> list[slice]:
+    """Slices of `count` rows of N float64 numbers that are worked at a time."""
+    size = rows_at_a_time(2 * graph.num_states, device)
+    return [slice(i, i + size) for i in range(0, count, size)]
 
 
 def _by_sequence(score: ScoreModel, graph: Graph, K: int) -> ScoreModel:

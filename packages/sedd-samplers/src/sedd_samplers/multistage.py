@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fast import spread
+from .fast import rows_at_a_time, spread
 from .interfaces import Graph, Row
+from .positions import Positions
 from .reverse import Reverse
 from .steps import Method, Tweedie, leap, reverse_rates
 
@@ -60,13 +61,23 @@ class Trapezoidal:
 
     def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """One step; see `Method`."""
+        free = reverse.movable(x)
+        at = reverse.positions(free)
+        if at.whole or len(at) <= 4 * rows_at_a_time(reverse.graph.num_states, x.device):
+            return self._step(reverse, x, t, s, free, at)
+        part = torch.arange(len(x), device=x.device)[:, None] % 4  # the rates of all would be many pieces
+        for k in range(min(4, len(x))):
+            some = free & (part == k)
+            x = self._step(reverse, x, t, s, some, reverse.positions(some))
+        return x
+
+    def _step(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor, free: Tensor, at: Positions) -> Tensor:
+        """The positions of `free` (B, L) bool, those that can move of some sequences; `at` holds them."""
         first, second = self.theta * (t - s), (1 - self.theta) * (t - s)
         alpha_1 = 1 / (2 * self.theta * (1 - self.theta))
         alpha_2 = alpha_1 - 1
         sigma, dsigma = reverse.noise(t)
         sigma_star, dsigma_star = reverse.noise(t - first)
-        free = reverse.movable(x)
-        at = reverse.positions(free)
         slot = torch.zeros_like(x).flatten().index_put((at.flat,), torch.arange(len(at), device=x.device)).view_as(x)
         kept: list[Tensor] = []  # a(x, t), made when its precision is known
 
@@ -85,7 +96,7 @@ class Trapezoidal:
             return leap(rates.clamp_(min=0).mul_(second.to(rates.dtype)[sequence, None]), x_star)
 
         x_star = reverse.redraw(x, sigma, free, to_star, among=at)
-        return reverse.redraw(x_star, sigma_star, reverse.movable(x_star), from_star, among=at)
+        return reverse.redraw(x_star, sigma_star, reverse.movable(x_star) & free, from_star, among=at)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Answer:
 
     def pieces(self, count: int) -> list[slice]:
         """The same of `count` of the rows, for a reader of some of them."""
-        size = rows_at_a_time(self._rows.shape[-1], self.device)
+        size = rows_at_a_time(self._rows.shape[-1] * self.work.itemsize // 4, self.device)
         return [slice(i, i + size) for i in range(0, count, size)]
 
     def tensor(self) -> Tensor:
@@ -98,5 +98,5 @@ class Answer:
 
 
 def rows_at_a_time(num_states: int, device: torch.device) -> int:
-    """How many rows of N numbers a piece holds: 4 MB, which a CPU's cache keeps, or 256 MB, which fill a GPU."""
+    """How many rows of N float32 numbers a piece holds: 4 MB, which a CPU's cache keeps, or 256 MB for a GPU."""
     return max(1, (2**20 if device.type == "cpu" else 2**26) // num_states)

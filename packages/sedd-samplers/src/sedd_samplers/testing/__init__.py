@@ -18,6 +18,7 @@ most 8 states. What is drawn is compared by chi-square tests at fixed seeds, eac
     chain_has_order(MyMethod(), my_graph, my_noise, order=2)
     score_is_that_of(p0, my_score, my_graph)                                  # p0 (N, ..., N), enumerated
     sampler_reaches_the_law(scheduled(my_scheduler, 100, level=...), my_graph)   # in the manner of diffusers
+    little_is_held(MyMethod(), my_large_graph, my_noise)                      # memory beside the network's answer
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ._enumerated import ALARM
+from .memory import Peak, little_is_held, units_held
 from .methods import (
     chain_has_order,
     given_positions_stay,
@@ -60,6 +62,9 @@ __all__ = [
     "Sampler",
     "scheduled",
     "sampler_reaches_the_law",
+    "Peak",
+    "units_held",
+    "little_is_held",
 ]
 
 SCORE_LAWS: tuple[Callable[..., None], ...] = (
