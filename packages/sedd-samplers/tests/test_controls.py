@@ -8,7 +8,7 @@ import pytest
 import torch
 from sedd_samplers import Tweedie, infill, pad_prompts, sample, uniform_grid
 from sedd_samplers.adapters import from_posterior, to_posterior
-from sedd_samplers.controls import allowed_tokens, controlled, temperature, top_k, top_p
+from sedd_samplers.controls import allowed_tokens, controlled, min_p, temperature, top_k, top_p
 from sedd_samplers.leave_one_out import leave_one_out
 
 ROW = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]], dtype=torch.float64)
@@ -81,6 +81,7 @@ CONTROLS = {
     "top-1": ([top_k(1)], torch.tensor([1.0, 0, 0, 0, 0])),
     "top-2": ([top_k(2)], P0 * torch.tensor([1.0, 1, 0, 0, 0])),
     "top-p": ([top_p(0.75)], P0 * torch.tensor([1.0, 1, 1, 0, 0])),
+    "min-p": ([min_p(0.25)], P0 * torch.tensor([1.0, 1, 1, 0, 0])),
     "cold": ([temperature(0.5)], P0**2),
     "hot": ([temperature(2.0)], P0**0.5),
     "allowed": (
@@ -92,6 +93,8 @@ CONTROLS = {
 }
 NOISED = {
     "absorbing": lambda ref: ref.absorbing_matrix(5, 2),
+    "absorbing, mask last": lambda ref: ref.absorbing_matrix(5),
+    "dense": lambda ref: ref.cycle_matrix(5),
     "uniform": lambda ref: ref.uniform_matrix(5),
     "hybrid": lambda ref: ref.hybrid_matrix(5),
     "clustered": lambda ref: ref.clustered_matrix((0, 0, 1, 1, 1)),
@@ -147,9 +150,13 @@ def test_one_position_has_the_controlled_law_under_every_graph(ref, name, contro
 
 
 @pytest.mark.parametrize("name", NOISED)
-def test_samples_have_the_controlled_law(ref, name):
-    """100,000 of them, each token within 4 standard errors; a false alarm once in 3,000 seeds."""
-    graph, score, law = one_position(ref, name, "hot, then top-2")
+@pytest.mark.parametrize(
+    "control",
+    [pytest.param(c, marks=[] if c == "hot, then top-2" else [pytest.mark.slow]) for c in CONTROLS],
+)
+def test_samples_have_the_controlled_law(ref, name, control):
+    """100,000 of them, each token within 4 standard errors; a false alarm once in 3,000 seeds each."""
+    graph, score, law = one_position(ref, name, control)
     n = 100_000
     x = sample(score, graph, ref.Geometric(1e-4, 8.0), shape=(n, 1), steps=6,
                generator=torch.Generator().manual_seed(0))  # fmt: skip

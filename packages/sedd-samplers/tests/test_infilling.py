@@ -39,9 +39,9 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def population(ref, graph, p0, given, tokens, *, sequences, steps, count=64):
+def population(ref, graph, p0, given, tokens, *, sequences, steps, count=64, rate=8.0):
     """The weighted law of all particles of all sequences, over the states of all positions."""
-    noise = ref.Linear(8.0)
+    noise = ref.Linear(rate)
     times = noise_grid(noise, steps, t_min=2e-4)
     ends = [*itertools.pairwise(times), (times[-1], torch.zeros((), dtype=torch.float64))]
     x = torch.tensor(tokens).expand(sequences, -1)
@@ -63,9 +63,9 @@ def conditional(p0, given, tokens):
     return law / law.sum()
 
 
-def law_of_steps(ref, graph, p0, given, tokens, steps):
+def law_of_steps(ref, graph, p0, given, tokens, steps, rate=8.0):
     """What the particles' law tends to as they grow in number: that of the same steps given the tokens, enumerated."""
-    noise, prior = ref.Linear(8.0), graph.prior(torch.tensor(torch.inf)).value
+    noise, prior = ref.Linear(rate), graph.prior(torch.tensor(torch.inf)).value
     start = prior
     for _ in given[1:]:
         start = (start[:, None] * prior).flatten()
@@ -94,6 +94,19 @@ def test_particles_have_the_conditional_law_under_every_graph(ref, name):
     graph, p0 = problem(ref, name, given, 1.0)
     got = population(ref, graph, p0, given, tokens, sequences=50, steps=64)
     assert variation(got, conditional(p0, given, tokens)) < 0.04
+
+
+@pytest.mark.parametrize("name", ["uniform", "ordinal"])
+def test_a_start_that_has_not_forgotten_its_tokens_is_weighed(ref, name):
+    """A schedule that ends at sigma = .8, where the prior is not the law of the noised tokens: the steps' law again.
+
+    .004 and .003; without the weights of the start .018 and .023.
+    """
+    given, tokens = [True, False], [3, 0]
+    graph, p0 = problem(ref, name, given, 1.5)
+    limit = law_of_steps(ref, graph, p0, given, tokens, 4, rate=0.8)
+    got = population(ref, graph, p0, given, tokens, sequences=120, steps=4, count=128, rate=0.8)
+    assert variation(got, limit) < 0.01
 
 
 TWO_GIVEN = ("uniform", [True, False, True], [1, 0, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ def test_a_method_that_keeps_a_copy_is_told(ref):
 def test_guidance_holds_two_answers_and_pieces(ref, guide):
     num_states, shape = 4096, (8, 512)
     graph, answer = ref.StructuredAbsorbing(num_states - 1), torch.rand(8 * 512, num_states)
-    network = lambda x, sigma, where: answer[: int(where.sum())]  # noqa: E731, nothing allocated here
+    network: Any = lambda x, sigma, where: answer[: int(where.sum())]  # noqa: E731, nothing allocated here
     if guide == "classifier-free":
         score, own = classifier_free(network, network, 2.0, num_states=num_states), 0
     else:

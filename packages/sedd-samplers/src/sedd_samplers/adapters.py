@@ -477,7 +477,7 @@ def _from_law(call: ModelCall, graph: Graph, delta_sigma: Levels, controls: Sequ
             pi = without_own(p, here[part], graph, level[part])
             del p  # of a piece's size
             if controls:
-                pi = apply_controls(controls, pi, sequence[part], position[part], x, index[part])
+                pi = apply_controls(controls, pi, sequence[part], position[part], x, at.sequence[part])
             return score_of(pi, here[part], graph, level[part])
 
         return answer.then(convert, working_dtype(rate, answer.device))

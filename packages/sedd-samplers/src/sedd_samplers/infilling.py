@@ -126,7 +126,8 @@ class Particles:
             _by_sequence(score, graph, K), graph, noise, frozen=given.repeat_interleave(K, 0), seeds=_mixed(own, which)
         )
         tokens, weight = x.repeat_interleave(K, 0), torch.zeros(B, K, dtype=torch.float64, device=x.device)
-        states = _start(reverse, tokens, ends[0][0])
+        states, gain = _start(reverse, tokens, ends[0][0])
+        weight = (weight + gain.view(B, K)).log_softmax(1)
         yield states.view(B, K, -1), weight
         for step, (t, s) in enumerate(ends, 1):
             last = denoise and step == len(ends)
@@ -200,21 +201,27 @@ def _given_rows(reverse: Reverse, x: Tensor, tokens: Tensor, t: Tensor, s: Tenso
     return _GivenRows(rows, slot, ahead)
 
 
-def _start(reverse: Reverse, tokens: Tensor, t: Tensor) -> Tensor:
-    """Free positions from the prior, given ones noised from their tokens.
+def _start(reverse: Reverse, tokens: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Free positions from the prior, given ones noised from their tokens; and the log-weights (R,) of that.
 
-    At the first time the two laws differ by what is not forgotten there, as the forward process and its prior do.
+    The sampler begins everywhere with the prior. At the first time that differs from the tokens' noise by what is not
+    forgotten there: a weight of prior(x) / p(x | c) for each given position.
     """
-    x = reverse.prior()
+    x, graph = reverse.prior(), reverse.graph
+    gain = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     sequence, position = reverse.frozen.nonzero(as_tuple=True)
     if not len(sequence):
-        return x
+        return x, gain
+    row = graph.prior(torch.tensor(torch.inf, dtype=torch.float64, device=x.device))
+    prior = row.base.double().expand(graph.num_states).scatter(0, row.index, row.value.double())
     sigma = reverse.noise(t.expand(len(x)))[0][sequence]
     home, uniform = tokens[sequence, position], reverse.uniforms(sequence, position)
-    for part in _pieces(len(home), reverse.graph, x.device):
-        law = _forward(reverse.graph, home[part], sigma[part])
-        x[sequence[part], position[part]] = draw_categorical(law, uniform[part])
-    return x
+    for part in _pieces(len(home), graph, x.device):
+        law = _forward(graph, home[part], sigma[part]).clamp_(min=0)
+        drawn = draw_categorical(law, uniform[part])
+        x[sequence[part], position[part]] = drawn
+        gain.index_add_(0, sequence[part], _log(prior[drawn]) - _log(law.gather(1, drawn[:, None])[:, 0]))
+    return x, gain
 
 
 def _bridge(
