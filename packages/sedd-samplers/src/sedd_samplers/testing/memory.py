@@ -20,11 +20,11 @@ from ..steps import Method
 __all__ = ["Peak", "units_held", "little_is_held"]
 
 
-class Peak(TorchDispatchMode):
+class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, while it is entered, the bytes of the storages made inside, and the most at one time: `peak`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak, self._now, self._holders = 0, 0, dict[int, int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +51,8 @@ class Peak(TorchDispatchMode):
 
 def units_held(run: Callable[[], object], shape: tuple[int, int, int]) -> float:
     """The most that is held while `run` runs, in units of 4 B L N bytes, shape being (B, L, N)."""
-    with Peak() as meter:
+    meter = Peak()
+    with meter:
         run()
     return meter.peak / (4 * shape[0] * shape[1] * shape[2])
 
