@@ -15,6 +15,7 @@ from sedd_objectives import (
     denoising_score_entropy_without_constant,
     likelihood_bound,
 )
+from sedd_samplers.adapters import from_posterior
 
 
 @pytest.mark.parametrize("num_states", [8, 16, pytest.param(256, marks=pytest.mark.slow)])
@@ -56,6 +57,34 @@ def test_d3pm_bounds_the_entropy_on_ordered_states(num_states):
     truth = float(-(p * p.log()).sum() + (last * (last * num_states).log()).sum())
     error = float(bound.value.std()) / 200**0.5
     assert truth - 4 * error < float(bound.value.mean()) < truth + 0.02 * num_states + 4 * error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sigma", [1e-9, 3e-3, 1.0])
+@pytest.mark.parametrize("num_states", [32, 1024])
+def test_posteriors_become_scores_by_sums_of_positive_terms(num_states, sigma, dtype):
+    """s_y = sum_c p_c T[y, c] / T[x, c], whose likelihoods reach from 1 to 1e-280, for the states to which x can jump.
+
+    Of a posterior that names states further than that no score is lost, either.
+    """
+    graph, x = Ordinal(num_states), torch.tensor([0, 1, num_states // 3, num_states - 1])
+    level = torch.full((len(x),), sigma, dtype=torch.float64)
+    posterior = torch.rand(len(x), num_states, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    likelihood = graph.transition_into(x, level).dense()
+    p = torch.where(likelihood > 1e-280, posterior, 0)
+    p = (p / p.sum(-1, keepdim=True)).to(dtype)
+    over = p.double() / torch.where(likelihood > 1e-280, likelihood, 1)
+    found, whole = (
+        from_posterior(lambda x, sigma, q=q: q[:, None], graph)(x[:, None], level.to(dtype))[:, 0]
+        for q in (p, (posterior / posterior.sum(-1, keepdim=True)).to(dtype))
+    )
+    assert not whole.isnan().any()
+    for step in (-1, 1):
+        y = (x + step).clamp(0, num_states - 1)
+        want = (over * graph.transition_into(y, level).dense()).sum(-1).log()
+        there = found.gather(-1, y[:, None])[:, 0].double()
+        kept = y != x
+        torch.testing.assert_close(there[kept], want[kept], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,11 @@ def leave_one_out(log_score: Tensor, x: Tensor, graph: Graph, sigma: Tensor) -> 
 def without_own(probs: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
     """The law (M, N) of a state a noise D earlier without what x itself says of it: p(. | x) / p(x | .), unnormalised.
 
-    States that cannot have become x get 0. The opposite of `leave_one_out` times its likelihood.
+    States that cannot have become x get 0, and so do those whose likelihood is so small that sums of inverses are no
+    numbers (1e-301, and 1e-31 in single precision). The opposite of `leave_one_out` times its likelihood.
     """
     reach = spread(graph.transition_into(x, delta_sigma.to(probs.dtype)), probs)
-    can = reach > 0
+    can = reach > 1e7 * torch.finfo(reach.dtype).tiny
     return torch.where(can, probs / torch.where(can, reach, 1.0), 0.0)  # no gradient of 0 / 0
 
 
