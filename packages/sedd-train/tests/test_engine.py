@@ -131,7 +131,7 @@ def test_deepspeed_is_told_what_the_recipe_says(monkeypatch, stage, offload):
     assert (told["train_batch_size"], told["train_micro_batch_size_per_gpu"]) == (12, 4)
     assert told["gradient_clipping"] == (0.5 if stage else 0.0)
     assert engine.clip_without_zero == 0.5
-    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     assert told["zero_allow_untested_optimizer"] is True
     assert told["zero_force_ds_cpu_optimizer"] is False
     zero = told["zero_optimization"]

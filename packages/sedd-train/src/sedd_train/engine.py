@@ -1,9 +1,9 @@
-"""The DeepSpeed engine: ZeRO 0 to 3, AdamW, clipping, accumulation, float32 or bfloat16, and one step of it.
+"""The DeepSpeed engine: ZeRO 0 to 3, AdamW, clipping, accumulation, the precision, and one step of it.
 
 The loss and the network meet inside one module's forward, because ZeRO 3 gathers a module's weights when its forward
 runs and at no other time. Head and score entropy are one operation, which makes the gradients of the head's weights on
 its way forward: ZeRO 3 is told that these weights are that module's, too. bfloat16 is autocast over float32 weights;
-the loss switches autocast off for everything after the network's head.
+the loss switches autocast off for everything after the network's head. Of float16 see `sedd_train.half`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sedd_nets.transformer import Transformer
 from torch import Tensor, nn
 
 from sedd_train.deepspeed_options import with_options, zero_options
+from sedd_train.half import LossScale, in_half
 from sedd_train.objectives import Objective, has_head
 
 __all__ = ["Batch", "Loss", "compile_network", "start_engine", "learning_rate", "Step", "train_step"]
@@ -39,7 +40,7 @@ class Loss(nn.Module):
 
     def __init__(self, net: nn.Module, objective: Objective) -> None:
         super().__init__()
-        self.net, self.objective = net, objective
+        self.net, self.objective, self.in_float16 = net, objective, False
 
     def forward(
         self, x0: Tensor, xt: Tensor, t: Tensor, dropout_seeds: Tensor | None = None, lengths: Tensor | None = None
@@ -49,7 +50,8 @@ class Loss(nn.Module):
         Returns:
             The mean over the batch, (), and, without a gradient, the loss of each sequence, (B,).
         """
-        total, each = self.objective.losses(self.net, x0, xt, t, lengths=lengths, dropout_seeds=dropout_seeds)
+        net = in_half(self.net) if self.in_float16 else self.net
+        total, each = self.objective.losses(net, x0, xt, t, lengths=lengths, dropout_seeds=dropout_seeds)
         # ZeRO skips a step by its gradient: this factor is 1, or NaN where the loss is infinite.
         finite = 1 + 0 * total.detach()
         return total * finite / len(x0), each
@@ -76,13 +78,13 @@ def start_engine(
         batch_size: sequences a step, over all ranks.
         micro_batches: into how many parts all ranks together cut a step.
         stage: ZeRO stage.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp16. The gradients that ranks average are float32 in all of them.
         offload: whether the machine's memory holds master weights and AdamW's moments in place of the GPU's, in stage 3
             the weights, too. Needs a stage of 1 or more.
         clip: largest norm of the gradient, 0 for none.
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
-        weight_decay: AdamW's weight decay.
+        weight_decay: AdamW's weight decay, of matrices; biases and the scales of normalisations do not decay.
         options: more of DeepSpeed's config, which replace what is there; see `sedd_train.deepspeed_options`.
     """
     import deepspeed
@@ -91,9 +93,7 @@ def start_engine(
         nn.functional.linear = LINEAR
     # torch's own AdamW: DeepSpeed's compiles itself at first use. Fused, because ZeRO hands it one flat tensor of all
     # weights, and each operation on that makes another of its size. The learning rate is set before every step.
-    optimizer = torch.optim.AdamW(
-        loss.parameters(), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(_decayed(loss, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
     size = sum(p.numel() for p in loss.parameters())
     config: dict[str, Any] = {
         "train_batch_size": batch_size,
@@ -110,10 +110,23 @@ def start_engine(
         for parameter in head.parameters():
             deepspeed.zero.register_external_parameter(loss, parameter)
     if precision == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # No module's gradients are averaged in bfloat16, which those of nn.Linear are unless DeepSpeed is told so.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    loss.in_float16 = precision == "fp16"
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=with_options(config, options or {}))
     engine.clip_without_zero = clip
+    engine.loss_scale_of_ours = LossScale(loss.net if loss.in_float16 else None)
     return engine
+
+
+def _decayed(loss: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters in groups: those that decay, and those that do not."""
+    parameters = list(loss.parameters())
+    matrices = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    if weight_decay == 0 or not matrices or not others:
+        return [{"params": parameters, "weight_decay": weight_decay if matrices else 0.0}]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def compile_network(net: nn.Module, stage: int) -> None:
@@ -151,6 +164,8 @@ class Step:
         grad_norm: norm of the mean gradient before clipping; nan where DeepSpeed does not tell.
         applied: whether the weights changed; False when the loss or the gradient was not finite.
         stop: whether any rank was asked to stop.
+        scale: of the loss in float16, which was too large for a step that was not applied if `forgiven`.
+        forgiven: whether that was why.
         losses: (n,) nats, those of this rank's samples, in the order of the batches: each rank has its own.
     """
 
@@ -159,6 +174,8 @@ class Step:
     applied: bool
     stop: bool
     losses: Tensor
+    scale: float = 1.0
+    forgiven: bool = False
 
 
 def train_step(engine: Any, batches: Iterable[Batch], lr: float, stop: bool = False) -> Step:
@@ -168,10 +185,10 @@ def train_step(engine: Any, batches: Iterable[Batch], lr: float, stop: bool = Fa
     """
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = lr
-    mine = []
+    mine, scale = [], engine.loss_scale_of_ours
     for batch in batches:
         mean, losses = engine(*(tensor.to(engine.device, non_blocking=True) for tensor in batch))
-        engine.backward(mean)
+        engine.backward(mean * scale.value if scale.value != 1 else mean)
         mine.append(losses.double())
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
@@ -182,7 +199,9 @@ def train_step(engine: Any, batches: Iterable[Batch], lr: float, stop: bool = Fa
     dist.all_reduce(total)
     applied, norm = _apply(engine)
     loss, sequences, stops = total.tolist()
-    return Step(loss / sequences, norm, applied and math.isfinite(loss), stops > 0, each)
+    used = scale.value
+    forgiven = scale.step(overflowed=not applied and math.isfinite(loss))
+    return Step(loss / sequences, norm, applied and math.isfinite(loss), stops > 0, each, used, forgiven)
 
 
 def _apply(engine: Any) -> tuple[bool, float]:

@@ -51,7 +51,7 @@ def peak_flops(precision: str, tflops: float = 0.0) -> float | None:
     """FLOP/s that this process's device can do at best: as given, or of a known GPU; None for any other device.
 
     Args:
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp16.
         tflops: 10^12 FLOP/s, 0 for what is known.
     """
     if tflops:
@@ -60,7 +60,7 @@ def peak_flops(precision: str, tflops: float = 0.0) -> float | None:
         name = torch.cuda.get_device_name()
         known = next((peaks for part, peaks in PEAKS.items() if part in name), None)
         if known:
-            return known[0 if precision == "bf16" else 1]
+            return known[0 if precision != "fp32" else 1]
     return None
 
 

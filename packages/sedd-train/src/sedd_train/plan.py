@@ -1,6 +1,6 @@
 """What a run would hold and do, worked out without training: parameters, memory of a rank, tokens, steps, arithmetic.
 
-With P parameters on n ranks, in bytes of float32 (bf16 is autocast over the same):
+With P parameters on n ranks, in bytes of float32 (bf16 and fp16 are autocast over the same):
 
     stage   weights   gradients   masters   AdamW's moments   moving average
       0       4 P        4 P         -            8 P               4 P
@@ -77,7 +77,7 @@ def activations(new_net: Callable[[int], Any], depth: int, length: int, *, preci
         new_net: a network of so many blocks, on the CPU, as it is trained.
         depth: blocks.
         length: tokens of the sequence.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp16.
     """
     one, two = (  # a second sequence's share: what is kept once for all sequences, such as weights in bfloat16, is not
         _kept(net, 2, length, precision) - _kept(net, 1, length, precision) for net in (new_net(1), new_net(2))
@@ -95,7 +95,7 @@ def _kept(net: Any, batch: int, length: int, precision: str) -> float:
         return x
 
     x, sigma = torch.zeros(batch, length, dtype=torch.int64), torch.ones(batch)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")  # float16 has as many bytes
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
         hidden = net.train().hidden(x, sigma)
     return float(sum(x.untyped_storage().nbytes() for x in kept.values()) + hidden.untyped_storage().nbytes())

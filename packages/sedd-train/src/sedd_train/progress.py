@@ -26,7 +26,7 @@ from sedd_train.token_cache import Corpus
 from sedd_train.tokenizers import num_tokens
 from sedd_train.tokens import unigram_entropy
 
-__all__ = ["Progress", "introduce", "tell_skipped", "measure_and_sample"]
+__all__ = ["Progress", "introduce", "tell_scale", "tell_skipped", "measure_and_sample"]
 
 
 class Progress:
@@ -158,6 +158,12 @@ def introduce(
             "this CPU has no instructions for bfloat16 and takes many times as long in it: --precision fp32 is faster "
             "here"
         )
+
+
+def tell_scale(progress: Progress, step: int, done: Step) -> None:
+    """Say that float16 could not hold a step's gradient."""
+    say(f"step {step + 1} left out: float16 does not hold its gradient; the loss's scale is {done.scale / 2:g} now")
+    progress.write("scale", copy=False, step=step + 1, scale=done.scale / 2)
 
 
 def tell_skipped(progress: Progress, step: int, done: Step, batches: Batches, in_a_row: int) -> None:

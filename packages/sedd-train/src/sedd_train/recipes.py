@@ -87,12 +87,12 @@ class Recipe:
     beta1: float = _value(0.9, "AdamW's first decay rate")
     beta2: float = _value(0.999, "AdamW's second decay rate")
     eps: float = _value(1e-8, "AdamW's epsilon")
-    weight_decay: float = _value(0.0, "AdamW's weight decay")
+    weight_decay: float = _value(0.0, "AdamW's weight decay, of matrices")
     warmup: int = _value(2500, "steps over which the learning rate rises linearly")
     clip: float = _value(1.0, "largest norm of the gradient; 0: no clipping")
     ema: float = _value(0.9999, "decay of the weights' moving average")
     t_min: float = _value(1e-3, "least time in training")
-    precision: str = _value("fp32", "fp32, or bf16 (autocast over float32 weights)")
+    precision: str = _value("fp32", "fp32, bf16, or fp16 where a card has no bf16 (autocast over float32 weights)")
     zero_stage: int = _value(1, "ZeRO stage 0 to 3: what the ranks share (1 optimiser, 2 gradients, 3 weights)")
     offload: bool = _value(
         False, "keep masters and moments, in stage 3 weights too, in the machine's memory (ZeRO 1 to 3)"
@@ -139,7 +139,7 @@ class Recipe:
         )
         _require(self.graph in ("absorb", "uniform"), "graph", self.graph, "absorb or uniform")
         _require(self.noise in ("loglinear", "geometric"), "noise", self.noise, "loglinear or geometric")
-        _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
+        _require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "fp32, bf16 or fp16")
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "0, 1, 2 or 3")
         _require(not (self.offload and self.zero_stage == 0), "offload", True, "false without ZeRO (zero_stage = 0)")
         _require(self.packing or not self.crops, "crops", True, "false without packing")

@@ -43,7 +43,7 @@ from sedd_train.evaluation import Evaluation
 from sedd_train.launchers import Preemption
 from sedd_train.loading import Batches, ahead
 from sedd_train.objectives import Objective, has_head
-from sedd_train.progress import Progress, introduce, measure_and_sample, tell_skipped
+from sedd_train.progress import Progress, introduce, measure_and_sample, tell_scale, tell_skipped
 from sedd_train.recipes import Recipe
 from sedd_train.sections import make_noise
 from sedd_train.token_cache import Corpus
@@ -202,8 +202,10 @@ def train(
                 ema.update()
             progress.step_taken(step, done, lr, done.loss * recipe.batch_size / batches.text_tokens(step))
 
-            skipped = 0 if done.applied else skipped + 1
-            if not done.applied:
+            skipped = 0 if done.applied or done.forgiven else skipped + 1
+            if done.forgiven:
+                tell_scale(progress, step, done)
+            elif not done.applied:
                 tell_skipped(progress, step, done, batches, skipped)
             if skipped >= recipe.max_skipped:
                 diagnosis = nonfinite.diagnose(engine, micro_batches, batches.samples(step))
