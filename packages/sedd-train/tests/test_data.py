@@ -476,6 +476,24 @@ def test_blanks(coder):
     assert torch.equal(exact.x, prompt.x)
 
 
+def test_a_prompt_is_written_as_text_is(coder):
+    """By characters, whose spaces are tokens of their own; with underscores that are meant; with what is no token."""
+    characters = tokenizers.load_tokenizer("characters")
+    prompt = prompts.with_blanks(characters, "the ___ is", 40)
+    assert len(prompt.x) == 10
+    assert characters.decode(prompt.x[prompt.given].tolist()) == "the  is"
+    prompt = prompts.with_blanks(coder, r"my\_variable = __ \ \__", 40)
+    assert coder.decode(prompt.x[prompt.given].tolist()) == "my_variable = \\ _"
+    assert int((~prompt.given).sum()) == 3
+    for text in ("It ends with <|endoftext|> here", "<|endoftext|>"):
+        assert coder.eos_token_id in coder.encode(text)
+        for made in (prompts.around(coder, 80, prefix=text), prompts.with_blanks(coder, f"{text}_", 80)):
+            written = made.x[made.given].tolist()
+            assert coder.eos_token_id not in written
+            assert coder.decode(written) == text
+            assert written == tokenise([text], coder).flat.tolist()[:-1]
+
+
 def test_prompts_that_leave_nothing_to_do(coder):
     length = len(coder.encode("We the"))
     with pytest.raises(ValueError, match=f"the prompt has {length} \\+ 0 tokens .* and the sequence {length}"):

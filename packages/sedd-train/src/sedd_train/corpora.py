@@ -88,7 +88,7 @@ def load_texts(
             wrote; 'sotu'; 'sotu-text8', the same speeches in text8's alphabet; 'sotu-sentences', each of their
             sentences a document; 'openwebtext', 'text8', 'lm1b', 'wikitext2', 'wikitext103', 'ptb' or 'lambada', from
             the Hugging Face hub, or with ':PATH' behind it from files here, of whose texts each line is a document; or
-            'hub:NAME[:CONFIG]', any other data set there.
+            'hub:NAME[:CONFIG]', any other data set there, or 'hub:PATH', which is PATH.
         rows: whether each of WikiText's rows is a document, blank ones too, as published zero-shot numbers have it.
             Otherwise its articles are.
         streaming: whether data sets of the hub are read as they come rather than first stored whole. Where there is no
@@ -109,7 +109,9 @@ def load_texts(
     name, _, path = corpus.partition(":")
     options: dict[str, Any] = {"column": column, "encoding": encoding, "index": index}
     watched = _watched(valid, options) if valid else None
-    if name == "hub" or (name in KNOWN and not path):
+    if name == "hub" and Path(path).exists():
+        texts = _of_files("", Path(path), False, watched, options)
+    elif name == "hub" or (name in KNOWN and not path):
         dataset, _, config = path.partition(":")
         source = KNOWN.get(name, {"name": dataset, "config": config})
         texts = _of_hub(name, source, rows, streaming, column, revision, whole=bool(valid))

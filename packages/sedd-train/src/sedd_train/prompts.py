@@ -39,17 +39,22 @@ def around(tokenizer: Any, length: int, *, prefix: str = "", suffix: str = "") -
 
 
 def with_blanks(tokenizer: Any, text: str, length: int) -> Prompt:
-    """A prompt from a text in which each underscore is one free token: "The ____ of the Union".
+    r"""A prompt from a text in which each underscore is one free token: "The ____ of the Union".
 
-    The sequence is as long as the text; `length` is the most the model takes.
+    An underscore that is meant has a backslash before it: "my\_variable = ____". The sequence is as long as the text;
+    `length` is the most the model takes.
 
     Raises:
         ValueError: the text has no blank, or more than `length` tokens.
     """
     tokens: list[int | None] = []
-    for piece in re.findall(r"_+|[^_]+", text):
-        # the space before a word belongs to the word's token, so a blank swallows the spaces before it
-        tokens += [None] * len(piece) if piece[0] == "_" else _encode(tokenizer, piece.rstrip(" "))
+    for piece in re.findall(r"_+|(?:[^_\\]|\\_?)+", text):
+        if piece[0] == "_":
+            tokens += [None] * len(piece)
+            continue
+        written = piece.replace("\\_", "_")
+        # Where the space before a word belongs to the word's token, a blank swallows the spaces before it.
+        tokens += _encode(tokenizer, written.rstrip(" ") if _joins_spaces(tokenizer) else written)
     if None not in tokens:
         raise ValueError(f"the text {text!r} has no blank to fill: write one underscore for each free token")
     if len(tokens) > length:
@@ -60,7 +65,18 @@ def with_blanks(tokenizer: Any, text: str, length: int) -> Prompt:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+    """The tokens of a text, as those of text to train on: what spells a special token is text."""
+    if not text:
+        return []
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+
+def _joins_spaces(tokenizer: Any) -> bool:
+    """Whether a space and the word behind it are one piece, as in byte-level vocabularies; not so with characters."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.pre_tokenizer is None:
+        return True
+    return [text for text, _ in backend.pre_tokenizer.pre_tokenize_str("a b")][-1] != "b"
 
 
 def _prompt(tokens: list[int | None]) -> Prompt:

@@ -25,7 +25,9 @@ def parser(prog: str = "sedd infill") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sample.add_checkpoint(made)
-    made.add_argument("text", metavar="TEXT", help='one underscore for each free token: "The ____ of the Union"')
+    made.add_argument(
+        "text", metavar="TEXT", help=r'one underscore for each free token: "The ____ of the Union"; \_ is an underscore'
+    )
     sample.add_drawing(made)
     made.set_defaults(prefix="", suffix="", length=None)
     return made

@@ -98,7 +98,8 @@ def parser(prog: str = "sedd sample") -> argparse.ArgumentParser:
     prompt.add_argument("--prefix", default="", metavar="TEXT", help="text that every sample begins with")
     prompt.add_argument("--suffix", default="", metavar="TEXT", help="text that every sample ends with")
     prompt.add_argument(
-        "--text", help='text with blanks to fill, one underscore for each free token: "The ____ of the Union"'
+        "--text",
+        help=r'text with blanks, one underscore for each free token: "The ____ of the Union"; \_ is an underscore',
     )
     prompt.add_argument(
         "--length",
