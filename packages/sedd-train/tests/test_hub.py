@@ -152,3 +152,13 @@ def test_a_commit_is_known_from_what_this_machine_heard_last(monkeypatch, tmp_pa
     (refs / "main").write_text(FIRST)
     assert hub.commit_of("me/texts") == FIRST
     assert hub.commit_of("me/texts", SECOND) == SECOND
+
+
+def test_a_folder_in_place_of_a_name_is_a_folder(tmp_path):
+    """Whose files are known by what they hold."""
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    before = corpora.load_texts(f"hub:{tmp_path}")
+    assert before.identity == corpora.load_texts(str(tmp_path)).identity
+    assert list(before.train()) + list(before.valid()) == ["one", "two"]
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "six"}\n')
+    assert corpora.load_texts(f"hub:{tmp_path}").identity != before.identity
