@@ -134,13 +134,17 @@ def test_options_unless_told_otherwise():
         "text": "a ___"
     }
     measured: dict[str, Any] = {
-        "corpus": "sotu",
+        "corpus": None,
+        "column": "",
+        "revision": "",
+        "encoding": "",
         "split": "valid",
         "length": None,
         "blocks": None,
         "num_times": 128,
         "batch_size": 8,
     }
+    measured |= {"estimator": "best", "last_word": False, "choices": None}
     measured |= {"seed": 0, "device": device, "levels": None, "json": False, "checkpoint": "it"}
     assert vars(evaluate.parser().parse_args(["--checkpoint", "it"])) == measured
     trained: dict[str, Any] = {
@@ -245,7 +249,7 @@ def test_text_is_measured_in_the_units_told(monkeypatch, capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
         *("nats_per_token", "standard_error", "perplexity", "bits_per_character", "unigram_bits_per_character"),
-        *("blocks", "length", "num_times"),
+        *("blocks", "length", "num_times", "estimator", "measurement_error"),
     }
     assert (found["blocks"], found["length"], found["num_times"]) == (3, 8, 64)
     assert found["nats_per_token"] == pytest.approx(math.log(27), rel=0.1)

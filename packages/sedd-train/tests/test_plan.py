@@ -167,7 +167,7 @@ REFUSED: list[Any] = [
     ({"clip": math.inf}, "clip = inf: expected a finite number"),
     ({"graph": "absorbing"}, "graph = 'absorbing': expected absorb or uniform"),
     ({"noise": "cosine"}, "noise = 'cosine': expected loglinear or geometric"),
-    ({"precision": "fp16"}, "precision = 'fp16': expected fp32 or bf16"),
+    ({"precision": "fp8"}, "precision = 'fp8': expected fp32, bf16 or fp16"),
     *(({"zero_stage": stage}, f"zero_stage = {stage}: expected 0, 1, 2 or 3") for stage in (-1, 4)),
     ({"offload": True, "zero_stage": 0}, "offload = True: expected false without ZeRO (zero_stage = 0)"),
     ({"crops": True, "packing": False}, "crops = True: expected false without packing"),

@@ -76,7 +76,8 @@ def _joins_spaces(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.pre_tokenizer is None:
         return True
-    return [text for text, _ in backend.pre_tokenizer.pre_tokenize_str("a b")][-1] != "b"
+    *_, (last, _) = backend.pre_tokenizer.pre_tokenize_str("a b")
+    return bool(last != "b")
 
 
 def _prompt(tokens: list[int | None]) -> Prompt:

@@ -159,11 +159,12 @@ def vocab_size(name: str, *, eos: str = "") -> int:
 
 
 def num_tokens(tokenizer: Any) -> int:
-    """How many numbers a tokenizer's tokens need: one more than the largest.
+    """How many numbers a tokenizer's tokens need: one more than the largest, or its length if it lists none.
 
     Some tokenizers leave numbers out (CamemBERT's), and have fewer tokens. The others are states that no text visits.
     """
-    return int(max(tokenizer.get_vocab().values())) + 1
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    return len(tokenizer) if vocabulary is None else int(max(vocabulary().values())) + 1
 
 
 def identity(tokenizer: Any) -> str:
