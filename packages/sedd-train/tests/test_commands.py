@@ -259,12 +259,12 @@ def test_text_is_measured_in_the_units_told(monkeypatch, capsys, tmp_path):
     evaluate.main([*words, "--length", "4"])
     printed = capsys.readouterr().out
     assert f"3 blocks of 4 tokens of {file}, 64 noise levels each" in printed
-    assert "(standard error)" in printed
+    assert "nats a token (standard error of " in printed
     for more, told in [
         (["--length", "9"], "--length 9: the model takes 1 to 8 tokens"),
         (["--length", "-1"], "--length -1: the model takes 1 to 8 tokens"),
-        (["--blocks", "0"], "--blocks 0: the valid part of"),
-        (["--blocks", "1000"], "--blocks 1000: the valid part of"),
+        (["--blocks", "0"], "--blocks 0: there are 13 blocks of 8 in the valid part of"),
+        (["--blocks", "1000"], "--blocks 1000: there are 13 blocks of 8 in the valid part of"),
     ]:
         with pytest.raises(SystemExit):
             evaluate.main([*words, *more])

@@ -287,7 +287,7 @@ def _new_net(recipe: Recipe, num_states: int, text: Corpus, *, fresh: bool) -> n
 
 
 def _compiles(recipe: Recipe, device: torch.device, *, own: bool) -> bool:
-    """Whether the network is compiled: as the recipe says, else on a GPU, for its own networks and rows of one length."""
+    """Whether the network is compiled: as the recipe says, else on a GPU for its own networks and one length."""
     if recipe.compile is not None:
         return recipe.compile
     return device.type == "cuda" and recipe.packing and not own
