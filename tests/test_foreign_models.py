@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from sedd_graphs import Absorbing, LogLinear
+from sedd_graphs import Absorbing, Geometric, LogLinear, Uniform
 from sedd_nets import MDLM, RADD
+from sedd_objectives import denoising_loss
 from sedd_samplers import Tweedie, Unmasking, cached, infill, sample
-from sedd_samplers.adapters import from_logits, from_masked_lm
+from sedd_samplers.adapters import from_hf, from_logits, from_masked_lm, from_posterior
 from torch import Tensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     DistilBertConfig,
     DistilBertForMaskedLM,
+    EsmConfig,
+    EsmForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
     RobertaConfig,
@@ -113,3 +116,46 @@ def test_time_free_networks_run_only_on_what_changed(conditional: Any) -> None:
     assert fewer.sequences / 2 == pytest.approx(expected, rel=0.1)
     assert at_moves.sequences / 2 == pytest.approx(expected, rel=0.1)
     assert at_moves.rows == 2 * 64
+
+
+@pytest.mark.parametrize("through", ["logits", "posterior"])
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+def test_a_network_of_logits_trains_through_its_adapter(name: str, through: str) -> None:
+    """By the denoising loss, to the law of tokens that are independent, within .03: gradients go the whole way."""
+    graph = Absorbing(3) if name == "absorbing" else Uniform(3)
+    noise = LogLinear() if name == "absorbing" else Geometric(1e-3, 8.0)
+    law = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    weight = torch.zeros(graph.num_states, dtype=torch.float64, requires_grad=True)
+
+    def logits(x: Tensor, sigma: Tensor) -> Tensor:
+        """Of p(x0 | x_t): those of a token given the others, and what the noise did."""
+        own = weight.expand(*x.shape, -1)
+        if graph.mask_id is not None:
+            return own
+        stay = torch.log(1 + 3 * torch.exp(-sigma) / -torch.expm1(-sigma))[:, None, None]
+        return own + stay * torch.nn.functional.one_hot(x, graph.num_states)
+
+    score: Any = from_logits(logits, graph)
+    if through == "posterior":
+        mask = torch.arange(graph.num_states) == (-1 if graph.mask_id is None else graph.mask_id)
+        score = from_posterior(lambda x, sigma: logits(x, sigma).masked_fill(mask, -torch.inf).softmax(-1), graph)
+    optimizer = torch.optim.Adam([weight], lr=0.05)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        x0 = torch.multinomial(law, 512, replacement=True, generator=generator).view(256, 2)
+        optimizer.zero_grad()
+        denoising_loss(score, graph, noise, x0, generator=generator).mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    torch.testing.assert_close(weight.detach()[:3].softmax(0), law, rtol=0, atol=0.03)
+
+
+def test_esm_is_given_its_frame() -> None:
+    """Its token dropout divides by the share of tokens that are no masks: NaN where there are none, said before."""
+    config = EsmConfig(**SIZES, pad_token_id=PAD, mask_token_id=MASK, token_dropout=True, max_position_embeddings=32)
+    model: Any = EsmForMaskedLM(config).eval()
+    score, graph, noise, options = from_hf(model, banned=[PAD, CLS, SEP])
+    with pytest.raises(ValueError, match=r"give it its frame \(CLS and EOS\)"):
+        sample(score, graph, noise, shape=(2, 6), steps=3, **options)
+    x = torch.tensor([[CLS, MASK, MASK, MASK, MASK, SEP]])
+    out = infill(score, graph, noise, x=x, given=x != MASK, steps=6, **options)
+    assert not torch.isin(out[x == MASK], torch.tensor([PAD, CLS, SEP, MASK])).any()

@@ -29,6 +29,7 @@ from .grids import finite_start
 from .infilling import Clamped
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import warn_of_training
+from .precision import wide
 from .prompts import check_prompt
 from .randomness import row_seeds
 from .reverse import Reverse
@@ -204,7 +205,7 @@ def blockwise(
         for step, (t, s) in enumerate(ends, 1):
             with named_step(reverse, step, len(ends), t, s, f" of block {number}"):
                 seen = x[:, :width]
-                at, to = (given.new_full((len(x),), time, dtype=torch.float64) for time in (t, s))
+                at, to = (given.new_full((len(x),), time, dtype=wide(given.device)) for time in (t, s))
                 seen = final_denoise(reverse, seen, at) if step == len(grid) else method(reverse, seen, at, to)
                 if step == len(ends):
                     reverse.finish()

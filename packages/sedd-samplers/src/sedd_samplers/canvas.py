@@ -20,6 +20,7 @@ from torch import Tensor
 from .fast import Answer
 from .model_calls import Wrapper, offers
 from .positions import Positions
+from .precision import wide
 
 __all__ = ["rewrites_a_canvas", "canvas_logits"]
 
@@ -62,7 +63,7 @@ def canvas_logits(
         )
     encoded: list[Any] = []
     before: list[Tensor] = []  # the last answer (B, L, N)
-    highest = torch.full((len(prompt),), -torch.inf, dtype=torch.float64, device=prompt.device)
+    highest = torch.full((len(prompt),), -torch.inf, dtype=wide(prompt.device), device=prompt.device)
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
         if len(rows) > len(prompt) or (len(rows) < len(prompt) and int(rows.max()) >= len(prompt)):
@@ -72,7 +73,7 @@ def canvas_logits(
         if not encoded:
             encoded.append(model.get_encoder()(input_ids=prompt, attention_mask=attention_mask).past_key_values)
         anew = sigma >= highest[rows]
-        highest[rows] = torch.where(anew, sigma.double(), highest[rows])
+        highest[rows] = torch.where(anew, sigma.to(highest.dtype), highest[rows])
         further: dict[str, Any] = {}
         if before and before[0].shape[1] == x.shape[1]:
             further["self_conditioning_logits"] = before[0][rows]

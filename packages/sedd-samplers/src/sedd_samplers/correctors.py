@@ -26,6 +26,7 @@ from .leave_one_out import carry, concrete_score, without_own
 from .masked import RemaskSchedule, mask_probability, rate_of
 from .model_calls import ModelCall
 from .positions import Positions
+from .precision import wide
 from .randomness import draw_categorical
 from .reverse import Reverse
 from .steps import Method, Tweedie, tweedie_posterior
@@ -173,7 +174,7 @@ class ByConfidence:
         r = self.schedule(sigma_t, sigma_s, r_max)
         if not ((r >= 0) & (r <= r_max)).all():
             raise ValueError(f"the remasking schedule must stay within [0, r_max], got {r.tolist()}")
-        psi = reverse.once(("psi", x.shape), lambda: torch.ones(x.shape, dtype=torch.float64, device=x.device))
+        psi = reverse.once(("psi", x.shape), lambda: torch.ones(x.shape, dtype=wide(x.device), device=x.device))
         tokens = (x != graph.mask_id) & ~reverse.frozen
         eta = (-psi).masked_fill(~tokens, -torch.inf).softmax(1).nan_to_num()
         after = self._unmask(reverse, x, sigma_t, lambda_s / lambda_t, psi)
@@ -194,7 +195,7 @@ class ByConfidence:
         for part in posteriors.parts():
             posterior = posteriors[part]
             token[part] = draw_categorical(posterior, uniform[part])
-            psi[sequence[part], position[part]] = posterior.gather(1, token[part, None])[:, 0].double()
+            psi[sequence[part], position[part]] = posterior.gather(1, token[part, None])[:, 0].to(psi.dtype)
         x = x.clone()
         x[sequence, position] = token
         return x
@@ -260,7 +261,7 @@ class PathPlanning:
 
     def _draft(self, reverse: Reverse, x: Tensor, sigma: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
         """X (B, L) with a token for every free mask, and the log-probability of each (B, L), elsewhere 0."""
-        draft, plausible = x.clone(), torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+        draft, plausible = x.clone(), torch.zeros(x.shape, dtype=wide(x.device), device=x.device)
         sequence, position = free.nonzero(as_tuple=True)
         masks = reverse.movable(x)[sequence, position].nonzero()[:, 0]
         if not len(masks):
@@ -276,13 +277,13 @@ class PathPlanning:
             if self.controls:
                 law = apply_controls(self.controls, posterior, b, i, x)
             draft[b, i] = token = draw_categorical(law, uniform[part])
-            plausible[b, i] = posterior.gather(1, token[:, None])[:, 0].double().log()
+            plausible[b, i] = posterior.gather(1, token[:, None])[:, 0].to(plausible.dtype).log()
         return draft, plausible
 
     def _planned(self, reverse: Reverse, seen: Tensor, x: Tensor, sigma: Tensor, free: Tensor) -> Tensor:
         """The planner's log-probability of each free token of x, having seen `seen`; (B, L), elsewhere 0."""
         graph, rows = reverse.graph, free.any(1).nonzero()[:, 0]
-        plausible = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+        plausible = torch.zeros(x.shape, dtype=wide(x.device), device=x.device)
         sequence, position = free.nonzero(as_tuple=True)
         tokens = (~reverse.movable(x))[sequence, position].nonzero()[:, 0]
         if not len(tokens):
@@ -292,7 +293,7 @@ class PathPlanning:
         for part in logits.pieces(len(tokens)):
             b, i = sequence[tokens[part]], position[tokens[part]]
             log_p = fit(logits[tokens[part]], graph).index_fill(1, _column(graph, x.device), -torch.inf).log_softmax(-1)
-            plausible[b, i] = log_p.gather(1, x[b, i, None])[:, 0].double()
+            plausible[b, i] = log_p.gather(1, x[b, i, None])[:, 0].to(plausible.dtype)
         return plausible
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .fast import Answer, draw_by_blocks
 from .masked import mask_probability, rate_of, redraw_clean
 from .positions import Positions
+from .precision import wide
 from .reverse import Reverse
 from .steps import reverse_rates
 from .waiting import require
@@ -171,8 +172,8 @@ def _rates(reverse: Reverse, x: Tensor, sigma: Tensor, where: Tensor, at: Positi
         whose.
     """
     rates = reverse.rows_at(x, sigma, at, lambda log_score, x, *_: reverse_rates(log_score, x, reverse.graph), where)
-    total = torch.zeros(x.numel(), dtype=torch.float64, device=x.device)
+    total = torch.zeros(x.numel(), dtype=wide(x.device), device=x.device)
     for part in rates.parts():
-        total[at.flat[part]] = rates[part].sum(-1, dtype=torch.float64)
+        total[at.flat[part]] = rates[part].sum(-1, dtype=total.dtype)
     slot = torch.zeros_like(x).flatten().index_put((at.flat,), torch.arange(len(at), device=x.device))
     return torch.where(where, total.view_as(x), 0.0).cumsum(1), rates, slot.view_as(x)

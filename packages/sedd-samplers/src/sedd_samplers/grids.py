@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .interfaces import Graph, Noise, ScoreModel
 from .masked import mask_probability
+from .precision import wide
 from .prompts import check_prompt
 from .reverse import Kernel, Reverse
 from .steps import leap, reverse_rates
@@ -192,7 +193,7 @@ def adaptive_grid(
 
 def _try(pilot: Reverse, x: Tensor, t: float, s: float) -> tuple[Tensor, float]:
     """Where tau-leaping leads from t to s, and the error of the step."""
-    batch = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    batch = torch.ones(len(x), dtype=wide(x.device), device=x.device)
     still = pilot.movable(x)
     slot = still.flatten().cumsum(0).view_as(still) - 1
     kept: list[Tensor] = []
@@ -217,7 +218,7 @@ def _try(pilot: Reverse, x: Tensor, t: float, s: float) -> tuple[Tensor, float]:
     difference = pilot.evaluate(y, sigma, still, after)
     if len(difference):
         difference = difference - torch.cat(kept)[slot[still]]
-    return y, (t - s) / 2 * float(difference.abs().sum(dtype=torch.float64)) / len(x)
+    return y, (t - s) / 2 * float(difference.abs().sum(dtype=wide(x.device))) / len(x)
 
 
 def finite_start(noise: Noise, times: Tensor) -> Tensor:

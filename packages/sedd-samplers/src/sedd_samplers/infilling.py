@@ -34,6 +34,7 @@ from .fast import Answer, rows_at_a_time, times_row
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import ModelCall, Wrapper
 from .positions import Positions
+from .precision import wide
 from .randomness import draw_categorical, philox
 from .reverse import Reverse
 from .steps import Method, final_denoise, tweedie_posterior, tweedie_probs
@@ -125,7 +126,7 @@ class Particles:
         reverse = Reverse(
             _by_sequence(score, graph, K), graph, noise, frozen=given.repeat_interleave(K, 0), seeds=_mixed(own, which)
         )
-        tokens, weight = x.repeat_interleave(K, 0), torch.zeros(B, K, dtype=torch.float64, device=x.device)
+        tokens, weight = x.repeat_interleave(K, 0), torch.zeros(B, K, dtype=wide(x.device), device=x.device)
         states, gain = _start(reverse, tokens, ends[0][0])
         weight = (weight + gain.view(B, K)).log_softmax(1)
         yield states.view(B, K, -1), weight
@@ -178,16 +179,16 @@ def _given_rows(reverse: Reverse, x: Tensor, tokens: Tensor, t: Tensor, s: Tenso
     graph, given = reverse.graph, reverse.frozen
     sequence = given.nonzero()[:, 0]
     slot = given.flatten().cumsum(0).view_as(given) - 1
-    ahead = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    ahead = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
     if not len(sequence):
         return _GivenRows(Answer(ahead.new_empty(0, graph.num_states)), slot, ahead)
     sigma = reverse.noise(t)[0]
     delta = sigma if s is None else sigma - reverse.noise(s)[0]
-    clean = torch.empty(len(sequence), dtype=torch.float64, device=x.device)
+    clean = torch.empty(len(sequence), dtype=wide(x.device), device=x.device)
 
     def kernel(log_score: Tensor, x: Tensor, b: Tensor, i: Tensor) -> Tensor:
         posterior = tweedie_posterior(log_score, x, graph, sigma[b])
-        clean[slot[b, i]] = posterior.gather(1, tokens[b, i, None])[:, 0].double()
+        clean[slot[b, i]] = posterior.gather(1, tokens[b, i, None])[:, 0].to(wide(x.device))
         if s is None:
             return posterior
         del posterior  # of a piece's size
@@ -208,12 +209,12 @@ def _start(reverse: Reverse, tokens: Tensor, t: Tensor) -> tuple[Tensor, Tensor]
     forgotten there: a weight of prior(x) / p(x | c) for each given position.
     """
     x, graph = reverse.prior(), reverse.graph
-    gain = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    gain = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
     sequence, position = reverse.frozen.nonzero(as_tuple=True)
     if not len(sequence):
         return x, gain
-    row = graph.prior(torch.tensor(torch.inf, dtype=torch.float64, device=x.device))
-    prior = row.base.double().expand(graph.num_states).scatter(0, row.index, row.value.double())
+    row = graph.prior(torch.tensor(torch.inf, dtype=wide(x.device), device=x.device))
+    prior = row.base.to(gain.dtype).expand(graph.num_states).scatter(0, row.index, row.value.to(gain.dtype))
     sigma = reverse.noise(t.expand(len(x)))[0][sequence]
     home, uniform = tokens[sequence, position], reverse.uniforms(sequence, position)
     for part in _pieces(len(home), graph, x.device):
@@ -230,7 +231,7 @@ def _bridge(
     """X with the given positions moved on their bridges from t to s, or home (None), and the log-weights (R,)."""
     graph = reverse.graph
     sequence, position = reverse.frozen.nonzero(as_tuple=True)
-    gain = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    gain = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
     if not len(sequence):
         return x, gain
     home, here = tokens[sequence, position], x[sequence, position]
@@ -241,12 +242,12 @@ def _bridge(
     slot = model.slot[parent[sequence], position]
     for part in _pieces(len(home), graph, x.device):
         if s is not None:
-            back = graph.transition_into(here[part], delta[part].double())
+            back = graph.transition_into(here[part], delta[part].to(gain.dtype))
             bridge = times_row(_forward(graph, home[part], sigma_s[part]), back).clamp_(min=0)
             moved[part] = draw_categorical(bridge, uniform[part])
             log_q[part] = (bridge.gather(1, moved[part, None])[:, 0] / bridge.sum(-1)).log()
             del bridge  # of a piece's size
-        own[part] = model.rows[slot[part]].gather(1, moved[part, None])[:, 0].double()
+        own[part] = model.rows[slot[part]].gather(1, moved[part, None])[:, 0].to(wide(x.device))
     gain.index_add_(0, sequence, _log(own) - log_q)
     x = x.clone()
     x[sequence, position] = moved
@@ -259,10 +260,10 @@ def _log(probability: Tensor) -> Tensor:
 
 
 def _forward(graph: Graph, token: Tensor, sigma: Tensor) -> Tensor:
-    """exp(sigma Q)[., token], (M, N) float64."""
-    clean = torch.zeros(len(token), graph.num_states, dtype=torch.float64, device=token.device)
+    """exp(sigma Q)[., token], (M, N) in the device's widest precision."""
+    clean = torch.zeros(len(token), graph.num_states, dtype=wide(token.device), device=token.device)
     clean.scatter_(1, token[:, None], 1.0)
-    return graph.propagate(clean, sigma.double())
+    return graph.propagate(clean, sigma.to(clean.dtype))
 
 
 def _pieces(count: int, graph: Graph, device: torch.device) -> list[slice]:

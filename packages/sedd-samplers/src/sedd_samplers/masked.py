@@ -25,6 +25,7 @@ from torch import Tensor
 from .controls import Control, apply_controls
 from .interfaces import Graph
 from .positions import Positions
+from .precision import wide
 from .randomness import draw_categorical
 from .reverse import Reverse
 from .steps import Stay, Weights, tweedie_posterior, unmasking_weights
@@ -309,16 +310,16 @@ class ConfidenceUnmasking:
             if self.controls:
                 law = apply_controls(self.controls, posterior, at.sequence[part], at.position[part], x)
             token[part] = draw_categorical(law, uniform[part], old=x.flatten()[at.flat][part])
-            rank[part] = self.order(posterior, token[part]).double()
+            rank[part] = self.order(posterior, token[part]).to(wide(x.device))
             if self.rule is not None:
-                value[part] = self.rule.statistic(posterior, token[part]).double()
+                value[part] = self.rule.statistic(posterior, token[part]).to(wide(x.device))
         if self.randomness:
             gumbel = -torch.log(-torch.log1p(-u))
             rank += self.randomness * mask_probability(sigma, rate)[at.sequence] * gumbel
         place = _first(masked, at, rank, u)
         chosen = place < due[:, None]
         if self.rule is not None:
-            by_place = torch.full_like(place, torch.nan, dtype=torch.float64).scatter(
+            by_place = torch.full_like(place, torch.nan, dtype=wide(x.device)).scatter(
                 1, place, _over(masked, at, value)
             )
             chosen |= (place == 0) | self.rule.within(by_place).gather(1, place)
@@ -342,7 +343,7 @@ def redraw_clean(
 def _first(where: Tensor, at: Positions, rank: Tensor, tie: Tensor) -> Tensor:
     """The place (B, L) of each true position of `where` in its sequence: highest rank (M,) first, then highest tie."""
     # all that are due before any that is not
-    of_tie, of_rank = (_over(where, at, key.double().nan_to_num(), -torch.inf) for key in (tie, rank))
+    of_tie, of_rank = (_over(where, at, key.to(wide(key.device)).nan_to_num(), -torch.inf) for key in (tie, rank))
     by_tie = of_tie.argsort(1, descending=True)
     by_rank = of_rank.gather(1, by_tie).argsort(dim=1, descending=True, stable=True)
     return by_tie.gather(1, by_rank).argsort(1)
@@ -350,7 +351,7 @@ def _first(where: Tensor, at: Positions, rank: Tensor, tie: Tensor) -> Tensor:
 
 def _over(where: Tensor, at: Positions, values: Tensor, elsewhere: float = torch.nan) -> Tensor:
     """Values (M,) float64 of the positions `at` as (B, L), with another number where `where` (B, L) is false."""
-    spread = torch.full((where.numel(),), elsewhere, dtype=torch.float64, device=where.device)
+    spread = torch.full((where.numel(),), elsewhere, dtype=wide(where.device), device=where.device)
     return spread.index_put((at.flat,), values).view_as(where).masked_fill(~where, elsewhere)
 
 
@@ -380,7 +381,11 @@ def absorption_rate(graph: Graph, device: torch.device, wanted_by: str) -> float
         state = int((entered & (states != graph.mask_id)).nonzero()[0])
         raise ValueError(f"{wanted_by} needs an absorbing graph; under this one a jump leads into the token {state}")
     mask = graph.rates_into(states[graph.mask_id])
-    rates = mask.base.double().expand(len(states)).scatter(0, mask.index, mask.value.double())[states != graph.mask_id]
+    rates = (
+        mask.base.to(wide(device))
+        .expand(len(states))
+        .scatter(0, mask.index, mask.value.to(wide(device)))[states != graph.mask_id]
+    )
     slowest, fastest = float(rates.min()), float(rates.max())
     if slowest <= 0 or fastest - slowest > 1e-6 * fastest:
         raise ValueError(

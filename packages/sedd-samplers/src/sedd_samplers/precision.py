@@ -14,7 +14,20 @@ from torch import Tensor
 from .interfaces import Graph
 from .waiting import require
 
-__all__ = ["fastest_rate", "working_dtype", "check_recoverable"]
+__all__ = ["wide", "fastest_rate", "working_dtype", "check_recoverable"]
+
+
+WITHOUT_FLOAT64 = {"mps"}
+"""Kinds of devices without float64."""
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The widest precision of a device: float64, or float32 where there is none (Apple's MPS).
+
+    Times, uniform numbers and cumulative sums take it. With float32 a draw does not tell probabilities below 6e-8 from
+    nothing, and steps back through noise are as precise as float32 lets them.
+    """
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def fastest_rate(graph: Graph, device: torch.device | str = "cpu") -> float:
@@ -28,10 +41,11 @@ def fastest_rate(graph: Graph, device: torch.device | str = "cpu") -> float:
     if not bool((entered & (states != (-1 if graph.mask_id is None else graph.mask_id))).any()):
         return 0.0
     leaving = -min(float(into.base.min()), float(into.value.min()))
-    v = torch.randn(1, len(states), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+    precise = wide(torch.device(device))
+    v = torch.randn(1, len(states), generator=torch.Generator().manual_seed(0), dtype=precise).to(device)
     growth = 1.0
     for _ in range(30):
-        v = graph.propagate(v, torch.full((1,), -1 / leaving, dtype=torch.float64, device=device))
+        v = graph.propagate(v, torch.full((1,), -1 / leaving, dtype=precise, device=device))
         growth = float(v.abs().max())
         v = v / growth
     return leaving * math.log(growth)
@@ -39,7 +53,7 @@ def fastest_rate(graph: Graph, device: torch.device | str = "cpu") -> float:
 
 def working_dtype(rate: float, device: torch.device) -> torch.dtype:
     """What rows are worked in: float64 where errors grow (rate > 0), if there is any on the device, else float32."""
-    return torch.float64 if rate > 0 and device.type != "mps" else torch.float32
+    return wide(device) if rate > 0 else torch.float32
 
 
 def check_recoverable(rate: float, sigma: Tensor, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from .fast import draw_by_blocks
+from .precision import wide
 from .waiting import reading_waits
 
 __all__ = ["philox", "uniforms", "draw_categorical", "draw_shared", "row_seeds"]
@@ -42,10 +43,15 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
 
 
 def uniforms(seed: Tensor, draw: Tensor, position: Tensor) -> Tensor:
-    """Float64 uniforms in [0, 1) with 53 random bits, one for each (seed, draw, position); all (M,) int64."""
+    """Uniforms in [0, 1), one for each (seed, draw, position), all (M,) int64.
+
+    With 53 random bits, in float64; on a device without it 24, in float32.
+    """
     zero = torch.zeros_like(seed)
     counter = (position & _WORD, draw & _WORD, (draw >> 32) & _WORD, zero)
     high, low, _, _ = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    if wide(seed.device) == torch.float32:
+        return (high >> 8).float() * 2.0**-24
     return ((high << 21) | (low >> 11)).double() * 2.0**-53
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .precision import wide
 from .randomness import draw_categorical
 from .reverse import Reverse
 from .steps import tweedie_posterior
@@ -74,9 +75,9 @@ class EntropyBoundRenoising:
         for part in posteriors.parts():
             p = posteriors[part]
             token[part], likeliest[part] = draw_categorical(p, uniform[part]), p.argmax(1)
-            entropy[part] = -torch.xlogy(p, p).sum(1).double()
+            entropy[part] = -torch.xlogy(p, p).sum(1).to(entropy.dtype)
         best = x.index_put((sequence, position), likeliest)
-        at = torch.full(x.shape, torch.inf, dtype=torch.float64, device=x.device)
+        at = torch.full(x.shape, torch.inf, dtype=wide(x.device), device=x.device)
         at[where] = entropy
         accepted = within_bound(at, self.bound)
         thrown = torch.where(where, reverse.prior(), x)

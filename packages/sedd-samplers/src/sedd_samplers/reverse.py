@@ -22,7 +22,7 @@ from .fast import Answer, Part, draw_by_blocks
 from .interfaces import Graph, Noise, Row, ScoreModel
 from .model_calls import ModelCall
 from .positions import Positions, true_indices
-from .precision import fastest_rate, working_dtype
+from .precision import fastest_rate, wide, working_dtype
 from .randomness import draw_shared, uniforms
 from .waiting import at_once, reading_waits
 
@@ -119,7 +119,8 @@ class Reverse:
     def prior(self) -> Tensor:
         """States from the limit of the forward process, independent over positions: (B, L) int64."""
         row = self.graph.prior(torch.full((), torch.inf, device=self.frozen.device))
-        law = row.base.double().expand(self.graph.num_states).scatter(0, row.index, row.value.double())
+        precise = wide(self.frozen.device)
+        law = row.base.to(precise).expand(self.graph.num_states).scatter(0, row.index, row.value.to(precise))
         return draw_shared(law, self.uniforms_at(torch.ones_like(self.frozen)).flatten()).view(self.frozen.shape)
 
     def movable(self, x: Tensor) -> Tensor:

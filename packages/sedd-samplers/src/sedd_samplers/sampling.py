@@ -26,6 +26,7 @@ from .grids import check_times, finite_start, uniform_grid
 from .infilling import Clamped, Particles
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import device_of, warn_of_training
+from .precision import wide
 from .prompts import check_prompt, check_shape, check_start
 from .randomness import row_seeds
 from .reverse import NoticedLate, Reverse
@@ -199,7 +200,7 @@ def trajectory(
         if start is not None or until is not None or static_shapes:
             raise ValueError("particles begin at noise, end together and change in number: neither start nor until "
                              "nor static_shapes goes with them")  # fmt: skip
-        ends = [(given.new_full((), t, dtype=torch.float64), given.new_full((), s, dtype=torch.float64))
+        ends = [(given.new_full((), t, dtype=wide(given.device)), given.new_full((), s, dtype=wide(given.device)))
                 for t, s in itertools.pairwise(clock)]  # fmt: skip
         states = conditioning.run(
             score, graph, noise, x=x, given=given, seeds=seeds, ends=ends, method=method, denoise=denoise
@@ -222,7 +223,7 @@ def trajectory(
             reverse.frozen = reverse.frozen | check_finished(until(state), len(x))[:, None]
             reverse.unfinished = None
         with named_step(reverse, step, total, t, s):
-            at, to = (given.new_full((len(x),), time, dtype=torch.float64) for time in (t, s))
+            at, to = (given.new_full((len(x),), time, dtype=wide(given.device)) for time in (t, s))
             x = method(reverse, x, at, to) if step <= len(grid) - 1 else final_denoise(reverse, x, at)
             if step == total:
                 reverse.finish()

@@ -21,7 +21,7 @@ def draw_by_blocks(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         probs: (M, N) float, non-negative.
-        uniform: (M,) float64 in [0, 1).
+        uniform: (M,) float64 in [0, 1), or float32 on a device without float64.
 
     Returns:
         (M,) int64, which means nothing where the sum is not finite and positive; and the sums F(N - 1), (M,) float64.
@@ -32,11 +32,11 @@ def draw_by_blocks(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     mass = probs[:, : full * width].reshape(-1, full, width).sum(-1)  # a view
     if full * width < num_states:
         mass = torch.cat([mass, probs[:, full * width :].sum(-1, keepdim=True)], 1)
-    mass = mass.double()
+    mass = mass.to(uniform.dtype)
     total = mass.sum(-1)
     block, uniform = _invert(mass, uniform)
     state = block[:, None] * width + torch.arange(width, device=probs.device)
-    inside = probs.gather(1, state.clamp(max=num_states - 1)).double() * (state < num_states)
+    inside = probs.gather(1, state.clamp(max=num_states - 1)).to(uniform.dtype) * (state < num_states)
     within, _ = _invert(inside, uniform)
     return block * width + within, total
 
