@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,22 @@ def test_asks_for_rates_once_and_for_ratios_a_chunk_at_a_time(kind, make_graphs,
 def test_learnt_rates_are_refused_rather_than_left_without_a_gradient(make_graphs, log_linear, x0):
     graph = make_graphs(5)["uniform"]
     graph.a = torch.tensor(1.0, requires_grad=True)
+    with pytest.raises(ValueError, match="rates that require a gradient"):
+        denoising_loss(TinyNet(5), graph, log_linear, x0, torch.full((3,), 0.5), xt=x0)
+
+
+@pytest.mark.parametrize("field", ["base", "value"])
+def test_so_are_rates_of_which_only_some_are_learnt(field, make_graphs, log_linear, x0, monkeypatch):
+    graph = make_graphs(5)["uniform"]
+    rates_into = graph.rates_into
+
+    def learnt(x):
+        row = rates_into(x)
+        fields = {name: getattr(row, name).clone() for name in ("base", "index", "value")}
+        fields[field].requires_grad_()
+        return SimpleNamespace(**fields)
+
+    monkeypatch.setattr(graph, "rates_into", learnt)
     with pytest.raises(ValueError, match="rates that require a gradient"):
         denoising_loss(TinyNet(5), graph, log_linear, x0, torch.full((3,), 0.5), xt=x0)
 

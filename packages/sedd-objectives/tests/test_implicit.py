@@ -156,6 +156,17 @@ def test_bad_input_is_named(loss, change, message, make_graphs, x):
         loss(arguments.pop("score"), make_graphs(5)["uniform"], arguments.pop("x"), arguments.pop("sigma"), **arguments)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 95, 96, 97])
+def test_neighbours_in_any_number_of_calls_are_all_counted(batch_size, make_graphs, x):
+    """96 of them, of four sequences of six positions."""
+    net, graph, sigma = Net(5), make_graphs(5)["uniform"], torch.ones(4)
+    whole = enumerated_implicit_score_entropy_loss(net, graph, x, sigma)
+    assert net.calls == 2
+    parts = enumerated_implicit_score_entropy_loss(net, graph, x, sigma, batch_size=batch_size)
+    assert net.calls == 3 + -(-96 // batch_size)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_batch_size_must_be_positive(make_graphs, x):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         enumerated_implicit_score_entropy_loss(Net(5), make_graphs(5)["uniform"], x, torch.ones(4), batch_size=0)
