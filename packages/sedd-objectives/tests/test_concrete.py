@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sedd_objectives import concrete_score_matching
+from sedd_objectives import concrete_score_matching, plain_concrete_score_matching
 
 
 def textbook(log_score, ratio, weight, x):
@@ -26,6 +26,7 @@ def test_equals_the_textbook_form_and_its_gradients(case):
     log_score, ratio, weight = inputs
     found, want = concrete_score_matching(log_score, ratio, weight, x), textbook(log_score, ratio, weight, x)
     torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(plain_concrete_score_matching(log_score, ratio, weight, x), want, rtol=1e-12, atol=1e-12)
     for one, other in zip(
         torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True
     ):

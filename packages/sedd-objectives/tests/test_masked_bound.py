@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +116,21 @@ def test_assembly_is_exact_where_nothing_is_random(make_graphs, log_linear):
     torch.testing.assert_close(found.diffusion, (high - low) * free.double() * math.log(TOKENS), rtol=1e-5, atol=0)
     torch.testing.assert_close(found.prior, (1 - high) * free.double() * math.log(TOKENS), rtol=1e-4, atol=0)
     assert float(found.value[2]) == float(found.standard_error[2]) == 0
+
+
+def test_the_error_has_that_of_the_reconstructions(make_graphs, log_linear, monkeypatch):
+    """Where nothing else is random: of draws that are 1 and 3 with any mask, times the probability of one."""
+    module = importlib.import_module("sedd_objectives.masked_bound")
+    draws = itertools.cycle([1.0, 3.0])
+    drawn = lambda *_, **__: torch.full((2,), next(draws), dtype=torch.float64)  # noqa: E731
+    monkeypatch.setattr(module, "reconstruction_loss", drawn)
+    x0 = torch.randint(TOKENS, (2, 5))
+    how: dict[str, Any] = {"num_times": 8, "num_reconstructions": 4, "t_min": 0.1}
+    found = masked_likelihood_bound(even_score, make_graphs(TOKENS)["absorbing"], log_linear, x0, **how)
+    some = 1 - (1 - 0.0999) ** 5
+    torch.testing.assert_close(found.reconstruction, torch.full((2,), 2 * some).double(), rtol=1e-5, atol=0)
+    error = torch.full((2,), some * math.sqrt(4 / 3 / 4)).double()
+    torch.testing.assert_close(found.standard_error, error, rtol=1e-4, atol=0)
 
 
 def test_given_tokens_are_seen_clean_and_others_masked_in_the_announced_numbers(make_graphs, log_linear):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,21 @@ def test_the_sum_is_as_wide_as_the_score_or_the_ratio(function, of_score, of_rat
     assert found.dtype == (torch.float64 if torch.float64 in (of_score, of_ratio) else torch.float32)
     exact = function(log_score.double(), ratio.double(), weight.double(), x)
     torch.testing.assert_close(found.double(), exact, rtol=1e-12 if found.dtype == torch.float64 else 1e-5, atol=0)
+
+
+def test_a_state_that_both_rows_list_counts_once(generator):
+    """Value and gradients, where the ratio's row and the weight's list the same states, in any order, and x beside."""
+    log_score = torch.randn(1, 7, generator=generator, dtype=torch.float64).requires_grad_()
+    values = torch.rand(2, 3, generator=generator, dtype=torch.float64) + 0.1
+    base, x = torch.tensor([0.4], dtype=torch.float64), torch.tensor([2])
+    for states in ((5, 1, 3), (1, 2, 5), (6, 5, 0)):
+        ratio = SimpleNamespace(base=base, index=torch.tensor([[5, 1, 3]]), value=values[:1])
+        weight = SimpleNamespace(base=2 * base, index=torch.tensor([states]), value=values[1:])
+        dense = [row.base[:, None].expand(1, 7).scatter(-1, row.index, row.value) for row in (ratio, weight)]
+        found, want = score_entropy(log_score, ratio, weight, x), score_entropy(log_score, *dense, x)
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+        slope, expected = (torch.autograd.grad(loss.sum(), log_score)[0] for loss in (found, want))
+        torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_overflowed_scores_do_not_spoil_states_without_a_jump():
