@@ -129,8 +129,8 @@ def test_a_state_that_both_rows_list_counts_once(generator):
     for states in ((5, 1, 3), (1, 2, 5), (6, 5, 0)):
         ratio = SimpleNamespace(base=base, index=torch.tensor([[5, 1, 3]]), value=values[:1])
         weight = SimpleNamespace(base=2 * base, index=torch.tensor([states]), value=values[1:])
-        dense = [row.base[:, None].expand(1, 7).scatter(-1, row.index, row.value) for row in (ratio, weight)]
-        found, want = score_entropy(log_score, ratio, weight, x), score_entropy(log_score, *dense, x)
+        r, w = (row.base[:, None].expand(1, 7).scatter(-1, row.index, row.value) for row in (ratio, weight))
+        found, want = score_entropy(log_score, ratio, weight, x), score_entropy(log_score, r, w, x)
         torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
         slope, expected = (torch.autograd.grad(loss.sum(), log_score)[0] for loss in (found, want))
         torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-15)
