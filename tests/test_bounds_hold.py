@@ -70,7 +70,8 @@ def mean_bound(
 
     def score(x: Tensor, sigma: Tensor) -> Tensor:
         noised = graph.propagate(data.expand(len(sigma), -1), sigma.double()).clamp_min(1e-300).log()[:, None]
-        return (noised - noised.gather(-1, x[..., None]) + wrong[x]).to(dtype)
+        told: Tensor = (noised - noised.gather(-1, x[..., None]) + wrong[x]).to(dtype)
+        return told
 
     def pairs(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         moved = graph.transition_from(tokens.expand(len(sigma), -1), sigma).dense() * p[:, None]
