@@ -341,6 +341,17 @@ def test_draws_are_compared_with_their_standard_error():
             assert_near(torch.full((4,), wrong), 1.0, "draws")
 
 
+def test_a_bound_must_not_be_below_the_entropy(make_graphs, log_linear):
+    """The integral over later times and the prior's term are less than that, and no bound without a decoder."""
+
+    def undecoded(score, graph, noise, x0, *, generator):
+        found = bound(score, graph, noise, x0, generator=generator, t_min=0.5)
+        return dataclasses.replace(found, value=found.diffusion + found.prior)
+
+    with pytest.raises(AssertionError, match=r"the bound of a score off by 0\.4 times a random one must be at least"):
+        bound_is_not_below_its_terms(undecoded, make_graphs(TOKENS)["uniform"], log_linear, t_min=0.5)
+
+
 @pytest.mark.parametrize("side", [1, -1])
 def test_a_loss_must_rise_on_either_side(side, make_graphs, log_linear):
     """One that takes no notice of scores that are too small, or of those that are too large."""
