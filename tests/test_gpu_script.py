@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,20 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+GOALS = (  # every line that a GPU is to reach
+    "training step, blocks compiled, B",
+    "blocks compiled: peak memory above weights",
+    "head + loss, absorb, half of the positions, 32 rows",
+    "head + loss, uniform, a row",
+    "over the same step by hand",
+    "start of a compiled run",
+    "B = 8, all masked, a step",
+    "B = 4, half masked, a step",
+    "B = 8, all masked, blocks compiled, a step",
+    "B = 1, all masked, CUDA graph, a step",
+    "reads back to the host, a training step",
+    "reads back to the host, a sampling step",
+)
 
 
 def run(output: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
@@ -24,7 +40,7 @@ def run(output: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
 
 def test_losses_of_all_graphs_and_draws_are_those_of_the_plain_ways(tmp_path):
     found = run(tmp_path / "gpu.json", "--parts", "losses", "samples")
-    assert len({check["check"].split(", float32")[0] for check in found["checks"] if "float32" in check["check"]}) == 9
+    assert len({check["check"].split(", float32")[0] for check in found["checks"] if "float32" in check["check"]}) == 10
     assert all(check["right"] for check in found["checks"])
 
 
@@ -32,4 +48,14 @@ def test_losses_of_all_graphs_and_draws_are_those_of_the_plain_ways(tmp_path):
 def test_every_part_runs(tmp_path):
     found = run(tmp_path / "gpu.json")
     assert not found["failed"]
-    assert len(found["rows"]) > 20
+    told = [row["row"] for row in found["rows"]]
+    for goal in GOALS:
+        assert any(goal in row for row in told), goal
+    assert all(row["goal"] for row in found["rows"] if any(goal in row["row"] for goal in GOALS))
+
+
+def test_the_whole_script_takes_less_than_four_minutes():
+    gpu = runpy.run_path(str(SCRIPT))
+    assert sum(gpu["LIMITS"].values()) <= 236
+    with pytest.raises(TimeoutError, match="more than 1 s"), gpu["at_most"](1):
+        time.sleep(5)
