@@ -228,8 +228,12 @@ def losses(run: Run) -> None:
             for shape in ((3, 17, width), (graph.num_states, width), (graph.num_states,))
         ]
         expected = loss_and_gradients(leaves, graph, x, x0, sigma, dsigma, torch.device("cpu"), torch.float64)
-        for precision, allowed in (("float32", 2e-5), ("bfloat16", 2e-2)):
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        for precision, dtype, allowed in (
+            ("float32", None, 2e-5),
+            ("float16", torch.float16, 4e-3),
+            ("bfloat16", torch.bfloat16, 2e-2),
+        ):
+            with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
                 found = loss_and_gradients(leaves, graph, x, x0, sigma, dsigma, run.device, torch.float32)
             for what, one, other in zip(("loss", "by hidden", "by weight", "by bias"), found, expected, strict=True):
                 run.check(f"{name}, {precision}: {what}", distance(one, other), allowed)

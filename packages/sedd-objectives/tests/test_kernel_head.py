@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -257,6 +258,60 @@ def test_reads_are_seen(make_graphs, generator):
 
 def _keep(x0, sigma, *, generator):
     return x0
+
+
+class Bytes(TorchDispatchMode):
+    """The largest number of bytes at one time in the storages that were made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.holders, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+                self.holders[key] = self.holders.get(key, 0) + 1
+                self.now += size if self.holders[key] == 1 else 0
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor, self._release, key, size)
+        return out
+
+    def _release(self, key, size):
+        self.holders[key] -= 1
+        if self.holders[key] == 0:
+            del self.holders[key]
+            self.now -= size
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_memory_above_the_weights_is_a_formula(rows, generator, monkeypatch):
+    """Of M rows, N states padded to P, width D, chunks of C, in bfloat16:
+
+        2 P D   the weight's copy            4 P D   its gradient, and once more the product that is added to it
+        2 C P   a chunk's logits, its slopes 4 M D   the rows and their gradient
+
+    and no more than a tenth beside: no float32 logits (4 M P), no second chunk.
+    """
+    monkeypatch.setattr(kernel_head, "LEAST_ROWS", 8)
+    states, width, chunk = 501, 32, 8
+    graph: Any = Plain(states, states - 1)
+    hidden = torch.randn(1, rows, width, generator=generator).requires_grad_()
+    head = SimpleNamespace(
+        weight=torch.randn(states, width, generator=generator).requires_grad_(),
+        bias=None,
+        shift=torch.zeros(1),
+    )
+    x0 = torch.randint(states - 1, (1, rows), generator=generator)
+    x, sigma = torch.full_like(x0, states - 1), torch.ones(1)
+    with Bytes() as memory, torch.autocast("cpu", torch.bfloat16):
+        fused_denoising_loss(hidden, head, graph, x, x0, sigma, sigma, refuse_nan=False).total.backward()
+    padded = 512
+    formula = (2 + 4 + 4) * padded * width + 2 * chunk * padded + 4 * rows * width
+    assert 0.8 * formula < memory.peak < 1.1 * formula
+    assert memory.peak < formula + rows * padded * 4 / 2  # float32 logits would be seen
 
 
 def test_the_kernel_serves_only_where_it_can():
