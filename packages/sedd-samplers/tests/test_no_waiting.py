@@ -13,7 +13,9 @@ import pytest
 import torch
 from sedd_samplers import (
     Ancestral,
+    ByConfidence,
     ConfidenceUnmasking,
+    EntropyBoundRenoising,
     Euler,
     FirstHitting,
     PredictorCorrector,
@@ -28,6 +30,7 @@ from sedd_samplers import (
     infill,
     margin,
     sample,
+    threshold,
     trajectory,
 )
 from sedd_samplers.adapters import from_logits, from_masked_lm, from_posterior, to_posterior
@@ -58,11 +61,15 @@ OF_MASKS = {
     "confidence": ConfidenceUnmasking(randomness=1.0),
     "entropy": ConfidenceUnmasking(entropy, controls=(top_k(3),)),
     "margin": ConfidenceUnmasking(margin),
+    "by threshold": ConfidenceUnmasking(rule=threshold(0.9)),
+    "by least confidence": ByConfidence(at_rate(1.0)),
 }
+OF_TOKENS = {"renoising": EntropyBoundRenoising(bound=0.5)}
+EVERY = METHODS | OF_MASKS | OF_TOKENS
 CASES = [
     *[("absorbing", name) for name in METHODS | OF_MASKS],
     *[("mask in the middle", name) for name in ("Tweedie", "unmasking", "confidence")],
-    *[("uniform", name) for name in METHODS],
+    *[("uniform", name) for name in METHODS | OF_TOKENS],
 ]
 
 
@@ -151,7 +158,7 @@ def reads_of_steps(score, graph, noise, **options):
 def test_a_step_reads_one_tensor(ref, as_on_an_accelerator, kind, method, score):
     """Of the last step one more is read: how it ended."""
     graph, noise = graph_of(ref, kind), ref.Geometric() if kind == "uniform" else ref.LogLinear()
-    how: dict[str, Any] = {"method": (METHODS | OF_MASKS)[method], "seeds": torch.arange(3)}
+    how: dict[str, Any] = {"method": EVERY[method], "seeds": torch.arange(3)}
     for further in ({}, {"static_shapes": True}, {"until": lambda state: torch.zeros(3, dtype=torch.bool)}):
         each, last = reads_of_steps(score, graph, noise, **how, **further)
         assert max(each) <= 1 + (isinstance(how["method"], PredictorCorrector) and "until" in further)
@@ -218,7 +225,7 @@ def test_samples_do_not_depend_on_when_values_are_read_nor_on_shapes(ref, kind, 
     graph, noise = graph_of(ref, kind), ref.Geometric() if kind == "uniform" else ref.LogLinear()
     x = torch.randint(3, (4, 8), generator=torch.Generator().manual_seed(1))
     given = torch.arange(8) < torch.tensor([0, 3, 8, 5])[:, None]
-    how: dict[str, Any] = {"steps": 5, "method": (METHODS | OF_MASKS)[method], "seeds": torch.arange(4)}
+    how: dict[str, Any] = {"steps": 5, "method": EVERY[method], "seeds": torch.arange(4)}
     if kind == "uniform":
         given = given[:, :1].expand(-1, 8).clone()  # whole sequences, which is exact
     until = lambda state: torch.tensor([False, state.step > 1, False, False])  # noqa: E731
@@ -350,7 +357,7 @@ def test_float64_holds_no_rows_where_tokens_are_not_noised(ref, method, precisio
     network = lambda x, sigma: rows[: len(x)]  # noqa: E731
     for score in (network, from_logits(network, graph, controls=[temperature(0.9)])):
         with Wide() as wide:
-            sample(score, graph, ref.LogLinear(), shape=(2, 8), steps=3, method=(METHODS | OF_MASKS)[method],
+            sample(score, graph, ref.LogLinear(), shape=(2, 8), steps=3, method=EVERY[method],
                    seeds=[0, 1])  # fmt: skip
         assert 16 <= wide.most <= 2 * states
     with Wide() as wide:

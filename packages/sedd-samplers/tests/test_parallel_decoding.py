@@ -252,7 +252,9 @@ def test_a_position_redrawn_from_its_law_given_the_others_leaves_the_joint_law_a
 
     # and the corrector's own kernel, at position 1 alone
     reverse = ref.Enumerator(score, graph, lambda t: (t, torch.ones_like(t)), states.shape)
-    reverse.uniforms = lambda sequence, position: torch.where(position == 1, 0.0, 1.0).double()
+    reverse.uniforms_at = lambda where: (
+        torch.where(torch.arange(where.shape[1]) == 1, 0.0, 1.0).double().expand(where.shape)
+    )
     level = sigma.expand(len(states))
     LeaveOneOut(lambda reverse, x, t, s: x, share=0.5)(reverse, states, level * 2, level)
     torch.testing.assert_close(law @ ref.joint(reverse.stages[0], states), law, rtol=0, atol=1e-7)

@@ -30,6 +30,7 @@ from .precision import wide
 from .randomness import draw_categorical
 from .reverse import Reverse
 from .steps import Method, Tweedie, tweedie_posterior
+from .waiting import require
 
 __all__ = ["Psi", "psi_probs", "LeaveOneOut", "ByConfidence", "PathPlanning", "Looped", "when_still"]
 
@@ -137,8 +138,7 @@ class LeaveOneOut:
         sigma = reverse.noise(s)[0]
         for _ in range(self.corrections):
             where = reverse.movable(x) & (sigma > 0)[:, None]
-            sequence, position = where.nonzero(as_tuple=True)
-            where[sequence, position] = reverse.uniforms(sequence, position) < self.share
+            where = where & (reverse.uniforms_at(where) < self.share)
             x = reverse.redraw(x, sigma, where, lambda log_score, x, b, i: concrete_score(log_score, x))
         return x
 
@@ -172,8 +172,10 @@ class ByConfidence:
         lambda_t, lambda_s = mask_probability(sigma_t, rate), mask_probability(sigma_s, rate)
         r_max = (lambda_s / (1 - lambda_t)).clamp(max=1)
         r = self.schedule(sigma_t, sigma_s, r_max)
-        if not ((r >= 0) & (r <= r_max)).all():
-            raise ValueError(f"the remasking schedule must stay within [0, r_max], got {r.tolist()}")
+        require(
+            *((r >= 0) & (r <= r_max), "the remasking schedule must stay within [0, r_max]"),
+            lambda: f"the remasking schedule must stay within [0, r_max], got {r.tolist()}",
+        )
         psi = reverse.once(("psi", x.shape), lambda: torch.ones(x.shape, dtype=wide(x.device), device=x.device))
         tokens = (x != graph.mask_id) & ~reverse.frozen
         eta = (-psi).masked_fill(~tokens, -torch.inf).softmax(1).nan_to_num()
@@ -183,22 +185,21 @@ class ByConfidence:
     def _unmask(self, reverse: Reverse, x: Tensor, sigma: Tensor, stay: Tensor, psi: Tensor) -> Tensor:
         """`Unmasking`'s step, which notes in psi (B, L) with what probability each token was drawn."""
         where = reverse.movable(x)
-        sequence, position = where.nonzero(as_tuple=True)
-        where[sequence, position] = reverse.uniforms(sequence, position) >= stay[sequence]
-        sequence, position = where.nonzero(as_tuple=True)
-        if not len(sequence):
+        where = where & (reverse.uniforms_at(where) >= stay[:, None])
+        at = reverse.positions(where)
+        if not at.sequences:
             return x
-        posteriors = reverse.rows(
-            x, sigma, where, lambda log_score, x, b, _: tweedie_posterior(log_score, x, reverse.graph, sigma[b])
+        posteriors = reverse.rows_at(
+            x, sigma, at, lambda log_score, x, b, _: tweedie_posterior(log_score, x, reverse.graph, sigma[b]), where
         )
-        token, uniform = torch.empty_like(sequence), reverse.uniforms(sequence, position)
+        old, uniform = x.flatten()[at.flat], reverse.uniforms_at(where, at)
+        token, drawn = torch.empty_like(old), torch.empty_like(uniform)
         for part in posteriors.parts():
             posterior = posteriors[part]
-            token[part] = draw_categorical(posterior, uniform[part])
-            psi[sequence[part], position[part]] = posterior.gather(1, token[part, None])[:, 0].to(psi.dtype)
-        x = x.clone()
-        x[sequence, position] = token
-        return x
+            token[part] = draw_categorical(posterior, uniform[part], old=old[part])
+            drawn[part] = posterior.gather(1, token[part, None])[:, 0].to(drawn.dtype)
+        psi.copy_(torch.where(where, psi.flatten().index_put((at.flat,), drawn.to(psi.dtype)).view_as(psi), psi))
+        return torch.where(where, x.flatten().index_put((at.flat,), token).view_as(x), x)
 
 
 @dataclass(frozen=True)

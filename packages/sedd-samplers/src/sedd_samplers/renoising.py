@@ -64,26 +64,27 @@ class EntropyBoundRenoising:
         run = reverse.once("renoising", lambda: _Run([], torch.zeros_like(x[:, 0], dtype=torch.bool)))
         sigma, quiet = reverse.noise(t)[0], reverse.noise(s)[0] == 0
         where = reverse.movable(x) & ~run.finished[:, None]
-        sequence, position = where.nonzero(as_tuple=True)
-        if not len(sequence):
+        at = reverse.positions(where)
+        if not at.sequences:
             return x
-        posteriors = reverse.rows(
-            x, sigma, where, lambda log_score, x, b, _: tweedie_posterior(log_score, x, reverse.graph, sigma[b])
+        posteriors = reverse.rows_at(
+            x, sigma, at, lambda log_score, x, b, _: tweedie_posterior(log_score, x, reverse.graph, sigma[b]), where
         )
-        uniform = reverse.uniforms(sequence, position)
-        token, likeliest, entropy = torch.empty_like(sequence), torch.empty_like(sequence), torch.empty_like(uniform)
+        old, uniform = x.flatten()[at.flat], reverse.uniforms_at(where, at)
+        token, likeliest, entropy = torch.empty_like(old), torch.empty_like(old), torch.empty_like(uniform)
         for part in posteriors.parts():
             p = posteriors[part]
-            token[part], likeliest[part] = draw_categorical(p, uniform[part]), p.argmax(1)
+            token[part], likeliest[part] = draw_categorical(p, uniform[part], old=old[part]), p.argmax(1)
             entropy[part] = -torch.xlogy(p, p).sum(1).to(entropy.dtype)
-        best = x.index_put((sequence, position), likeliest)
-        at = torch.full(x.shape, torch.inf, dtype=wide(x.device), device=x.device)
-        at[where] = entropy
-        accepted = within_bound(at, self.bound)
+        drawn, best = (torch.where(where, x.flatten().index_put((at.flat,), found).view_as(x), x)
+                       for found in (token, likeliest))  # fmt: skip
+        everywhere = torch.full((x.numel(),), torch.inf, dtype=entropy.dtype, device=x.device)
+        doubt = everywhere.index_put((at.flat,), entropy).view_as(x).masked_fill(~where, torch.inf)
+        accepted = within_bound(doubt, self.bound)
         thrown = torch.where(where, reverse.prior(), x)
-        written = torch.where(accepted & where, x.index_put((sequence, position), token), thrown)
+        written = torch.where(accepted & where, drawn, thrown)
         if self.confident is not None:
-            mean = torch.where(where, at, 0.0).sum(1) / where.sum(1).clamp(min=1)
+            mean = torch.where(where, doubt, 0.0).sum(1) / where.sum(1).clamp(min=1)
             same = [(best == earlier).all(1) for earlier in run.before]
             if len(same) == self.stable:
                 run.finished |= torch.stack([where.any(1), mean < self.confident, *same]).all(0)
