@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .precision import wide
 from .randomness import draw_categorical
 from .reverse import Reverse
 from .steps import tweedie_posterior
