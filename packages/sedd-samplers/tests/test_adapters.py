@@ -162,6 +162,7 @@ def test_logits_are_normalised_over_what_may_be_drawn(ref):
     subs[..., 1] = -torch.inf
     expected[0, :3] = subs.softmax(-1)[0, :3]
     close(posterior(banned=[1]), expected)
+    close(posterior(banned=None), posterior())
     assert logits.isfinite().all()  # the network's answer is left alone
 
 

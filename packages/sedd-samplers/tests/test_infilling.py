@@ -9,14 +9,24 @@ from typing import Any
 import pytest
 import torch
 from sedd_samplers import (
+    Ancestral,
+    ConfidenceUnmasking,
+    EntropyBoundRenoising,
     Euler,
     FirstHitting,
+    LeaveOneOut,
     Method,
     Particles,
+    PredictorCorrector,
+    Psi,
+    Remasking,
     TauLeaping,
     Trapezoidal,
     Tweedie,
+    Uniformization,
     Unmasking,
+    at_rate,
+    capped,
     clamped,
     infill,
     noise_grid,
@@ -279,19 +289,36 @@ class Natural:
         return -torch.log1p(-t), 1 / (1 - t)
 
 
-def test_a_schedule_may_end_in_infinite_noise(ref):
-    """For methods that step on a grid, under masks and noise; a false alarm once in 10,000 seeds each."""
-    by_graph: dict[str, list[Method]] = {
-        "absorbing": [Tweedie(), Euler(), Unmasking(), FirstHitting(), Trapezoidal()],
-        "uniform": [TauLeaping()],
-    }
-    for name, methods in by_graph.items():
-        graph = GRAPHS[name](ref)
-        p0 = ref.random_data(4, 1, graph.num_states, graph.mask_id)
-        for method in methods:
-            x = sample(ref.ExactRows(p0, graph.Q), graph, Natural(), shape=(2000, 1), steps=100, method=method,
-                       generator=seeded())  # fmt: skip
-            assert ref.chi_square(x, p0) > 1e-4, (name, method)
+EVERY: dict[str, list[Method]] = {
+    "absorbing": [
+        Tweedie(), Euler(), TauLeaping(), Ancestral(), Trapezoidal(), PredictorCorrector(), Psi(0.9), Unmasking(),
+        FirstHitting(), Remasking(at_rate(1.0)), Remasking(capped(0.1)), ConfidenceUnmasking(),
+    ],
+    "uniform": [
+        Tweedie(), Euler(), TauLeaping(), Ancestral(), Trapezoidal(), PredictorCorrector(), Psi(0.9), Uniformization(),
+        LeaveOneOut(Tweedie()),
+    ],
+    "hybrid": [Tweedie(), TauLeaping()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name in EVERY for method in EVERY[name]])
+def test_a_schedule_may_end_in_infinite_noise(ref, name, method):
+    """For every method, under masks and noise; a false alarm once in 10,000 seeds each."""
+    graph = GRAPHS[name](ref)
+    p0 = ref.random_data(4, 1, graph.num_states, graph.mask_id)
+    x = sample(ref.ExactRows(p0, graph.Q), graph, Natural(), shape=(2000, 1), steps=100, t_min=1e-4, method=method,
+               generator=seeded())  # fmt: skip
+    assert ref.chi_square(x, p0) > 1e-4
+
+
+def test_a_decoder_of_canvases_may_begin_in_infinite_noise(ref):
+    """It does not follow the law; the likeliest token comes in more than its share."""
+    graph = GRAPHS["uniform"](ref)
+    p0 = ref.random_data(4, 1)
+    x = sample(ref.ExactRows(p0, graph.Q), graph, Natural(), shape=(500, 1), times=uniform_grid(8, 0.0), denoise=False,
+               method=EntropyBoundRenoising(), generator=seeded())  # fmt: skip
+    assert float((x == p0.argmax()).double().mean()) > float(p0.max())
 
 
 def test_only_the_first_time_moves_and_by_nothing():
