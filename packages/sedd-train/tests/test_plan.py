@@ -148,7 +148,7 @@ def test_a_decay_or_a_probability_of_dropping_is_below_1(name):
 
 UNIFORM: dict[str, Any] = {"graph": "uniform", "scale_by_sigma": False}
 COUNTED = (
-    *("length", "width", "depth", "heads", "cond_dim", "steps", "batch_size", "max_skipped", "log_every"),
+    *("width", "depth", "heads", "cond_dim", "steps", "batch_size", "max_skipped", "log_every"),
     *("evaluate_every", "evaluate_blocks", "evaluate_times", "checkpoint_every", "keep", "sample_steps", "d3pm_steps"),
 )
 REFUSED: list[Any] = [
@@ -161,12 +161,13 @@ REFUSED: list[Any] = [
     *(({name: -0.5}, f"{name} = -0.5: expected 0 or more") for name in ("clip", "weight_decay")),
     *(({"t_min": value}, f"t_min = {value}: expected a time in (0, 1)") for value in (0.0, 1.0)),
     *(({"decay_to": value}, f"decay_to = {value}: expected a fraction in [0, 1]") for value in (-0.1, 1.1)),
+    ({"length": -1}, "length = -1: expected 0 or more"),
     ({"sigma_min": 0.0}, "sigma_min = 0.0: expected in (0, sigma_max = 20.0)"),
     ({"sigma_min": 20.0}, "sigma_min = 20.0: expected in (0, sigma_max = 20.0)"),
     *(({name: math.nan}, f"{name} = nan: expected a finite number") for name in ("learning_rate", "ema", "sigma_max")),
     ({"clip": math.inf}, "clip = inf: expected a finite number"),
-    ({"graph": "absorbing"}, "graph = 'absorbing': expected absorb or uniform"),
-    ({"noise": "cosine"}, "noise = 'cosine': expected loglinear or geometric"),
+    ({"graph": "absorbing"}, "graph = 'absorbing': expected absorb, uniform, ordinal, hybrid, masked"),
+    ({"noise": "sine"}, "noise = 'sine': expected loglinear, cosine, polynomial, geometric, linear"),
     ({"precision": "fp8"}, "precision = 'fp8': expected fp32, bf16 or fp16"),
     *(({"zero_stage": stage}, f"zero_stage = {stage}: expected 0, 1, 2 or 3") for stage in (-1, 4)),
     ({"offload": True, "zero_stage": 0}, "offload = True: expected false without ZeRO (zero_stage = 0)"),
@@ -194,7 +195,7 @@ REFUSED: list[Any] = [
     ),
     ({"deepspeed": {"zero_allow_untested_optimizer": False}}, "the trainer needs it as it is"),
     ({"objective": "mse"}, "objective = 'mse': expected score-entropy, d3pm, autoregressive"),
-    ({"network": "gpt"}, "network = 'gpt': expected sedd, radd, mdlm, causal"),
+    ({"network": "gpt"}, "network = 'gpt': expected sedd, radd, mdlm, udlm, causal"),
     ({"network": "causal"}, "network = 'causal': expected causal if and only if autoregressive"),
     ({"objective": "autoregressive"}, "network = 'sedd': expected causal if and only if autoregressive"),
     *((UNIFORM | {"network": net}, f"graph = 'uniform': expected absorb for {net}") for net in ("radd", "mdlm")),

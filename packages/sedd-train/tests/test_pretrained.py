@@ -32,7 +32,7 @@ from sedd_nets import MDLM, RADD, SEDD
 from sedd_samplers import sample
 from sedd_train import Model, checkpoint, load, load_trained, recipes
 from sedd_train.objectives import D3PM
-from sedd_train.pretrained import make_objective, sections
+from sedd_train.pretrained import make_objective, make_schedule, sections
 from sedd_train.sections import graph_section, make_noise, noise_section, read_graph
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -139,12 +139,13 @@ def test_schedules_come_back(noise):
 
 def test_a_recipe_s_schedule_and_objective_come_back():
     values = {"noise": "geometric", "sigma_min": 0.02, "sigma_max": 5.0, "objective": "d3pm", "d3pm_steps": 7}
-    described = sections(recipes.override(recipes.Recipe(), values), tokens=10)
+    recipe = recipes.override(recipes.Recipe(), values)
+    described = sections(recipe, Absorbing(10), make_schedule(recipe))
     noise = make_noise(described["noise"])
     assert [float(noise(torch.tensor([t]))[0]) for t in (0.0, 1.0)] == pytest.approx([0.02, 5.0], rel=1e-5)
     graph = Absorbing(10)
     assert make_objective(described["objective"], graph, noise) == D3PM(graph, noise, 7)
-    assert (described["tokens"], described["graph"]) == (10, {"type": "absorb"})
+    assert (described["tokens"], described["graph"]) == (10, {"type": "absorb", "mask_id": 10})
 
 
 def test_what_config_json_cannot_describe_is_named_and_given(tmp_path):

@@ -203,6 +203,23 @@ def test_a_copy_of_the_log_that_fails_costs_a_warning(tmp_path, monkeypatch, rec
     assert shown == ["mine", (1, {"train/loss": 2.0})]
 
 
+def test_a_run_of_weights_and_biases_is_the_folder_s_own_and_goes_on_as_it_was(tmp_path, monkeypatch):
+    """Two runs of one name, in two folders, are two; a third that begins again in one of them is a third."""
+    known = []
+
+    class Wandb:
+        @staticmethod
+        def init(**how):
+            known.append(how["id"])
+
+    monkeypatch.setitem(__import__("sys").modules, "wandb", Wandb)
+    for folder, step in (("a/run", 0), ("b/run", 0), ("a/run", 5), ("a/run", 0)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        Loggers(tmp_path / folder, step, tensorboard=False, wandb="mine", values={})
+    assert known[2] == known[0]
+    assert len(set(known)) == 3
+
+
 # Speed
 
 
@@ -298,7 +315,8 @@ def test_weights_and_biases_is_asked_for_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     Loggers(tmp_path / "run", 0, tensorboard=False, wandb="mine", values={"steps": 3}).write("valid", 5, bound=2.0)
     how = {"project": "mine", "name": "run", "dir": str(tmp_path / "run"), "config": {"steps": 3}}
-    assert asked == [how | {"resume": "allow", "id": "run"}, ({"valid/bound": 2.0}, 5)]
+    told = (tmp_path / "run" / "wandb-id").read_text()
+    assert asked == [how | {"resume": "allow", "id": told}, ({"valid/bound": 2.0}, 5)]
 
 
 def test_lines_of_the_log_are_whole(tmp_path):

@@ -17,8 +17,8 @@ from sedd_train.corpora import Texts
 from sedd_train.objectives import ScoreEntropy
 from sedd_train.pretrained import make_net
 from sedd_train.recipes import read_recipe, recipe_names
+from sedd_train.starting import choose_attention, compiles
 from sedd_train.text8 import character_tokenizer, to_text8
-from sedd_train.training import _choose_attention, _compiles
 from torch import nn
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("process")]  # DeepSpeed warns
@@ -146,25 +146,25 @@ def test_what_is_compiled_without_a_word():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for name in recipe_names():
         recipe = read_recipe(name)
-        assert [_compiles(recipe, cuda, own=own) for own in (False, True)] == [True, False]
-        assert not _compiles(recipe, cpu, own=False)
-    assert not _compiles(dataclasses.replace(SMALL, packing=False), cuda, own=False)
+        assert [compiles(recipe, cuda, own=own) for own in (False, True)] == [True, False]
+        assert not compiles(recipe, cpu, own=False)
+    assert not compiles(dataclasses.replace(SMALL, packing=False), cuda, own=False)
     for said in (False, True):
-        assert _compiles(dataclasses.replace(SMALL, compile=said), cpu, own=True) is said
-        assert _compiles(dataclasses.replace(SMALL, compile=said), cuda, own=False) is said
+        assert compiles(dataclasses.replace(SMALL, compile=said), cpu, own=True) is said
+        assert compiles(dataclasses.replace(SMALL, compile=said), cuda, own=False) is said
 
 
 def test_attention_is_the_recipe_s_where_it_can_be(monkeypatch):
     net = make_net(SMALL, 12)
-    _choose_attention(net, SMALL, own=True)
+    choose_attention(net, SMALL, own=True)
     assert net.attention is sdpa
     flex, flash = (dataclasses.replace(SMALL, attention=name, precision="bf16") for name in ("flex", "flash"))
     with pytest.raises(ValueError, match="no backward pass but on a GPU"):
-        _choose_attention(net, flex, own=False)
+        choose_attention(net, flex, own=False)
     with pytest.raises(ValueError, match="a network of your own attends as it does"):
-        _choose_attention(net, flex, own=True)
+        choose_attention(net, flex, own=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _choose_attention(net, flex, own=False)
+    choose_attention(net, flex, own=False)
     assert isinstance(net.attention, FlexAttention)
     with pytest.raises(ValueError, match=r"flash-attn is not installed .*pip install"):
-        _choose_attention(net, flash, own=False)
+        choose_attention(net, flash, own=False)

@@ -4,7 +4,8 @@ A checkpoint is a folder `step-00000500` with
 - `config.json`, `model.safetensors` and the tokenizer's files: the averaged weights in the published format, which
   `sedd_train.load` and `SEDD.from_pretrained` read;
 - `training.safetensors`: the weights and AdamW's two moments, by name and whole. They depend neither on the ZeRO stage
-  nor on the number of ranks, so a run may continue with others;
+  nor on the number of ranks, so a run may continue with others. With LoRA, whose matrices are added to the others' in
+  `model.safetensors`, the averages of both are here, too;
 - `manifest.json`: the counters, the recipe, and every file's SHA-256.
 
 It is written under another name, synchronised to the disk, and renamed; then `latest` is replaced in the same way. A
@@ -27,10 +28,10 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from sedd_nets.files import read_json
+from sedd_nets.files import read_json, write_checkpoint
 from torch import Tensor, nn
 
-from sedd_train import storage, zero_shards
+from sedd_train import adapters, storage, zero_shards
 from sedd_train.ema import EMA
 from sedd_train.loggers import to_json
 
@@ -102,7 +103,8 @@ def save(
     Raises:
         CheckpointError: on every rank, if it could not be written; the checkpoints before it are intact.
     """
-    tensors = {f"weights/{name}": value for name, value in zero_shards.gather(engine).items()}
+    weights = zero_shards.frozen(engine) | zero_shards.gather(engine)
+    tensors = {f"weights/{name}": value for name, value in weights.items()}
     states = engine.basic_optimizer.state
     pieces = [states.get(master, {}) for master in zero_shards.owned(engine)]
     adam_steps = 0
@@ -112,6 +114,8 @@ def save(
             whole = zero_shards.gather(engine, [piece[moment] for piece in pieces])
             tensors |= {f"{moment}/{name}": value for name, value in whole.items()}
     average = ema.gather()
+    if adapters.has_adapters(engine.module.net):
+        tensors |= {f"average/{name}": value for name, value in average.items() if ".lora_" in name}
     folder = run / f"step-{step:08d}"
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
@@ -148,7 +152,11 @@ def export(folder: Path, net: nn.Module, average: dict[str, Tensor], tokenizer: 
     A network without a `save_pretrained` has its weights written by name, and its class in config.json: it is for its
     owner to make again, and to fill by `set_weights`.
     """
-    if hasattr(net, "save_pretrained"):
+    if adapters.has_adapters(net):
+        state = adapters.merged(net, _with_buffers(net, average))
+        own: Any = net
+        write_checkpoint(folder, own.config_json(sections), {own.key_prefix + key: state[key] for key in state})
+    elif hasattr(net, "save_pretrained"):
         state = {name: value.cpu() for name, value in _with_buffers(net, average).items()}
         net.save_pretrained(folder, sections=sections, state_dict=state)  # type: ignore[operator]
     else:
@@ -294,6 +302,8 @@ def read(folder: Path) -> Checkpoint:
 
     moments = {moment: values for moment in MOMENTS if (values := part(moment))}
     average = safetensors.torch.load_file(folder / "model.safetensors")
+    if thin := part("average"):  # of a network with LoRA, the rest of which is frozen
+        average = part("weights") | thin
     return Checkpoint(folder, read_json(folder / "manifest.json"), part("weights"), moments, average)
 
 
@@ -325,7 +335,9 @@ def restore(checkpoint: Checkpoint, engine: Any, ema: EMA) -> None:
             state = {name: pieces[i] for name, pieces in moments.items()}
             engine.basic_optimizer.state[master] = {"step": torch.tensor(steps, device=master.device), **state}
     engine.loss_scale_of_ours.restore(checkpoint.manifest.get("loss_scale", [1.0, 0]))
-    ema.restore(checkpoint.average, int(checkpoint.manifest["ema_updates"]))
+    net = engine.module.net
+    average = net.own_keys(checkpoint.average) if hasattr(net, "own_keys") else checkpoint.average  # as it is published
+    ema.restore(average, int(checkpoint.manifest["ema_updates"]))
 
 
 def check_space(run: Path, parameters: int, keep: int) -> None:

@@ -40,8 +40,8 @@ class EMA:
         self.updates += 1
 
     def gather(self) -> dict[str, Tensor]:
-        """The averaged weights by name, whole, on the CPU of every rank. Collective."""
-        return zero_shards.gather(self.engine, self.pieces)
+        """The averaged weights by name, whole, and those that are not trained, on the CPU of every rank. Collective."""
+        return zero_shards.frozen(self.engine) | zero_shards.gather(self.engine, self.pieces)
 
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Continue from averaged weights as `gather` gave them, after so many updates."""

@@ -94,7 +94,7 @@ def start_engine(
     # torch's own AdamW: DeepSpeed's compiles itself at first use. Fused, because ZeRO hands it one flat tensor of all
     # weights, and each operation on that makes another of its size. The learning rate is set before every step.
     optimizer = torch.optim.AdamW(_decayed(loss, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
-    size = sum(p.numel() for p in loss.parameters())
+    size = sum(p.numel() for p in loss.parameters() if p.requires_grad)
     config: dict[str, Any] = {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size // micro_batches,
@@ -120,8 +120,8 @@ def start_engine(
 
 
 def _decayed(loss: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in groups: those that decay, and those that do not."""
-    parameters = list(loss.parameters())
+    """The parameters that are trained in groups: those that decay, and those that do not."""
+    parameters = [p for p in loss.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
     if weight_decay == 0 or not matrices or not others:

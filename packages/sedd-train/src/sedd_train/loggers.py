@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,7 @@ class Loggers:
         if tensorboard and (copy := _tensorboard(folder / "tensorboard", step)) is not None:
             self.copies.append(copy)
         if wandb:
-            self.copies.append(_wandb(wandb, folder, values))
+            self.copies.append(_wandb(wandb, folder, step, values))
 
     def write(self, kind: str, step: int, **values: object) -> None:
         """Show the numbers among the values, named `kind/name`."""
@@ -119,12 +120,17 @@ def _tensorboard(folder: Path, step: int) -> Write | None:
     return write
 
 
-def _wandb(project: str, folder: Path, values: dict[str, Any]) -> Write:
+def _wandb(project: str, folder: Path, step: int, values: dict[str, Any]) -> Write:
     try:
         import wandb  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise ValueError(f"--wandb {project} needs the package of that name: pip install 'sedd-train[wandb]'") from None
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=values, resume="allow", id=folder.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    told = folder / "wandb-id"  # a run that goes on is the one it was; another in a folder of that name is not
+    if not (step and told.exists()):
+        told.write_text(secrets.token_hex(8))
+    which: dict[str, Any] = {"id": told.read_text().strip(), "resume": "allow"}
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=values, **which)
 
     def write(step: int, scalars: dict[str, float]) -> None:
         run.log(scalars, step=step)

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd_train import flops, pretrained, token_cache, tokenizers
+from sedd_train import finetuning, flops, pretrained, token_cache, tokenizers
+from sedd_train.pretrained import make_schedule
 from sedd_train.recipes import Recipe
-from sedd_train.sections import make_noise
 
 __all__ = ["memory", "activations", "describe", "STAGES"]
 
@@ -42,28 +42,31 @@ COLUMNS = {
 }
 
 
-def memory(parameters: int, stage: int, ranks: int) -> dict[str, float]:
+def memory(parameters: int, stage: int, ranks: int, *, trained: int | None = None) -> dict[str, float]:
     """Bytes that one rank holds at the end of a backward pass, by what they are for.
 
     Args:
         parameters: P.
         stage: ZeRO stage.
         ranks: n.
+        trained: how many of them are trained; all unless given. The others are weights and nothing else.
 
     Raises:
         ValueError: no such stage, or no rank.
     """
     if stage not in STAGES or ranks < 1:
         raise ValueError(f"stage = {stage}, ranks = {ranks}: expected a stage of 0 to 3 and at least one rank")
-    whole, part = 4.0 * parameters, 4.0 * parameters / ranks
+    weights = 4.0 * parameters
+    trained = parameters if trained is None else trained
+    whole, part = 4.0 * trained, 4.0 * trained / ranks
     return {
-        "weights": part if stage == 3 else whole,
+        "weights": weights / ranks if stage == 3 else weights,
         "gradients": part if stage >= 2 else whole,
         "masters": part if stage else 0.0,
         "moments": 2 * (part if stage else whole),
         "average": part if stage else whole,
-        "averaged network": whole,
-        "bucket": 4.0 * min(parameters, 1 << 26) if stage else 0.0,
+        "averaged network": weights,
+        "bucket": 4.0 * min(trained, 1 << 26) if stage else 0.0,
     }
 
 
@@ -115,13 +118,19 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
     """
     micro_batches = recipe.micro_batches(ranks)
     micro_batch = recipe.batch_size // micro_batches
-    graph = pretrained.make_graph(recipe.graph, tokenizers.vocab_size(recipe.tokenizer, eos=recipe.eos))
-    sections = pretrained.sections(recipe, tokens=graph.num_states)
-    objective = pretrained.make_objective(sections["objective"], graph, make_noise(sections["noise"]))
-    with torch.device("meta"):
-        net = pretrained.make_net(recipe, graph.num_states)
+    if recipe.init:
+        start = finetuning.begin(recipe, Path(), resume=False)
+        recipe, tokenizer, objective = finetuning.adopted(recipe, start), start.tokenizer, start.objective
+        net: Any = finetuning.prepared(start.net, recipe)
+    else:
+        tokenizer = recipe.tokenizer
+        tokens = tokenizers.vocab_size(tokenizer, eos=recipe.eos)
+        graph, noise = pretrained.make_graph(recipe.graph, tokens), make_schedule(recipe)
+        objective = pretrained.make_objective(pretrained.sections(recipe, graph, noise)["objective"], graph, noise)
+        with torch.device("meta"):
+            net = pretrained.make_net(recipe, graph.num_states)
     counts = net.parameter_counts()
-    parameters = sum(counts.values())
+    parameters, trained = sum(counts.values()), sum(p.numel() for p in net.parameters() if p.requires_grad)
 
     def shallow(depth: int) -> Any:
         net = pretrained.make_net(dataclasses.replace(recipe, depth=depth), 2)
@@ -131,14 +140,15 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
     kept = micro_batch * activations(shallow, recipe.depth, recipe.length, precision=recipe.precision)
     step_tokens = recipe.batch_size * recipe.length
     arithmetic = flops.training_flops(net, objective, recipe.length, recipe.t_min)
-    corpus = token_cache.cached(recipe.corpus, recipe.tokenizer, cache, **recipe.texts)
+    corpus = token_cache.cached(recipe.corpus, tokenizer, cache, **recipe.texts)
     epochs = "not tokenised yet"
     if corpus is not None:
         blocks = corpus.train.blocks(recipe.length)
         epochs = f"{len(corpus.train):,} tokens, seen {recipe.steps * recipe.batch_size / blocks:.3g} times"
     parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())
     lines = [
-        f"network      {parameters:,} parameters ({parts}), {graph.num_states:,} states",
+        f"network      {parameters:,} parameters ({parts}), {net.num_states:,} states"
+        + (f", {trained:,} of them trained" if trained < parameters else ""),
         f"text         {recipe.corpus} in {recipe.tokenizer}: {epochs}",
         f"step         {recipe.batch_size} sequences of {recipe.length} = {ranks} ranks x {micro_batches // ranks} "
         f"micro-batches x {micro_batch}; {step_tokens:,} tokens",
@@ -151,7 +161,7 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
         "GB a rank    " + "".join(f"{name:>{width}}" for name, width in COLUMNS.items()),
     ]
     for stage in STAGES:
-        held = memory(parameters, stage, ranks)
+        held = memory(parameters, stage, ranks, trained=trained)
         averages = held["average"] + held["averaged network"]
         columns = [held["weights"], held["gradients"], held["masters"], held["moments"], averages, held["bucket"], kept]
         values = zip([*columns, sum(columns)], COLUMNS.values(), strict=True)

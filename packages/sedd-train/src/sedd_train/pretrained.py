@@ -10,8 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-from sedd_graphs import Absorbing, Uniform
-from sedd_nets import MDLM, RADD, SEDD, Causal, from_pretrained
+from sedd_nets import MDLM, RADD, SEDD, UDLM, Causal, from_pretrained
 from sedd_nets.config import integer, section, text
 from sedd_nets.families import ConditionalTransformer
 from sedd_nets.files import HubOptions, Source
@@ -20,11 +19,11 @@ from sedd_nets.loading import Network
 from sedd_train import tokenizers
 from sedd_train.objectives import D3PM, Autoregressive, ScoreEntropy
 from sedd_train.recipes import Recipe
-from sedd_train.sections import graph_section, make_noise, noise_section, read_graph
+from sedd_train.sections import MASKING, described, graph_section, make_noise, noise_section, read_graph
 
 __all__ = [
     *("Model", "load", "Trained", "load_trained"),
-    *("make_graph", "make_net", "make_noise", "make_objective", "sections"),
+    *("make_graph", "make_net", "make_objective", "make_schedule", "check_states", "sections", "folder_of"),
 ]
 
 GPT2_PADDED = 50258  # with the [PAD] that Duo's trainer adds
@@ -131,7 +130,7 @@ def load_trained(
 
     Args and errors are those of `load`.
     """
-    source = Source(_folder(Path(folder_or_name)) if Path(folder_or_name).is_dir() else folder_or_name, **hub)
+    source = Source(folder_of(folder_or_name), **hub)
     net = from_pretrained(source.name, **hub)
     if tokenizer is None:
         tokenizer = tokenizers.read_tokenizer(source) or _tokenizer_by_size(net, source)
@@ -155,8 +154,11 @@ def load_trained(
     return Trained(net, objective, tokenizer)
 
 
-def _folder(folder: Path) -> Path:
-    """Where in a run's folder the model is; any other folder itself."""
+def folder_of(name: str | Path) -> str | Path:
+    """Where in a run's folder the model is; any other folder, or a name on the hub, itself."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
     if (folder / "config.json").exists():
         return folder
     if (folder / "export" / "config.json").exists():
@@ -214,26 +216,63 @@ def _check_vocabulary(tokenizer: Any, graph: Any, source: Source) -> None:
         )
 
 
-def make_graph(kind: str, vocab_size: int) -> Absorbing | Uniform:
-    """The graph that a published config calls `absorb` or `uniform`.
+def make_graph(word: str, tokenizer: Any) -> Any:
+    """The graph that a recipe names, over a tokenizer's tokens and, where it masks, a mask.
+
+    Args:
+        word: see `sedd_train.sections`.
+        tokenizer: where its own mask is the graph's there is no state besides; or the number of tokens.
 
     Raises:
-        ValueError: another kind.
+        ValueError: another kind, or a value that makes no such graph.
     """
-    if kind == "absorb":
-        return Absorbing(vocab_size)
-    if kind == "uniform":
-        return Uniform(vocab_size)
-    raise ValueError(f"graph type {kind!r}: expected 'absorb' or 'uniform'")
+    told = described("graph", word)
+    if told["type"] == "own":
+        raise ValueError(f"the graph {told['is']} cannot be made from a recipe: give it, train(..., graph=...)")
+    tokens = tokenizer if isinstance(tokenizer, int) else tokenizers.num_tokens(tokenizer)
+    inside = told.get("mask_id") is not None and told["mask_id"] == getattr(tokenizer, "mask_token_id", None)
+    try:
+        return read_graph(told, tokens + (told["type"] in MASKING and not inside))
+    except ValueError as error:
+        raise ValueError(f"graph = {word!r}: {str(error).removeprefix('config.json: ')}") from None
 
 
-def make_net(recipe: Recipe, num_states: int) -> SEDD | RADD | MDLM | Causal:
+def check_states(graph: Any, tokenizer: Any) -> None:
+    """A graph has a state for each token of a tokenizer, and a mask besides or among them, or none. Else ValueError."""
+    states, masks = tokenizers.num_tokens(tokenizer), graph.mask_id is not None
+    inside = masks and graph.mask_id == getattr(tokenizer, "mask_token_id", None)
+    if graph.num_states not in ([states] if inside or not masks else [states + 1]):
+        raise ValueError(
+            f"{graph} has {graph.num_states} states, and the tokenizer {states} tokens"
+            + (f", none of which is its mask {graph.mask_id}" if masks and not inside else "")
+        )
+
+
+def make_schedule(recipe: Recipe) -> Any:
+    """The noise schedule that a recipe names.
+
+    Raises:
+        ValueError: another kind, or a value that makes no such schedule.
+    """
+    ends = {"sigma_min": recipe.sigma_min, "sigma_max": recipe.sigma_max}
+    told = ends | described("noise", recipe.noise)
+    if told["type"] == "own":
+        raise ValueError(f"the schedule {told['is']} cannot be made from a recipe: give it, train(..., noise=...)")
+    try:
+        return make_noise(told)
+    except ValueError as error:
+        raise ValueError(f"noise = {recipe.noise!r}: {str(error).removeprefix('config.json: ')}") from None
+
+
+def make_net(recipe: Recipe, num_states: int) -> SEDD | RADD | MDLM | UDLM | Causal:
     """A fresh network of a recipe's kind and sizes."""
     sizes: dict[str, Any] = {name: getattr(recipe, name) for name in ("width", "depth", "heads", "dropout", "length")}
     if recipe.network == "radd":
         return RADD(num_states, **sizes)
     if recipe.network == "mdlm":
         return MDLM(num_states, cond_dim=recipe.cond_dim, **sizes)
+    if recipe.network == "udlm":
+        return UDLM(num_states, cond_dim=recipe.cond_dim, **sizes)
     if recipe.network == "causal":
         return Causal(num_states, **sizes)
     return SEDD(num_states, cond_dim=recipe.cond_dim, scale_by_sigma=recipe.scale_by_sigma, **sizes)
@@ -255,14 +294,14 @@ def make_objective(described: dict[str, Any], graph: Any, noise: Any) -> ScoreEn
     raise ValueError(f"objective {kind!r:.100}: expected 'score-entropy', 'd3pm' or 'autoregressive'")
 
 
-def sections(recipe: Recipe, *, tokens: int) -> dict[str, Any]:
+def sections(recipe: Recipe, graph: Any, noise: Any) -> dict[str, Any]:
     """What a published config.json says beside the network's sizes; `load` reads it back."""
     objective: dict[str, Any] = {"type": recipe.objective}
     if recipe.objective == "d3pm":
         objective["steps"] = recipe.d3pm_steps
     return {
-        "tokens": tokens,
+        "tokens": graph.num_states - (graph.mask_id is not None),
         "objective": objective,
-        "graph": {"type": recipe.graph},
-        "noise": {"type": recipe.noise, "sigma_min": recipe.sigma_min, "sigma_max": recipe.sigma_max},
+        "graph": graph_section(graph),
+        "noise": {"sigma_min": recipe.sigma_min, "sigma_max": recipe.sigma_max} | noise_section(noise),
     }

@@ -20,12 +20,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sedd_train import checkpoint
 from sedd_train.deepspeed_options import check_options
+from sedd_train.sections import MASKING, described
 
 __all__ = ["Recipe", "recipe_names", "read_recipe", "for_run", "check_run", "add_arguments", "override", "to_toml"]
 
 
 OBJECTIVES = ("score-entropy", "d3pm", "autoregressive")
-NETWORKS = ("sedd", "radd", "mdlm", "causal")
+NETWORKS = {"sedd": "", "radd": "absorb", "mdlm": "absorb", "udlm": "uniform", "causal": "absorb"}  # and their graphs
 ATTENTIONS = ("sdpa", "flex", "flash", "flash-4")
 
 
@@ -53,7 +54,7 @@ class Recipe:
         "'protein', a folder, a tokenizer.json, or a name on the hub (with '@REVISION')",
     )
     eos: str = _value("", "the token put after every document, or none; by default the tokenizer's end of text")
-    length: int = _value(1024, "tokens a block")
+    length: int = _value(1024, "tokens a block; 0: what the checkpoint of --init takes")
     packing: bool = _value(
         True, "cut blocks out of all documents one after another; false: one document a row, cut or padded"
     )
@@ -62,19 +63,37 @@ class Recipe:
 
     objective: str = _value("score-entropy", "what is trained for: score-entropy, or d3pm or autoregressive to compare")
     network: str = _value(
-        "sedd", "sedd; radd or mdlm, normalised, so that score entropy is masked cross-entropy; causal (autoregressive)"
+        "sedd",
+        "sedd; radd or mdlm, normalised, so that score entropy is masked cross-entropy; udlm, the same for the "
+        "uniform graph; causal (autoregressive)",
     )
     d3pm_steps: int = _value(1000, "T, the steps of the d3pm objective")
-    graph: str = _value("absorb", "forward process: absorb or uniform")
-    noise: str = _value("loglinear", "noise schedule: loglinear or geometric")
-    sigma_min: float = _value(1e-4, "least total noise of the geometric schedule")
-    sigma_max: float = _value(20.0, "largest total noise of the geometric schedule")
+    init: str = _value(
+        "",
+        "begin from this checkpoint: a run, a folder, or NAME[@REVISION] on the hub, ours or one of "
+        "SEDD, RADD, MDLM, UDLM or Duo. Tokenizer, graph, noise and sizes are then its own",
+    )
+    train_layers: str = _value(
+        "", "train only the weights that one of these patterns fits, such as 'blocks.3.*,output_layer.*'; needs --init"
+    )
+    lora: int = _value(0, "rank of LoRA: train two thin matrices beside each of the blocks' in its place; needs --init")
+    lora_alpha: float = _value(16.0, "LoRA adds alpha / rank times their product")
+    graph: str = _value(
+        "absorb",
+        "forward process: absorb, uniform, ordinal, hybrid:uniform_rate=X,mask_rate=X, or "
+        "masked:tokens=ordinal,rate=X,mask_rate=X; those that mask also take mask_id=N",
+    )
+    noise: str = _value(
+        "loglinear", "noise schedule: loglinear, cosine, polynomial:power=X (each may say eps=X), geometric or linear"
+    )
+    sigma_min: float = _value(1e-4, "least total noise of the geometric and the linear schedule")
+    sigma_max: float = _value(20.0, "largest total noise of the geometric and the linear schedule")
     width: int = _value(768, "features a position")
     depth: int = _value(12, "transformer blocks")
     heads: int = _value(12, "attention heads")
     cond_dim: int = _value(128, "features of the noise embedding")
     dropout: float = _value(0.1, "dropout probability")
-    scale_by_sigma: bool = _value(True, "subtract log(expm1 sigma) and log(N - 1) from the logits (absorb)")
+    scale_by_sigma: bool = _value(True, "subtract log(expm1 sigma) and log(N - 1) from the logits (graphs that mask)")
     informed_start: bool = _value(
         False, "begin with the tokens' frequencies and with attention on the neighbours (absorb)"
     )
@@ -121,14 +140,14 @@ class Recipe:
         Raises:
             ValueError: a value, or a pair of them, makes no sense; the message names it and says what would.
         """
-        positive = ["length", "width", "depth", "heads", "cond_dim", "steps", "batch_size", "learning_rate", "eps"]
+        positive = ["width", "depth", "heads", "cond_dim", "steps", "batch_size", "learning_rate", "eps"]
         positive += ["max_skipped", "log_every", "evaluate_every", "evaluate_blocks", "evaluate_times"]
-        positive += ["checkpoint_every", "keep", "sample_steps"]
+        positive += ["checkpoint_every", "keep", "sample_steps", "lora_alpha"]
         for name, value in dataclasses.asdict(self).items():
             _require(not isinstance(value, float) or math.isfinite(value), name, value, "a finite number")
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ["micro_batch_size", "keep_every", "warmup", "clip", "weight_decay", "seed"]:
+        for name in ["length", "lora", "micro_batch_size", "keep_every", "warmup", "clip", "weight_decay", "seed"]:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ["dropout", "ema", "beta1", "beta2"]:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
@@ -137,8 +156,11 @@ class Recipe:
         _require(
             0 < self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, f"in (0, sigma_max = {self.sigma_max})"
         )
-        _require(self.graph in ("absorb", "uniform"), "graph", self.graph, "absorb or uniform")
-        _require(self.noise in ("loglinear", "geometric"), "noise", self.noise, "loglinear or geometric")
+        graph, _ = described("graph", self.graph)["type"], described("noise", self.noise)
+        for name in ("train_layers", "lora"):
+            value = getattr(self, name)
+            _require(bool(self.init) or not value, name, value, "a checkpoint to begin from (--init), too")
+        _require(not (self.lora and self.train_layers), "train_layers", self.train_layers, "nothing beside lora")
         _require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "fp32, bf16 or fp16")
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "0, 1, 2 or 3")
         _require(not (self.offload and self.zero_stage == 0), "offload", True, "false without ZeRO (zero_stage = 0)")
@@ -155,11 +177,11 @@ class Recipe:
         _require(self.d3pm_steps > 0, "d3pm_steps", self.d3pm_steps, "a positive number")
         causal = self.objective == "autoregressive"
         _require((self.network == "causal") == causal, "network", self.network, "causal if and only if autoregressive")
-        normalised = self.network in ("radd", "mdlm", "causal")
-        _require(not (normalised and self.graph != "absorb"), "graph", self.graph, f"absorb for {self.network}")
-        informed = self.informed_start and self.graph != "absorb"
+        theirs = NETWORKS[self.network]
+        _require(graph == theirs or not theirs, "graph", self.graph, f"{theirs} for {self.network}")
+        informed = self.informed_start and graph != "absorb"
         _require(not informed, "informed_start", True, "false for another graph than absorb")
-        scaled = self.scale_by_sigma and self.graph != "absorb"
+        scaled = self.scale_by_sigma and graph not in (*MASKING, "own")
         _require(
             not scaled, "scale_by_sigma", True, f"false for the graph {self.graph}, whose scores have no such factor"
         )
@@ -240,22 +262,14 @@ def read_recipe(name: str | Path) -> Recipe:
 
 
 FIXED = (  # what a run keeps to its end: another value would make it another run
-    *(
-        *("corpus", "column", "revision", "valid", "encoding"),
-        *("tokenizer", "eos"),
-        "length",
-        "objective",
-        "network",
-        "d3pm_steps",
-        "graph",
-        "noise",
-        "sigma_min",
-        "sigma_max",
-        "width",
-        "depth",
-        "heads",
-    ),
-    *("cond_dim", "scale_by_sigma", "batch_size", "seed", "crops", "packing"),
+    *("corpus", "column", "revision", "valid", "encoding", "tokenizer", "eos", "length"),
+    *("init", "train_layers", "lora", "lora_alpha", "objective", "network", "d3pm_steps", "graph", "noise"),
+    *("sigma_min", "sigma_max", "width", "depth", "heads", "cond_dim", "scale_by_sigma"),
+    *("batch_size", "seed", "crops", "packing"),
+)
+OF_A_CHECKPOINT = (  # what a run that begins from one takes from it
+    *("objective", "network", "d3pm_steps", "graph", "noise", "sigma_min", "sigma_max"),
+    *("width", "depth", "heads", "cond_dim", "scale_by_sigma", "informed_start"),
 )
 
 
@@ -272,6 +286,10 @@ def for_run(output: Path, name: str | Path, values: dict[str, Any], *, resume: b
         ValueError: as `check_run`; or a value is wrong.
     """
     resume = checkpoint.exist(output / "checkpoints") if resume == "auto" else resume
+    theirs = [value for value in OF_A_CHECKPOINT if value in values]
+    if not resume and values.get("init") and theirs:
+        options = ", ".join(f"--{value.replace('_', '-')}" for value in theirs)
+        raise ValueError(f"with --init the checkpoint says what {options} would: leave it out")
     recipe = override(_started(output) if resume else read_recipe(name), values)
     check_run(recipe, output, resume=resume)
     return recipe
@@ -284,6 +302,8 @@ def check_run(recipe: Recipe, output: Path, *, resume: bool) -> None:
         ValueError: there is no run to continue, or one that would be overwritten; or a value is another than the run
             was started with, and one that a run cannot change on its way.
     """
+    if not recipe.init and not (recipe.length and recipe.tokenizer):
+        raise ValueError("length and tokenizer are those of a checkpoint to begin from: give it, --init NAME_OR_FOLDER")
     if not resume:
         if checkpoint.exist(output / "checkpoints"):
             raise ValueError(
@@ -314,8 +334,11 @@ def override(recipe: Recipe, values: dict[str, Any], source: str = "command line
     """
     types = get_type_hints(Recipe)
     if values.get("graph", recipe.graph) != recipe.graph:  # what depends on the graph follows it, unless it is told
-        absorbing = values["graph"] == "absorb"
-        values = {"scale_by_sigma": absorbing, "informed_start": recipe.informed_start and absorbing} | values
+        kind = str(values["graph"]).partition(":")[0]
+        informed = recipe.informed_start and kind == "absorb"
+        values = {"scale_by_sigma": kind in MASKING, "informed_start": informed} | values
+    if values.get("init", recipe.init) != recipe.init:  # whose tokenizer it then is, unless it is told
+        values = {"tokenizer": ""} | values
     for name, value in values.items():
         if name not in types:
             close = difflib.get_close_matches(name, types, n=1)

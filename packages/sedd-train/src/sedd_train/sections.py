@@ -9,6 +9,10 @@
 
 Of others a checkpoint keeps the name alone, {"type": "Dense", "is": "Dense(Q of 4 states)"}: whoever loads it brings
 the graph or the schedule itself.
+
+A recipe says the same in a word: `absorb`, `absorb:mask_id=103`, `hybrid:uniform_rate=1,mask_rate=0.5`,
+`masked:tokens=ordinal,rate=1,mask_rate=1`, `cosine`, `polynomial:power=3,eps=1e-4`; `own:...` is an object that was
+given.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from sedd_graphs import (
 )
 from sedd_nets.config import integer, number, section, text
 
-__all__ = ["graph_section", "make_noise", "noise_section", "read_graph"]
+__all__ = ["described", "graph_section", "in_a_word", "make_noise", "noise_section", "read_graph"]
+
+OWN = "own:"
 
 NOISES: dict[str, tuple[Any, dict[str, float | None]]] = {
     "loglinear": (LogLinear, {"eps": 1e-3}),
@@ -46,6 +52,17 @@ GRAPHS: dict[str, Any] = {
     "hybrid": Hybrid,
     "masked": Masked,
 }
+VALUES: dict[str, dict[str, tuple[str, ...]]] = {
+    "graph": {
+        "absorb": ("mask_id",),
+        "uniform": (),
+        "ordinal": (),
+        "hybrid": ("uniform_rate", "mask_rate", "mask_id"),
+        "masked": ("tokens", "rate", "mask_rate", "mask_id"),
+    },
+    "noise": {kind: tuple(values) for kind, (_, values) in NOISES.items()},
+}
+MASKING = ("absorb", "hybrid", "masked")
 
 
 def read_graph(described: Mapping[str, Any], num_states: int) -> Any:
@@ -111,6 +128,52 @@ def noise_section(noise: Any) -> dict[str, Any]:
         if type(noise) is schedule:
             return {"type": kind} | {name: getattr(noise, name) for name in values}
     return {"type": type(noise).__name__, "is": repr(noise)}
+
+
+def described(what: str, word: str) -> dict[str, Any]:
+    """The section that a recipe's word stands for.
+
+    Args:
+        what: graph or noise.
+        word: `TYPE` or `TYPE:NAME=VALUE,NAME=VALUE`, see above.
+
+    Raises:
+        ValueError: another type, or a value that it does not have; what the values may be is checked by who reads them.
+    """
+    if word.startswith(OWN):
+        return {"type": "own", "is": word.removeprefix(OWN)}
+    kind, _, values = word.partition(":")
+    if kind not in VALUES[what]:
+        raise ValueError(f"{what} = {word!r}: expected {', '.join(VALUES[what])}")
+    found: dict[str, Any] = {"type": kind}
+    for pair in values.split(",") if values else []:
+        name, _, value = pair.partition("=")
+        if name not in VALUES[what][kind]:
+            known = ", ".join(VALUES[what][kind]) or "none"
+            raise ValueError(f"{what} = {word!r}: {name!r} is no value of {kind}; it has {known}")
+        found[name] = {"type": value} if name == "tokens" else _number(value)
+    return found
+
+
+def in_a_word(section: Mapping[str, Any]) -> str:
+    """A recipe's word for a section; the reverse of `described`."""
+    kind = section["type"]
+    if "is" in section:
+        return OWN + str(section["is"])
+    known = (*VALUES["graph"].get(kind, ()), *VALUES["noise"].get(kind, ()))
+    told = {name: section[name] for name in known if name in section}
+    values = ",".join(f"{name}={value['type'] if name == 'tokens' else value}" for name, value in told.items())
+    return f"{kind}:{values}" if values else str(kind)
+
+
+def _number(value: str) -> int | float | str:
+    """What a value says, or the value itself, which whoever reads it refuses by its name."""
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
 
 
 def _unknown(what: str, described: Mapping[str, Any], known: Mapping[str, Any]) -> str:

@@ -165,8 +165,8 @@ def _made_before(cache: Path, asked: list[str]) -> Corpus | None:
     return _open(found[-1].parent) if found else None
 
 
-def cached(corpus: str, tokenizer: str, cache: Path, *, eos: str = "", **options: Any) -> Corpus | None:
-    """The tokenised corpus if it is in the cache; it is not made.
+def cached(corpus: str, tokenizer: Any, cache: Path, *, eos: str = "", **options: Any) -> Corpus | None:
+    """The tokenised corpus if it is in the cache; it is not made. Arguments as for `prepare`.
 
     Raises:
         ValueError: the corpus is empty, unreadable, or unknown.

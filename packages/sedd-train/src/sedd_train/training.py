@@ -13,18 +13,16 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from sedd_nets import init_local_attention, init_unigram_bias
-from sedd_nets.fast.attention import attention_named
-from torch import Tensor, nn
+from torch import nn
 
 from sedd_train import (
     checkpoint,
     distributed,
+    finetuning,
     flops,
     nonfinite,
     pretrained,
@@ -32,6 +30,7 @@ from sedd_train import (
     randomness,
     recipes,
     report,
+    starting,
     storage,
 )
 from sedd_train.checkpoint import CheckpointError
@@ -45,9 +44,8 @@ from sedd_train.loading import Batches, ahead
 from sedd_train.objectives import Objective, has_head
 from sedd_train.progress import Progress, introduce, measure_and_sample, tell_scale, tell_skipped
 from sedd_train.recipes import Recipe
-from sedd_train.sections import make_noise
 from sedd_train.token_cache import Corpus
-from sedd_train.tokenizers import identity, num_tokens
+from sedd_train.tokenizers import num_tokens
 from sedd_train.tokens import unigram_entropy
 
 __all__ = ["train", "Result", "SetupError", "TrainingError"]
@@ -86,6 +84,9 @@ def train(
     tokenizer: Any = None,
     net: nn.Module | None = None,
     objective: Objective | None = None,
+    graph: Any = None,
+    noise: Any = None,
+    init: str | Path | None = None,
     resume: bool | Literal["auto"] = False,
     cache: str | Path = "runs/cache",
     tensorboard: bool = True,
@@ -104,6 +105,10 @@ def train(
         net: the network to train, in place of a fresh one of the recipe's sizes: any module that, called with states
             (B, L) int64 and total noise (B,), gives log-scores (B, L, N); or whatever the objective asks for.
         objective: what to train for, in place of the recipe's; see `sedd_train.objectives.Objective`.
+        graph: the forward process, in place of the recipe's: any of sedd_graphs, or one's own.
+        noise: its schedule, the same.
+        init: the checkpoint to begin from, in place of the recipe's `init`: a run, a folder, or a name on the hub. The
+            network, its sizes, graph, schedule and tokenizer are the checkpoint's, whatever the recipe says.
         resume: whether to continue the run in the folder from its last checkpoint; "auto": if it has one.
         cache: the folder of tokenised text, which runs share.
         tensorboard: whether to write the log's numbers for TensorBoard, too, if it is installed.
@@ -120,35 +125,45 @@ def train(
         with _setup_errors():
             rank, world_size = distributed.place()
             goes_on = checkpoint.exist(output / "checkpoints") if resume == "auto" else resume
-            recipe = _recipe(recipe, output, corpus, tokenizer, resume=goes_on)
+            recipe = starting.recipe_of(recipe, corpus, tokenizer, graph, noise, init)
+            start = None
+            if recipe.init:
+                given = {"tokenizer": tokenizer, "graph": graph, "noise": noise}
+                start = finetuning.begin(recipe, output, **given, resume=goes_on)
+                recipe, tokenizer = finetuning.adopted(recipe, start), start.tokenizer
+            recipes.check_run(recipe, output, resume=goes_on)
             recipe.micro_batches(world_size)
-            _check_packing(net, recipe)
-            _check_loggers(wandb, peak_tflops)
+            starting.check_packing(net, recipe)
+            starting.check_loggers(wandb, peak_tflops)
             text = provenance.text_of(recipe, corpus, tokenizer, Path(cache), stop=lambda: preemption.heard)
             recipe = provenance.pinned(recipe, text)
             text.check_length(recipe.length, packing=recipe.packing)
-            own_net, sections = net is not None, pretrained.sections(recipe, tokens=num_tokens(text.tokenizer))
-            graph = pretrained.make_graph(recipe.graph, num_tokens(text.tokenizer))
+            own_net = net is not None
+            if start is None:
+                graph = graph or pretrained.make_graph(recipe.graph, text.tokenizer)
+                noise = noise or pretrained.make_schedule(recipe)
+                pretrained.check_states(graph, text.tokenizer)
             if objective is None:
-                noise = make_noise(sections["noise"])
-                objective = pretrained.make_objective(sections["objective"], graph, noise)
+                objective, sections = starting.objective_of(recipe, graph, noise, start)
             else:
                 sections = {"tokens": num_tokens(text.tokenizer), "objective": {"type": type(objective).__qualname__}}
             if not recipe.packing:
                 sections["lengths"] = text.train.law_of_lengths(recipe.length)
-            if net is None:
-                net = _new_net(recipe, graph.num_states, text, fresh=not goes_on)
+            if net is None and start is not None:
+                net = finetuning.prepared(start.net, recipe)
+            elif net is None:
+                net = starting.new_net(recipe, graph.num_states, text, fresh=not goes_on)
             end = None if recipe.packing else text.tokenizer.eos_token_id  # what rows are filled up with
             batches = Batches(text.train, recipe, objective, rank, world_size, end)
             if own_net:
-                _check_net(net, objective, batches)
+                starting.check_net(net, objective, batches)
             parameters = sum(p.numel() for p in net.parameters())
             checkpoint.check_space(output / "checkpoints", parameters, recipe.keep)
             if rank == 0:
                 held.enter_context(storage.owned(output))
             saved = provenance.saved(output, text) if goes_on else None
             averaged = copy.deepcopy(net).eval().requires_grad_(False)  # holds the average, to measure and to sample
-            _choose_attention(net, recipe, own=own_net)
+            starting.choose_attention(net, recipe, own=own_net)
             if saved:
                 checkpoint.set_weights(net, saved.weights)
             first = saved.step if saved else 0
@@ -157,7 +172,7 @@ def train(
 
         device = distributed.start()
         averaged.to(device)
-        if _compiles(recipe, device, own=own_net):
+        if starting.compiles(recipe, device, own=own_net):
             compile_network(net, recipe.zero_stage)
         engine = start_engine(
             Loss(net, objective),
@@ -253,80 +268,6 @@ def _setup_errors() -> Iterator[None]:
     failure = distributed.agree(failure)
     if failure:
         raise SetupError(failure) from cause
-
-
-def _recipe(given: Recipe | str | Path, output: Path, corpus: Any, tokenizer: Any, *, resume: bool) -> Recipe:
-    """The recipe of the run; what it does not name itself is put into it by its content."""
-    recipe = given.check() if isinstance(given, Recipe) else recipes.read_recipe(given)
-    if corpus is not None:
-        recipe = dataclasses.replace(recipe, corpus=corpus if isinstance(corpus, str) else corpus.identity)
-    if tokenizer is not None:
-        name = tokenizer if isinstance(tokenizer, str) else identity(tokenizer)
-        recipe = dataclasses.replace(recipe, tokenizer=name)
-    recipes.check_run(recipe, output, resume=resume)
-    return recipe
-
-
-def _check_loggers(wandb: str, peak_tflops: float) -> None:
-    if wandb and find_spec("wandb") is None:
-        raise ValueError(f"--wandb {wandb} needs the package of that name: pip install 'sedd-train[wandb]'")
-    if peak_tflops < 0:
-        raise ValueError(f"--peak-tflops {peak_tflops}: expected a positive number")
-
-
-def _new_net(recipe: Recipe, num_states: int, text: Corpus, *, fresh: bool) -> nn.Module:
-    """A network of the recipe's kind and sizes, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        net = pretrained.make_net(recipe, num_states)
-    if recipe.informed_start and fresh:
-        init_unigram_bias(net, text.train.counts(num_states))
-        init_local_attention(net)
-    net.checkpoint_activations = recipe.activation_checkpointing
-    return net
-
-
-def _compiles(recipe: Recipe, device: torch.device, *, own: bool) -> bool:
-    """Whether the network is compiled: as the recipe says, else on a GPU for its own networks and one length."""
-    if recipe.compile is not None:
-        return recipe.compile
-    return device.type == "cuda" and recipe.packing and not own
-
-
-def _choose_attention(net: Any, recipe: Recipe, *, own: bool) -> None:
-    """The attention that the recipe names, for training alone: what measures and samples works in float32, too."""
-    if recipe.attention == "sdpa":
-        return
-    if own:
-        raise ValueError(f"attention = {recipe.attention!r}: a network of your own attends as it does; leave it out")
-    if not torch.cuda.is_available():
-        raise ValueError(f"attention = {recipe.attention!r}: it has no backward pass but on a GPU; use sdpa")
-    try:
-        net.attention = attention_named(recipe.attention)
-    except ImportError as error:
-        raise ValueError(str(error)) from error
-
-
-def _check_packing(net: nn.Module | None, recipe: Recipe) -> None:
-    if net is not None and not has_head(net) and not recipe.packing:
-        raise ValueError(
-            "packing = False: rows that are filled up need a network that attends within documents, with `hidden` and "
-            f"`head` as those of sedd_nets; {type(net).__name__} has none: train it with packing"
-        )
-
-
-def _check_net(net: nn.Module, objective: Objective, batches: Batches) -> None:
-    """A network of one's own takes the first sample of a run and gives what the objective asks for.
-
-    Raises:
-        ValueError: it does not.
-    """
-    (x0, xt, t, seeds, *lengths), *_ = batches.make(0)
-    device = next(net.parameters()).device
-    given: list[Tensor] = [tensor[:1].to(device) for tensor in (x0, xt, t)]
-    more = {"dropout_seeds": seeds[:1].to(device)} | ({"lengths": lengths[0][:1].to(device)} if lengths else {})
-    with torch.no_grad(), torch.random.fork_rng():
-        objective.losses(net, *given, **more)
 
 
 # On the way

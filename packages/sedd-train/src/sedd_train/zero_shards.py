@@ -3,7 +3,8 @@
 Under ZeRO each rank owns a piece of the float32 master weights: one flat tensor a parameter group (stages 1 and 2) or
 sub-group (stage 3); without ZeRO (stage 0) every rank owns all of them. AdamW's moments and the moving average have
 the same pieces. `owned` lists this rank's; `gather` turns pieces of any such quantity into named tensors of the
-parameters' shapes; `scatter` is its inverse. Named tensors do not depend on the stage or the number of ranks.
+parameters' shapes; `scatter` is its inverse. Named tensors do not depend on the stage or the number of ranks. Weights
+that are not trained have no masters: `frozen` gives them.
 
 DeepSpeed maps between pieces and parameters for the master weights alone. So the other quantities are put in the
 masters' place for a moment; the masters come back before anything else can see it.
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["owned", "named_parameters", "gather", "scatter"]
+__all__ = ["owned", "gather", "frozen", "scatter"]
 
 
 def owned(engine: Any) -> list[Tensor]:
@@ -29,22 +30,39 @@ def owned(engine: Any) -> list[Tensor]:
     return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
 
 
-def named_parameters(engine: Any) -> dict[str, nn.Parameter]:
-    """The network's parameters by their names in the network."""
-    return dict(engine.module.net.named_parameters())
+def _trained(engine: Any, wanted: bool = True) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, or those that are not, by their names in the network."""
+    return {name: p for name, p in engine.module.net.named_parameters() if p.requires_grad == wanted}
 
 
 def gather(engine: Any, pieces: list[Tensor] | None = None) -> dict[str, Tensor]:
-    """Named whole tensors, on the CPU, from every rank's pieces (of the master weights by default). Collective."""
+    """Named whole tensors of what is trained, on the CPU, from every rank's pieces (by default of the master weights).
+
+    Collective.
+    """
     with _in_place_of_masters(engine, pieces):
-        return {name: _whole(engine, p).detach().to("cpu", copy=True) for name, p in named_parameters(engine).items()}
+        return {name: _whole(engine, p).detach().to("cpu", copy=True) for name, p in _trained(engine).items()}
+
+
+def frozen(engine: Any) -> dict[str, Tensor]:
+    """The weights that are not trained, whole, on the CPU. Collective."""
+    found = {}
+    for name, parameter in _trained(engine, False).items():
+        if engine.zero_optimization_stage() < 3:
+            found[name] = parameter.detach().to("cpu", copy=True)
+            continue
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            found[name] = parameter.detach().to("cpu", copy=True)
+    return found
 
 
 def scatter(engine: Any, tensors: dict[str, Tensor]) -> list[Tensor]:
     """This rank's pieces of named whole tensors."""
     pieces = [torch.zeros_like(master) for master in owned(engine)]
     with _in_place_of_masters(engine, pieces):
-        for name, parameter in named_parameters(engine).items():
+        for name, parameter in _trained(engine).items():
             _set_whole(engine, parameter, tensors[name].to(parameter.device, torch.float32))
     return pieces
 

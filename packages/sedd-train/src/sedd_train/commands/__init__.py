@@ -16,10 +16,13 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train": "train a model on text",
+    "finetune": "train on from a checkpoint, on your own text",
     "plan": "say what a run would do and hold, without training",
     "sample": "write text with a trained model",
     "infill": "fill the blanks of a text",
     "evaluate": "bound the likelihood of held-out text: nats a token, perplexity, bits a character",
+    "lm-eval": "run tasks of lm-evaluation-harness",
+    "tables": "fill the paper's likelihood tables: train and measure every system",
     "report": "write a run's page, also while it is under way",
     "export": "write the model of a run as a folder that can be loaded anywhere",
 }
@@ -48,12 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif words[0] == "--print-completion":
         print(_completion(words[1:]))
     elif words[0] in COMMANDS:
-        import_module(f"sedd_train.commands.{words[0]}").main(words[1:])
+        _command(words[0]).main(words[1:])
     else:
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         meant = f"; did you mean `sedd {near[0]}`?" if near else ""
         print(f"sedd: error: there is no command {words[0]!r}{meant}\n\n{usage}", end="", file=sys.stderr)
         sys.exit(2)
+
+
+def _command(name: str) -> Any:
+    return import_module(f"sedd_train.commands.{name.replace('-', '_')}")
 
 
 def _completion(shell: Sequence[str]) -> str:
@@ -66,7 +73,7 @@ def _completion(shell: Sequence[str]) -> str:
     whole = argparse.ArgumentParser(prog="sedd")
     words: Any = whole.add_subparsers()
     for name, text in COMMANDS.items():
-        options = import_module(f"sedd_train.commands.{name}").parser()
+        options = _command(name).parser()
         options.add_help = False
         words.add_parser(name, help=text, parents=[options], conflict_handler="resolve", add_help=False)
     return str(shtab.complete(whole, shell=shell[0]))

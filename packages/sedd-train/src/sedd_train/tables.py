@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sedd_train import storage
 from sedd_train.loggers import to_json
-from torch import Tensor
 
 __all__ = ["Results", "mean_and_error", "with_error", "fingerprint", "markdown", "panels", "save_picture"]
 

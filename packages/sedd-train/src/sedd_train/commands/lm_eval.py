@@ -1,0 +1,94 @@
+"""Run tasks of EleutherAI's lm-evaluation-harness on a trained score model (pip install 'sedd-train[eval]').
+
+sedd lm-eval --checkpoint runs/tiny --tasks my_task --include-path my-tasks/
+sedd lm-eval --checkpoint louaaron/sedd-small --tasks lambada_openai arc_easy --limit 200 --num-times 64
+sedd lm-eval --checkpoint runs/owt --tasks wikitext --output results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sedd_train import loggers
+
+__all__ = ["parser", "main"]
+
+EPILOG = """\
+what is measured
+  Likelihoods are the bound of equation 9 with the context given: what a model can be shown to reach, with a measurement
+  error that the table does not show and the line below it does. More --num-times make it smaller. Where the model looks
+  at unmasked tokens alone (RADD, MDLM), answers of up to six tokens have none. Texts to generate are masks filled in
+  after the prompt, one token a step.
+
+the harness's own command knows the model too, where this package is imported first:
+  python -c "import sedd_train.harness; from lm_eval.__main__ import cli_evaluate; cli_evaluate()" run --model sedd ...
+"""
+
+
+def parser(prog: str = "sedd lm-eval") -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(
+        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--checkpoint", required=True, help="a run, a folder, or a published name")
+    made.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="of the harness, or of --include-path")
+    made.add_argument("--include-path", metavar="DIR", help="a folder with tasks of your own, in YAML files")
+    made.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question (default: the task's)")
+    made.add_argument("--limit", type=float, metavar="N", help="documents of each task (default: all)")
+    made.add_argument("--num-times", type=int, default=128, help="noise levels a bound (default: %(default)s)")
+    made.add_argument("--batch-size", type=int, default=8, help="sequences at once (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    made.add_argument("--device", help="where the network runs (default: cuda where there is one)")
+    made.add_argument("--output", type=Path, metavar="FILE", help="write what the harness gives into this .json")
+    return made
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "sedd lm-eval") -> None:
+    """Run the tasks, and print the harness's table and the error of its numbers."""
+    options = parser(prog)
+    args = options.parse_args(argv)
+    if find_spec("lm_eval") is None:
+        options.exit(2, f"{prog}: error: this needs lm-evaluation-harness: pip install 'sedd-train[eval]'\n")
+    try:
+        print(measured(args))
+    except (ValueError, OSError, KeyError) as error:
+        options.exit(2, f"{prog}: error: {error}\n")
+
+
+def measured(args: argparse.Namespace) -> str:
+    """The harness's table, and how well its likelihoods are known."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    from sedd_train.harness import SeddLM
+
+    if args.output:
+        args.output.touch()  # before the work, not after it
+    tasks = TaskManager(include_path=args.include_path)
+    unknown = [name for name in args.tasks if not tasks.match_tasks([name])]
+    if unknown:
+        raise ValueError(f"there is no task {', '.join(unknown)}; those of your own are found by --include-path")
+    how = {"num_times": args.num_times, "batch_size": args.batch_size, "seed": args.seed, "device": args.device}
+    model = SeddLM(args.checkpoint, **how)
+    found: Any = simple_evaluate(
+        model=model,
+        tasks=args.tasks,
+        task_manager=tasks,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        log_samples=False,
+    )
+    if args.output:
+        args.output.write_text(loggers.to_json({name: found[name] for name in ("results", "n-samples")}, indent=1))
+    errors = [float(error) for part in model.measured for error in part.standard_error]
+    line = ""
+    if errors:
+        rms = math.sqrt(sum(error**2 for error in errors) / len(errors))
+        line = f"measurement error of a log-likelihood, from noise: {rms:.3g} nats, {max(errors):.3g} at most\n"
+    return f"{make_table(found)}\n{line}"
