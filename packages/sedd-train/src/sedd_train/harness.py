@@ -165,7 +165,7 @@ class SeddLM(TemplateLM):  # type: ignore[misc]
         def bound(x0: Tensor, given: Tensor, random: Generator) -> conditional.Estimated:
             free = (~given).sum(-1)
             values, errors = torch.zeros(2, len(x0), dtype=torch.float64, device=x0.device)
-            for n in free.unique().tolist():
+            for n in sorted(set(free.tolist())):
                 rows = free == n
                 if n <= self.exact and self._looks_at_tokens_alone():
                     values[rows] = subsets_bound(self.net, x0[rows], given[rows], self.graph.mask_id)
