@@ -164,7 +164,7 @@ def num_tokens(tokenizer: Any) -> int:
     Some tokenizers leave numbers out (CamemBERT's), and have fewer tokens. The others are states that no text visits.
     """
     vocabulary = getattr(tokenizer, "get_vocab", None)
-    return len(tokenizer) if vocabulary is None else int(max(vocabulary().values())) + 1
+    return len(tokenizer) if vocabulary is None else int(max(vocabulary().values(), default=-1)) + 1
 
 
 def identity(tokenizer: Any) -> str:
