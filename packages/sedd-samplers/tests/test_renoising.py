@@ -1,0 +1,206 @@
+"""Entropy-bounded renoising and the network of a canvas model, by rules that tell every call and token."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sedd_samplers import EntropyBoundRenoising, sample
+from sedd_samplers.adapters import from_posterior
+from sedd_samplers.canvas import canvas_logits
+from sedd_samplers.renoising import within_bound
+
+N = 50
+
+
+@pytest.mark.parametrize(
+    ("bound", "inside"),
+    [
+        (0.0, [False, False, True, False]),
+        (0.0999, [False, False, True, False]),
+        (0.1001, [False, True, True, False]),
+        (0.2999, [False, True, True, False]),
+        (0.3001, [True, True, True, False]),
+        (9.0, [True, True, True, False]),
+    ],
+)
+def test_positions_within_a_bound_are_those_of_least_entropy_but_for_the_largest(bound, inside):
+    entropy = torch.tensor([[0.3, 0.2, 0.1, torch.inf]])
+    assert within_bound(entropy, bound).tolist() == [inside]
+
+
+def test_what_is_certain_is_within_any_bound_and_what_is_infinite_in_none():
+    entropy = torch.tensor([[0.0, 0.4, 0.0], [torch.inf] * 3])
+    assert within_bound(entropy, 0.0).tolist() == [[True, True, True], [False] * 3]
+
+
+def certain(graph, calls, tokens):
+    """A model that is sure of these tokens (B, L), and notes which sequences it is asked about."""
+
+    def posterior(x, sigma, where, rows):
+        calls.append(rows.tolist())
+        return torch.nn.functional.one_hot(tokens[rows], N).double()[where]
+
+    return from_posterior(posterior, graph)
+
+
+@pytest.mark.parametrize(
+    ("how", "asked"),
+    [
+        ({"stable": 0}, 1),
+        ({}, 2),
+        ({"stable": 2}, 3),
+        ({"stable": 4}, 5),
+        ({"confident": None}, 6),
+    ],
+)
+def test_a_sequence_is_done_once_it_is_sure_and_was_for_as_many_steps(ref, how, asked):
+    graph = ref.StructuredUniform(N)
+    calls: list[list[int]] = []
+    tokens = torch.tensor([[3, 7, 49], [0, 1, 2]])
+    of_run: dict[str, Any] = {"shape": (2, 3), "steps": 6, "seeds": [0, 1], "denoise": False}
+    score, method = certain(graph, calls, tokens), EntropyBoundRenoising(**how)
+    x = sample(score, graph, ref.LogLinear(), **of_run, method=method)
+    assert torch.equal(x, tokens)
+    assert calls == [[0, 1]] * asked
+
+
+def test_a_sequence_that_is_not_sure_goes_on(ref):
+    """One of two: of the mean of its entropies, and by its likeliest tokens, which change."""
+    graph = ref.StructuredUniform(N)
+    calls: list[list[int]] = []
+
+    def posterior(x, sigma, where, rows):
+        calls.append(rows.tolist())
+        likely = torch.tensor([5, 5 + len(calls) % 2])[rows]
+        p = torch.nn.functional.one_hot(likely, N).double()
+        return p[:, None].expand(*x.shape, N)[where]
+
+    how: dict[str, Any] = {
+        "shape": (2, 3),
+        "steps": 5,
+        "seeds": [0, 1],
+        "denoise": False,
+        "method": EntropyBoundRenoising(),
+    }
+    sample(from_posterior(posterior, graph), graph, ref.LogLinear(), **how)
+    assert calls == [[0, 1], [0, 1], [1], [1], [1]]
+    for share, asked in ((0.999, 2), (0.998, 5)):  # entropies of 0.0118 and 0.0220 nats, before either is 0.015
+        calls.clear()
+        p = torch.full((N,), (1 - share) / (N - 1), dtype=torch.float64)
+        p[5] = share
+
+        def even(x, sigma, where, rows, p=p):
+            calls.append(rows.tolist())
+            return p.expand(*x.shape, N)[where]
+
+        how |= {"method": EntropyBoundRenoising(confident=0.015)}
+        sample(from_posterior(even, graph), graph, ref.LogLinear(), **how)
+        assert len(calls) == asked
+
+
+def test_tokens_within_the_bound_are_drawn_and_all_others_thrown_anew(ref):
+    """Position 0 is drawn between two tokens, 1 is sure, 2 beyond the bound; at no noise all are the likeliest."""
+    graph, count = ref.StructuredUniform(N), 2000
+    p = torch.zeros(3, N, dtype=torch.float64)
+    p[0, 4], p[0, 5], p[1, 9], p[2, 10:14] = 0.7, 0.3, 1.0, torch.tensor([0.4, 0.3, 0.1, 0.2]).double()
+    score = from_posterior(lambda x, sigma, where: p.expand(count, 3, N)[where], graph)
+    how: dict[str, Any] = {
+        "shape": (count, 3),
+        "denoise": False,
+        "seeds": range(count),
+        "times": torch.tensor([1.0, 0.5]),
+    }
+    x = sample(score, graph, ref.LogLinear(), **how, method=EntropyBoundRenoising(bound=0.1))
+    assert (x[:, 1] == 9).all()
+    assert float((x[:, 0] == 4).double().mean()) == pytest.approx(0.7, abs=0.05)
+    assert ((x[:, 0] == 4) | (x[:, 0] == 5)).all()
+    assert float(((x[:, 2] >= 10) & (x[:, 2] < 14)).double().mean()) == pytest.approx(4 / N, abs=0.03)
+    x = sample(
+        score, graph, ref.Linear(1.0), **how | {"times": torch.tensor([1.0, 0.0])}, method=EntropyBoundRenoising()
+    )
+    assert (x == torch.tensor([4, 9, 10])).all()
+
+
+def test_renoising_is_refused_where_nothing_is_thrown_anew(ref):
+    graph = ref.StructuredAbsorbing(5)
+    with pytest.raises(ValueError, match="throws tokens anew, under graphs that noise tokens and have no mask"):
+        sample(
+            lambda x, sigma: torch.zeros(*x.shape, 6),
+            graph,
+            ref.LogLinear(),
+            shape=(1, 2),
+            steps=2,
+            method=EntropyBoundRenoising(),
+        )
+
+
+class Cache:
+    def __init__(self, layers):
+        self.layers = layers
+
+    def batch_select_indices(self, rows):
+        for layer in self.layers:
+            layer.keys = layer.keys[rows]
+
+
+class Canvas:
+    """What a canvas model of transformers offers, answering with what it was told."""
+
+    def __init__(self):
+        self.encoded, self.told = [], []
+
+    def get_encoder(self):
+        def encode(input_ids, attention_mask):
+            self.encoded.append((input_ids, attention_mask))
+            return SimpleNamespace(past_key_values=Cache([SimpleNamespace(keys=input_ids)]))
+
+        return encode
+
+    def __call__(self, past_key_values, decoder_input_ids, **further):
+        self.told.append({"keys": past_key_values.layers[0].keys, "x": decoder_input_ids, **further})
+        logits = torch.nn.functional.one_hot(decoder_input_ids, 7).float() * len(self.told)
+        return SimpleNamespace(logits=logits)
+
+
+def test_a_canvas_is_given_its_prompt_once_and_its_own_last_answer():
+    model, prompt = Canvas(), torch.tensor([[1, 2], [3, 4], [5, 6]])
+    mask = torch.tensor([[0, 1], [1, 1], [1, 1]])
+    net = canvas_logits(model, prompt, attention_mask=mask, temperature=lambda sigma: 2 * sigma)
+    x, everywhere = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.ones(3, 2, dtype=torch.bool)
+    first = net(x, torch.full((3,), 4.0), everywhere, torch.arange(3)).view(3, 2, 7)
+    assert torch.equal(first, torch.nn.functional.one_hot(x, 7) / 8)
+    some = torch.tensor([2, 0])
+    second = net(x[some], torch.tensor([4.0, 1.0]), everywhere[:2], some).view(2, 2, 7)
+    assert torch.equal(second, 2 * torch.nn.functional.one_hot(x[some], 7) / torch.tensor([8.0, 2.0])[:, None, None])
+    net(x, torch.full((3,), 0.5), everywhere, torch.arange(3))
+    assert len(model.encoded) == 1
+    assert "self_conditioning_logits" not in model.told[0]
+    assert model.told[0]["decoder_attention_mask"].tolist() == [[False, True, True, True], [True] * 4, [True] * 4]
+    assert torch.equal(model.told[1]["keys"], prompt[some])
+    assert torch.equal(model.told[1]["self_conditioning_logits"], first[some])
+    assert model.told[1]["self_conditioning_mask"].tolist() == [
+        False,
+        True,
+    ]  # at the noise it began with it begins anew
+    assert torch.equal(model.told[2]["keys"], prompt)
+    kept = torch.stack([second[1], first[1], second[0]])
+    assert torch.equal(model.told[2]["self_conditioning_logits"], kept)
+    assert model.told[2]["self_conditioning_mask"].tolist() == [True] * 3
+
+
+def test_a_canvas_has_a_prompt_for_each_sequence():
+    model, prompt = Canvas(), torch.tensor([[1, 2], [3, 4]])
+    with pytest.raises(ValueError, match="prompt must be int64"):
+        canvas_logits(model, prompt[0])
+    with pytest.raises(ValueError, match=r"attention_mask must have the prompt's shape \(2, 2\)"):
+        canvas_logits(model, prompt, attention_mask=torch.ones(2, 3))
+    net, where = canvas_logits(model, prompt), torch.ones(1, 2, dtype=torch.bool)
+    net(prompt[:1], torch.ones(1), where, torch.tensor([1]))
+    assert "decoder_attention_mask" not in model.told[0]
+    with pytest.raises(ValueError, match="was given 2 prompts, and is asked about sequence 2"):
+        net(prompt[:1], torch.ones(1), where, torch.tensor([2]))
+    assert math.isfinite(float(net(prompt, torch.ones(2), where.expand(2, 2), torch.arange(2)).sum()))
