@@ -9,12 +9,15 @@ import pytest
 import torch
 from sedd_samplers import (
     Ancestral,
+    ByConfidence,
     ConfidenceUnmasking,
     EntropyBoundRenoising,
     Euler,
     FirstHitting,
     Method,
+    PathPlanning,
     PredictorCorrector,
+    Psi,
     Remasking,
     TauLeaping,
     Trapezoidal,
@@ -23,13 +26,17 @@ from sedd_samplers import (
     Unmasking,
     at_rate,
     cached,
+    capped,
+    entropy,
+    entropy_bound,
     infill,
     masked,
     sample,
+    threshold,
     trajectory,
 )
 from sedd_samplers.adapters import from_logits, from_posterior
-from sedd_samplers.controls import Control, temperature, top_k, top_p
+from sedd_samplers.controls import Control, min_p, repetition_penalty, temperature, top_k, top_p
 from sedd_samplers.guidance import classifier_free, classifier_guided, first_order_ratios
 from sedd_samplers.randomness import uniforms
 from sedd_samplers.testing import Peak, little_is_held
@@ -264,6 +271,11 @@ HELD: dict[str, tuple[Method, tuple[Control, ...]]] = {
     "confidence": (ConfidenceUnmasking(), ()),
     "confidence, of five": (ConfidenceUnmasking(controls=(top_k(5),)), ()),
     "confidence, hot, most": (ConfidenceUnmasking(controls=(temperature(2.0), top_p(0.9))), ()),
+    "confidence, by threshold": (ConfidenceUnmasking(rule=threshold(0.9)), ()),
+    "entropy, bounded": (ConfidenceUnmasking(entropy, rule=entropy_bound(0.1)), ()),
+    "confidence, penalised": (ConfidenceUnmasking(controls=(repetition_penalty(1.2), min_p(0.1))), ()),
+    "remasking by confidence": (ByConfidence(capped(0.1)), ()),
+    "superposition": (Psi(), ()),
     "Tweedie, hot": (Tweedie(), (temperature(2.0),)),
     "Tweedie, of five": (Tweedie(), (top_k(5),)),
     "Tweedie, hot, most": (Tweedie(), (temperature(2.0), top_p(0.9))),
@@ -281,6 +293,22 @@ def test_no_method_or_control_holds_half_of_what_the_network_returns(ref, name):
     with Peak() as memory:
         sample(score, graph, ref.LogLinear(), shape=shape, steps=2, seeds=range(8), method=method, denoise=False)
     assert memory.peak / (answer.numel() * 4) < 0.5 + 0.25 * (name == "trapezoidal")  # the rates of a fourth, kept
+
+
+@pytest.mark.parametrize("log_probs", [False, True])
+def test_planning_and_telling_hold_as_little(ref, log_probs):
+    """A planner whose answer is the network's own; and every number that is told is one a position."""
+    num_states, shape = 4096, (8, 512)
+    graph = ref.StructuredAbsorbing(num_states - 1)
+    answer = torch.rand(8 * 512, num_states)
+    network = lambda x, sigma, where: answer[: int(where.sum())]  # noqa: E731
+    x = torch.zeros(shape, dtype=torch.int64)
+    score, method = from_logits(network, graph), PathPlanning(network)
+    with Peak() as memory:
+        for _ in trajectory(score, graph, ref.LogLinear(), x=x, given=x > 0, steps=3, method=method, denoise=False,
+                            log_probs=log_probs, seeds=range(8)):  # fmt: skip
+            pass
+    assert memory.peak / (answer.numel() * 4) < 0.5
 
 
 def test_the_rate_of_absorption_is_looked_up_once_a_run(ref, monkeypatch):

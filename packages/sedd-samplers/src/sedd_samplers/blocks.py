@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypedDict, Unpack
 
 import torch
@@ -33,7 +33,7 @@ from .precision import wide
 from .prompts import check_prompt
 from .randomness import row_seeds
 from .reverse import Reverse
-from .sampling import State, check_finished, check_method, check_process, grid_of, named_step
+from .sampling import State, batches, check_finished, check_method, check_process, grid_of, named_step, told
 from .steps import Method, Tweedie, final_denoise
 
 __all__ = ["BlockState", "Generated", "generate", "blockwise"]
@@ -47,7 +47,7 @@ class BlockState(State):
         lengths: (B,) int64, up to and including the end token; L where there is none yet.
     """
 
-    lengths: Tensor
+    lengths: Tensor = field(kw_only=True)
 
 
 class Generated(NamedTuple):
@@ -57,6 +57,8 @@ class Generated(NamedTuple):
     """(B, L) int64."""
     lengths: Tensor
     """(B,) int64, up to and including the end token; L where there is none."""
+    log_prob: Tensor | None = None
+    """(B, L) float64 nats with `log_probs`, as `trajectory` says; behind the end it means nothing."""
 
 
 class BlockOptions(TypedDict, total=False):
@@ -75,6 +77,7 @@ class BlockOptions(TypedDict, total=False):
     pad_id: int | None
     until: Callable[[BlockState], Tensor] | None
     conditioning: Clamped | None
+    log_probs: bool
 
 
 def generate(
@@ -85,6 +88,7 @@ def generate(
     x: Tensor,
     given: Tensor,
     block_size: int,
+    batch_size: int | None = None,
     progress: bool = False,
     **options: Unpack[BlockOptions],
 ) -> Generated:
@@ -102,18 +106,28 @@ def generate(
         x: (B, L) int64, the given tokens; what it holds at free positions does not matter.
         given: (B, L) bool, the positions that keep their tokens.
         block_size: how many positions a block has; the last one has what is left.
-        progress: whether to show a bar.
+        batch_size: how many sequences go through the model at a time, as for `sample`.
+        progress: whether to show a bar, one for each batch.
         **options: `origin=0`, `growing=False`, `steps=block_size`, `method=Tweedie()`, `generator`, `seeds`, `times`,
-            `t_min=1e-5`, `denoise=True`, `end_id`, `pad_id`, `until`, `conditioning`; and the errors: see `blockwise`.
+            `t_min=1e-5`, `denoise=True`, `end_id`, `pad_id`, `until`, `conditioning`, `log_probs`; and the errors: see
+            `blockwise`.
 
     Returns:
         x (B, L), equal to the given tokens where they are given, and lengths (B,).
     """
-    states = blockwise(score, graph, noise, x=x, given=given, block_size=block_size, **options)
-    first = next(states)
-    shown = tqdm(states, total=first.steps, desc="generating", unit="step", disable=not progress)
-    last: BlockState = deque(itertools.chain([first], shown), maxlen=1).pop()
-    return Generated(last.x, last.lengths)
+    out = []
+    for rows, own, seeds in batches(score, graph, len(x), batch_size, options):
+        part: BlockOptions = {**options, "seeds": seeds, "generator": None}
+        states = blockwise(own, graph, noise, x=x[rows], given=given[rows], block_size=block_size, **part)
+        first = next(states)
+        shown = tqdm(states, total=first.steps, desc="generating", unit="step", disable=not progress)
+        out.append(deque(itertools.chain([first], shown), maxlen=1).pop())
+    log_probs = [state.log_prob for state in out if state.log_prob is not None]
+    return Generated(
+        torch.cat([state.x for state in out]),
+        torch.cat([state.lengths for state in out]),
+        torch.cat(log_probs) if log_probs else None,
+    )
 
 
 @torch.no_grad()
@@ -138,6 +152,7 @@ def blockwise(
     pad_id: int | None = None,
     until: Callable[[BlockState], Tensor] | None = None,
     conditioning: Clamped | None = None,
+    log_probs: bool = False,
 ) -> Iterator[BlockState]:
     """The states on the way, the whole canvas each time.
 
@@ -166,6 +181,7 @@ def blockwise(
             block; what is not written of a finished sequence becomes padding.
         conditioning: `clamped` where the graph noises tokens: the model then sees clean tokens beside noised ones. That
             is exact for a network trained so (with sigma = 0 for a clean block), else an approximation.
+        log_probs: whether `BlockState.log_prob` says with what probability each token was drawn; see `trajectory`.
 
     Yields:
         `BlockState`, one for each step of a block that has something to write, and the start; no mask is left in a
@@ -194,8 +210,10 @@ def blockwise(
     endings = _Endings(given, -1 if end_id is None else end_id, pad, until)
 
     x = torch.where(given, x, reverse.prior())
-    x = endings.after(BlockState(x, float(grid[0]), 0, total, endings.lengths), 0, 0)
-    yield BlockState(x, float(grid[0]), 0, total, endings.lengths)
+    log_prob = torch.zeros(x.shape, dtype=wide(x.device), device=x.device) if log_probs else None
+    state = BlockState(x, float(grid[0]), 0, total, log_prob, lengths=endings.lengths)
+    x = endings.after(state, 0, 0)
+    yield replace(state, x=x, lengths=endings.lengths)
     for number, (begin, end) in enumerate(bounds):
         free = ~given & ~endings.done[:, None] & (place >= begin) & (place < end)
         if not free.any():
@@ -204,12 +222,16 @@ def blockwise(
         reverse.frozen = ~free[:, :width]
         for step, (t, s) in enumerate(ends, 1):
             with named_step(reverse, step, len(ends), t, s, f" of block {number}"):
-                seen = x[:, :width]
+                before = x[:, :width]
+                reverse.log_prob = None if log_prob is None else torch.full_like(log_prob[:, :width], torch.nan)
                 at, to = (given.new_full((len(x),), time, dtype=wide(given.device)) for time in (t, s))
-                seen = final_denoise(reverse, seen, at) if step == len(grid) else method(reverse, seen, at, to)
+                after = final_denoise(reverse, before, at) if step == len(grid) else method(reverse, before, at, to)
                 if step == len(ends):
                     reverse.finish()
-            state = BlockState(torch.cat([seen, x[:, width:]], 1), s, number * len(ends) + step, total, endings.lengths)
+                if log_prob is not None:
+                    log_prob = torch.cat([told(log_prob[:, :width], reverse, before, after), log_prob[:, width:]], 1)
+            x, count = torch.cat([after, x[:, width:]], 1), number * len(ends) + step
+            state = BlockState(x, s, count, total, log_prob, lengths=endings.lengths)
             x = endings.after(state, begin, end) if step == len(ends) else state.x
             yield replace(state, x=x, lengths=endings.lengths)
 

@@ -197,6 +197,7 @@ class ByConfidence:
         for part in posteriors.parts():
             posterior = posteriors[part]
             token[part] = draw_categorical(posterior, uniform[part], old=old[part])
+            reverse.tell(at.flat[part], posterior, token[part], old[part])
             drawn[part] = posterior.gather(1, token[part, None])[:, 0].to(drawn.dtype)
         psi.copy_(torch.where(where, psi.flatten().index_put((at.flat,), drawn.to(psi.dtype)).view_as(psi), psi))
         return torch.where(where, x.flatten().index_put((at.flat,), token).view_as(x), x)
@@ -278,6 +279,7 @@ class PathPlanning:
             if self.controls:
                 law = apply_controls(self.controls, posterior, b, i, x)
             draft[b, i] = token = draw_categorical(law, uniform[part])
+            reverse.tell(b * x.shape[1] + i, law, token, x[b, i])
             plausible[b, i] = posterior.gather(1, token[:, None])[:, 0].to(plausible.dtype).log()
         return draft, plausible
 

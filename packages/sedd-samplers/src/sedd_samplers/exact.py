@@ -160,7 +160,11 @@ def _jump(reverse: Reverse, x: Tensor, sigma: Tensor, bound: Tensor, candidate: 
         return x, accepted
     position = torch.searchsorted(cumulative, mark[:, None], right=True).clamp(max=x.shape[1] - 1)
     uniform = reverse.uniform_of(accepted, position[:, 0])
-    state, _ = draw_by_blocks(rates[slot.gather(1, position)[:, 0]], uniform)
+    row = rates[slot.gather(1, position)[:, 0]]
+    state, _ = draw_by_blocks(row, uniform)
+    if reverse.log_prob is not None:
+        b = accepted.nonzero()[:, 0]
+        reverse.tell(b * x.shape[1] + position[b, 0], row[b], state[b], x.gather(1, position)[b, 0])
     return torch.where(accepted[:, None], x.scatter(1, position, state[:, None]), x), accepted
 
 

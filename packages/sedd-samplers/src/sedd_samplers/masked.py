@@ -310,6 +310,7 @@ class ConfidenceUnmasking:
             if self.controls:
                 law = apply_controls(self.controls, posterior, at.sequence[part], at.position[part], x)
             token[part] = draw_categorical(law, uniform[part], old=x.flatten()[at.flat][part])
+            reverse.tell(at.flat[part], law, token[part], x.flatten()[at.flat[part]])
             rank[part] = self.order(posterior, token[part]).to(wide(x.device))
             if self.rule is not None:
                 value[part] = self.rule.statistic(posterior, token[part]).to(wide(x.device))

@@ -75,6 +75,7 @@ class Reverse:
         step: what errors call the step that is being made.
         unfinished: whether any position was not frozen at the last read; None when nothing was read since it was set
             to None.
+        log_prob: (B, L) float64, what was told of states that were drawn; None where nobody asks.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Reverse:
         self.frozen = frozen
         self.step = "a step"
         self.unfinished: bool | None = None
+        self.log_prob: Tensor | None = None
         self._seeds = seeds
         self._drawn = torch.zeros_like(seeds)
         self._sequences = torch.arange(len(seeds), device=frozen.device)
@@ -224,7 +226,9 @@ class Reverse:
             return x
         uniform = self.uniforms_at(where, at)
         log_scores = self._answer(x, sigma, at)
-        drawn = None if moves is None else _by_moves(log_scores, x.flatten()[at.flat], moves, at, uniform)
+        drawn = None
+        if moves is not None and self.log_prob is None:
+            drawn = _by_moves(log_scores, x.flatten()[at.flat], moves, at, uniform)
         if drawn is None:
             drawn = self._by_rows(log_scores, x, sigma, at, where, kernel, uniform)
         state, right = drawn
@@ -289,6 +293,23 @@ class Reverse:
         chance = probability[:, None] if probability.ndim == 1 else probability
         return x.masked_fill(where & (self.uniforms_at(where) < chance), state)
 
+    def tell(self, flat: Tensor, probs: Tensor, state: Tensor, old: Tensor) -> None:
+        """For who asks: that states were drawn from probs (m, N), which need not sum to 1.
+
+        Args:
+            flat: (m,) int64, at which positions, as indices into the flattened batch.
+            probs: their rows.
+            state: (m,) int64, what was drawn.
+            old: (m,) int64, the states before.
+        """
+        if self.log_prob is None:
+            return
+        here, stay = (probs.gather(1, y[:, None])[:, 0].to(self.log_prob.dtype) for y in (state, old))
+        others = probs.sum(-1, dtype=self.log_prob.dtype) - stay
+        before = self.log_prob.flatten()
+        log_prob = torch.where(state == old, before[flat], (here / others).log().clamp(max=0.0))
+        self.log_prob = before.index_put((flat,), log_prob).view_as(self.log_prob)
+
     def _answer(self, x: Tensor, sigma: Tensor, at: Positions) -> Answer:
         """The model's rows at some positions, of the sequences that have any."""
         rows = self._sequences
@@ -316,6 +337,7 @@ class Reverse:
         for part in rows.parts():
             probs = rows[part].clamp_(min=0)
             state[part], total = draw_by_blocks(probs, uniform[part])
+            self.tell(at.flat[part], probs, state[part], old[part])
             right[part] = (total > 0) & total.isfinite()
             if not reading_waits(x.device) and not (right | ~wanted)[part].all():
                 row = int((~right & wanted)[part].nonzero()[0])

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Generator, Tensor
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .grids import check_times, finite_start, uniform_grid
 from .infilling import Clamped, Particles
 from .interfaces import Graph, Noise, ScoreModel
-from .model_calls import device_of, warn_of_training
+from .model_calls import ModelCall, Wrapper, device_of, warn_of_training
 from .precision import wide
 from .prompts import check_prompt, check_shape, check_start
 from .randomness import row_seeds
@@ -44,12 +44,14 @@ class State:
         t: the time of x: 1 at the start, 0 after the final denoise.
         step: how many steps were made.
         steps: how many there will be, the final denoise included.
+        log_prob: (B, L) float64 nats, if it was asked for: see `trajectory`.
     """
 
     x: Tensor
     t: float
     step: int
     steps: int
+    log_prob: Tensor | None = None
 
 
 class TrajectoryOptions(TypedDict, total=False):
@@ -66,6 +68,7 @@ class TrajectoryOptions(TypedDict, total=False):
     start: Tensor | None
     conditioning: Clamped | Particles | None
     static_shapes: bool
+    log_probs: bool
 
 
 def sample(
@@ -75,6 +78,7 @@ def sample(
     *,
     shape: tuple[int, int],
     device: torch.device | str | None = None,
+    batch_size: int | None = None,
     progress: bool = False,
     **options: Unpack[TrajectoryOptions],
 ) -> Tensor:
@@ -86,7 +90,9 @@ def sample(
         noise: its schedule.
         shape: (B, L).
         device: where the states live; the device of the model's first parameter when None, else the CPU.
-        progress: whether to show a bar.
+        batch_size: how many sequences go through the model at a time, one batch after another; all when None. A
+            sequence's sample does not depend on it. `until` then sees the states of a batch.
+        progress: whether to show a bar, one for each batch.
         **options: `steps=128`, `method=Tweedie()`, `generator`, `seeds`, `times`, `t_min=1e-5`, `denoise=True`,
             `until`, `start`, `conditioning`, `static_shapes`; and the errors: see `trajectory`.
 
@@ -96,7 +102,8 @@ def sample(
     check_options(options, "sample")
     check_shape(shape)
     free = torch.zeros(shape, dtype=torch.bool, device=device_of(score, device))
-    return last_state(trajectory(score, graph, noise, x=free.long(), given=free, **options), progress)
+    x = free.long()
+    return infill(score, graph, noise, x=x, given=free, batch_size=batch_size, progress=progress, **options)
 
 
 def infill(
@@ -106,6 +113,7 @@ def infill(
     *,
     x: Tensor,
     given: Tensor,
+    batch_size: int | None = None,
     progress: bool = False,
     **options: Unpack[TrajectoryOptions],
 ) -> Tensor:
@@ -118,6 +126,7 @@ def infill(
         x: (B, L) int64, the given tokens; what it holds at free positions does not matter.
         given: (B, L) bool, the positions that keep their tokens, another set for each sequence if so wished. Exact
             under absorbing graphs; under others say `conditioning=Particles(64)` or, for an approximation, `clamped`.
+        batch_size: as for `sample`.
         progress: whether to show a bar.
         **options: as for `sample`; and the errors: see `trajectory`.
 
@@ -125,7 +134,39 @@ def infill(
         (B, L) int64, equal to x at the given positions.
     """
     check_options(options, "infill")
-    return last_state(trajectory(score, graph, noise, x=x, given=given, **options), progress)
+    out = []
+    for rows, own, seeds in batches(score, graph, len(x), batch_size, options):
+        part: TrajectoryOptions = {**options, "seeds": seeds, "generator": None}
+        start = options.get("start")
+        if start is not None:
+            part["start"] = check_start(start, x, graph.num_states)[rows]
+        out.append(last_state(trajectory(own, graph, noise, x=x[rows], given=given[rows], **part), progress))
+    return torch.cat(out)
+
+
+def batches(
+    score: ScoreModel, graph: Graph, total: int, batch_size: int | None, options: Mapping[str, Any]
+) -> Iterator[tuple[slice, ScoreModel, Tensor]]:
+    """Some of `total` sequences at a time: which, the model told that they are those, and their seeds.
+
+    Seeds are drawn for all at once, as without batches.
+
+    Raises:
+        ValueError: for a batch_size that is no positive integer.
+    """
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    seeds = row_seeds(options.get("seeds"), options.get("generator"), total)
+    size = total if batch_size is None else batch_size
+    for begin in range(0, total, size):
+        rows = slice(begin, min(begin + size, total))
+        yield rows, score if size >= total else _numbered(score, graph, begin), seeds[rows]
+
+
+def _numbered(score: ScoreModel, graph: Graph, begin: int) -> ScoreModel:
+    """The model, told of the whole run's sequences; the first one of a batch is `begin`."""
+    call = ModelCall(score, graph.num_states, "score model")
+    return Wrapper(lambda x, sigma, at, rows: call(x, sigma, at, rows + begin), score)
 
 
 @torch.no_grad()
@@ -147,6 +188,7 @@ def trajectory(
     start: Tensor | None = None,
     conditioning: Clamped | Particles | None = None,
     static_shapes: bool = False,
+    log_probs: bool = False,
 ) -> Iterator[State]:
     """The states on the way, from the prior (step 0) to the sample; nothing is kept of those that were yielded.
 
@@ -176,6 +218,11 @@ def trajectory(
         static_shapes: whether the model is called with all B sequences and for all L positions, (B, L) and (B,) in,
             (B, L, N) out, as long as one can move, so that its shapes never change: for a network that was compiled, or
             captured as a CUDA graph. The samples are the same; finished sequences and positions cost what others do.
+        log_probs: whether `State.log_prob` says with what probability each position came to its state, (B, L) nats:
+            that of the state among those that it could have moved to, controls included, in the step in which it last
+            moved; 0 where it was given, has not moved, or is masked. Of a token under an absorbing graph that is log
+            p(x0 = token | x_t), and the sum is log p(x) where one position moves at a time, in an order that does not
+            look at what was drawn. One more number is read back a step.
 
     Yields:
         `State`, steps + 1 of them, one more with the final denoise; fewer when `until` ends the loop.
@@ -197,9 +244,9 @@ def trajectory(
     seeds = row_seeds(seeds, generator, len(x)).to(x.device)
     total, clock = len(grid) - 1 + denoise, [*grid.tolist(), *([0.0] if denoise else [])]  # the host's own numbers
     if isinstance(conditioning, Particles):
-        if start is not None or until is not None or static_shapes:
+        if start is not None or until is not None or static_shapes or log_probs:
             raise ValueError("particles begin at noise, end together and change in number: neither start nor until "
-                             "nor static_shapes goes with them")  # fmt: skip
+                             "nor static_shapes nor log_probs goes with them")  # fmt: skip
         ends = [(given.new_full((), t, dtype=wide(given.device)), given.new_full((), s, dtype=wide(given.device)))
                 for t, s in itertools.pairwise(clock)]  # fmt: skip
         states = conditioning.run(
@@ -216,7 +263,8 @@ def trajectory(
             "approximation, and for padding that the model does not look at"
         )
     x = torch.where(given, x, reverse.prior() if start is None else check_start(start, x, graph.num_states))
-    state = State(x, clock[0], 0, total)
+    log_prob = torch.zeros(x.shape, dtype=wide(x.device), device=x.device) if log_probs else None
+    state = State(x, clock[0], 0, total, log_prob)
     yield state
     for step, (t, s) in enumerate(itertools.pairwise(clock), 1):
         if until is not None:
@@ -224,16 +272,32 @@ def trajectory(
             reverse.unfinished = None
         with named_step(reverse, step, total, t, s):
             at, to = (given.new_full((len(x),), time, dtype=wide(given.device)) for time in (t, s))
+            reverse.log_prob = None if log_prob is None else torch.full_like(log_prob, torch.nan)
             x = method(reverse, x, at, to) if step <= len(grid) - 1 else final_denoise(reverse, x, at)
             if step == total:
                 reverse.finish()
+            log_prob = None if log_prob is None else told(log_prob, reverse, state.x, x)
         if until is not None:
             if reverse.unfinished is None:  # the step had nothing to read
                 reverse.unfinished = not bool(reverse.frozen.all())
             if not reverse.unfinished:
                 return
-        state = State(x, s, step, total)
+        state = State(x, s, step, total, log_prob)
         yield state
+
+
+def told(log_prob: Tensor, reverse: Reverse, before: Tensor, after: Tensor) -> Tensor:
+    """The log-probabilities (B, L) after a step, from those before it and what the step has told.
+
+    Raises:
+        ValueError: the method has drawn a state and not said with what probability.
+    """
+    assert reverse.log_prob is not None
+    moved = before != after
+    masked = after == (-1 if reverse.graph.mask_id is None else reverse.graph.mask_id)
+    if (moved & ~masked & reverse.log_prob.isnan()).any():
+        raise ValueError("log_probs: this method does not say with what probability it draws: see Reverse.tell")
+    return torch.where(moved, torch.where(masked, 0.0, reverse.log_prob.nan_to_num()), log_prob)
 
 
 def grid_of(steps: int | None, t_min: float | None, times: Tensor | None) -> Tensor:
@@ -303,7 +367,6 @@ _MEANT = {
     "top_p": "a control of the model: from_logits(network, graph, controls=[top_p(0.95)])",
     "sampler": "method=",
     "prompt": "infill, whose x= and given= pad_prompts makes of prompts",
-    "batch_size": "shape=(batch, length)",
     "num_samples": "shape=(batch, length)",
 }
 
