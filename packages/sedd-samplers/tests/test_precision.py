@@ -141,12 +141,12 @@ def test_what_is_worked_in_float64_does_not_depend_on_the_batch(ref, rate, D):
     seen = []
 
     class Looking(Reverse):
-        def redraw(self, x, sigma, where, kernel, *, moves=None):
+        def redraw(self, x, sigma, where, kernel, *, moves=None, among=None):
             def look(log_score, *rest):
                 seen.append(log_score.dtype)
                 return kernel(log_score, *rest)
 
-            return super().redraw(x, sigma, where, look)
+            return super().redraw(x, sigma, where, look, among=among)
 
     reverse = Looking(lambda x, sigma: score(x, sigma.double()).float(), graph, ref.Linear(D),
                       frozen=torch.zeros(2, 1).bool(), seeds=torch.arange(2))  # fmt: skip
