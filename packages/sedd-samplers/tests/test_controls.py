@@ -322,3 +322,15 @@ def test_prompts_and_sequences_of_different_lengths():
     assert given.int().tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 0, 0]]
     x, given = pad_prompts([[5], []], 2)
     assert given.int().tolist() == [[1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("kind", ["absorbing", "hybrid"])
+def test_a_leave_one_out_law_is_one_of_tokens(ref, kind):
+    """None of it is the mask's, which could have stayed what it is."""
+    graph = ref.StructuredAbsorbing(4) if kind == "absorbing" else ref.hybrid_matrix(4)
+    x, sigma = torch.tensor([4, 1]), torch.tensor([0.7, 1.2], dtype=torch.float64)
+    log_score = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    law = leave_one_out(log_score, x, graph, sigma)
+    assert (law[:, 4] == 0).all()
+    torch.testing.assert_close(law.sum(-1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (law >= 0).all()

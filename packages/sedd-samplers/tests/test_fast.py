@@ -176,3 +176,23 @@ def test_a_cached_model_answers_as_the_model(ref):
         x[step % 4, step % 6] = step % 5
         where = torch.rand(4, 6, generator=seeded(step // 3)) < 0.5
         assert torch.equal(ask(x, sigma, where=where, rows=rows), model(x, sigma)[where])
+
+
+@pytest.mark.parametrize("of_where", [False, True])
+def test_a_cached_model_notices_what_is_edited_in_place(of_where):
+    calls = []
+
+    def model(x, sigma):
+        calls.append(len(x))
+        return torch.nn.functional.one_hot(x, 5).float()
+
+    ask, x, where = cached(model), torch.tensor([[1, 2], [3, 4]]), torch.tensor([[True, False], [True, True]])
+    how = {"where": where, "rows": torch.arange(2)}
+    ask(x, torch.ones(2), **how)
+    if of_where:
+        where[0, 1] = True
+    else:
+        x[0, 0] = 0
+    assert ask(x, torch.ones(2), **how).argmax(-1).tolist() == x[where].tolist()
+    ask(x, torch.ones(2), **how)
+    assert calls[-1] == 1
