@@ -17,8 +17,8 @@
 
 Operations are counted by torch's flop counter, times taken in the same run.
 
-    python benchmarks/block_cache.py
-    python benchmarks/block_cache.py --train-steps 0 --batch 2
+    python benchmarks/block_cache.py --train-steps 0
+    python benchmarks/block_cache.py --length 64
 """
 
 from __future__ import annotations
