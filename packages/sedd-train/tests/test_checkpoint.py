@@ -203,6 +203,14 @@ def test_a_folder_stays_until_the_one_in_its_place_is_on_the_disk(tmp_path, monk
 # What is kept, and which one is used
 
 
+def test_the_best_is_the_least_score_that_is_one(tmp_path):
+    for step, bound in enumerate(["3.0", "2.0", "2.0", "NaN", "-Infinity", "1" + "0" * 400, '"1.0"', "null", "{"]):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(f'{{"bound": {bound}}}')
+    assert checkpoint.best(tmp_path) == tmp_path / "step-00000002"  # the last of equals
+
+
 def test_milestones_and_what_others_put_there_are_left_alone(tmp_path):
     for step in range(1, 8):
         (tmp_path / f"step-{step:08d}").mkdir()
@@ -242,7 +250,7 @@ def test_the_best_is_kept_besides_the_last(tmp_path):
     (tmp_path / "step-00000009").mkdir()  # torn: no manifest
     (tmp_path / ".step-00000010.123").mkdir()  # killed while it was written
     (tmp_path / ".latest.123").write_text("step-00000001")
-    assert checkpoint.best(tmp_path) == tmp_path / "step-00000001"
+    assert checkpoint.best(tmp_path) == tmp_path / "step-00000002"  # the last of equals
     checkpoint._prune(tmp_path, 2)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-00000001", "step-00000005", "step-00000009"]
     assert checkpoint.best(tmp_path / "none") is None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -245,10 +246,11 @@ def best(run: Path) -> Path | None:
     for folder in _folders(run):
         try:
             score = read_json(folder / "manifest.json").get("bound")
-        except (OSError, ValueError):  # damaged: `find` says so
+            number = float(score) if isinstance(score, int | float) else math.nan
+        except (OSError, ValueError, OverflowError):  # damaged: `find` says so
             continue
-        if isinstance(score, int | float):
-            scores[folder] = float(score)
+        if math.isfinite(number):
+            scores[folder] = number
     return min(scores, key=lambda folder: scores[folder], default=None)
 
 
