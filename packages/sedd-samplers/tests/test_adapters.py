@@ -450,3 +450,20 @@ def test_conditions_are_looked_up_by_sequence(ref):
     assert out.tolist() == [[0, 0], [1, 1], [0, 2], [1, 1]]
     with pytest.raises(ValueError, match=r"a partial that holds the tensor 'label' \(4,\).*per_sequence"):
         from_logits(partial(net, label=label), graph)
+
+
+def test_heads_are_as_wide_as_the_vocabulary_or_padded_to_a_multiple_of_128_at_most(ref):
+    """Of 6 states: one column less, without the mask's, or up to 127 more, whose logits are never looked at."""
+    graph, x, sigma = ref.StructuredAbsorbing(5), torch.full((1, 2), 5), torch.ones(1, dtype=torch.float64)
+    own = torch.tensor([0.1, 0.7, -0.3, 2.0, 0.0, 9.0], dtype=torch.float64)
+
+    def answer(width):
+        logits = torch.full((1, 2, width), 50.0, dtype=torch.float64)
+        logits[..., :6] = own[:width]
+        return from_logits(lambda x, sigma: logits, graph)(x, sigma)
+
+    for width in (5, 7, 133):
+        torch.testing.assert_close(answer(width), answer(6), rtol=1e-12, atol=0)
+    for width in (4, 134, 1000):
+        with pytest.raises(ValueError, match=r"must return a float tensor of shape \(1, 2, 6\)"):
+            answer(width)
