@@ -250,7 +250,7 @@ def test_the_best_is_kept_besides_the_last(tmp_path):
     (tmp_path / "step-00000009").mkdir()  # torn: no manifest
     (tmp_path / ".step-00000010.123").mkdir()  # killed while it was written
     (tmp_path / ".latest.123").write_text("step-00000001")
-    assert checkpoint.best(tmp_path) == tmp_path / "step-00000002"  # the last of equals
+    assert checkpoint.best(tmp_path) == tmp_path / "step-00000001"
     checkpoint._prune(tmp_path, 2)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-00000001", "step-00000005", "step-00000009"]
     assert checkpoint.best(tmp_path / "none") is None
