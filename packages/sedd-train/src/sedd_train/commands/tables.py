@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd tables") -> Non
         for name, run in runs.items():
             check_row(name, run, table, args)
     except (ValueError, OSError) as error:
+        with suppress(OSError):  # but for what is in it already, nothing is left of a table that is not begun
+            folder.rmdir()
         options.exit(2, f"{prog}: error: {error}\n")
     for name, run in runs.items():
         try:
