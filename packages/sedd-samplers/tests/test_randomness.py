@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sedd_samplers import FirstHitting, Tweedie, Unmasking, draw_lengths, sample
+from sedd_samplers import FirstHitting, Reverse, Tweedie, Unmasking, draw_lengths, sample
 from sedd_samplers.autoregressive import sample_left_to_right
 from sedd_samplers.randomness import philox, uniforms
 
@@ -88,3 +88,44 @@ def test_lengths_follow_their_law_and_belong_to_their_seeds():
 def test_a_law_of_lengths_must_be_one(law):
     with pytest.raises(ValueError, match="none negative and not all 0"):
         draw_lengths(law, [0])
+
+
+def test_a_uniform_has_the_53_bits_that_philox_gives_it():
+    position, draw, seed = torch.arange(64), torch.full((64,), (3 << 32) + 5), torch.full((64,), (7 << 32) + 11)
+    five, three, zero, eleven, seven = (torch.full((64,), n) for n in (5, 3, 0, 11, 7))
+    high, low, _, _ = philox((position, five, three, zero), (eleven, seven))
+    expected = [((h << 21) | (w >> 11)) / 2**53 for h, w in zip(high.tolist(), low.tolist(), strict=True)]
+    assert uniforms(seed, draw, position).tolist() == expected
+
+
+@pytest.mark.parametrize("how", ["uniforms", "uniforms_at", "uniform_of"])
+def test_only_draws_of_a_sequence_itself_count(ref, how):
+    """Whatever others draw, its next number is the same; and after its own, another."""
+
+    def fresh():
+        free = torch.zeros(3, 2, dtype=torch.bool)
+        return Reverse(
+            lambda x, sigma: torch.zeros(*x.shape, 6),
+            ref.StructuredAbsorbing(5),
+            ref.LogLinear(),
+            frozen=free,
+            seeds=torch.tensor([4, 5, 6]),
+        )
+
+    def drawn(reverse, sequences):
+        chosen = torch.tensor(sequences)
+        some = torch.zeros(3, dtype=torch.bool).index_fill(0, chosen, True)
+        if how == "uniforms":
+            return reverse.uniforms(chosen, torch.zeros_like(chosen)).tolist()
+        if how == "uniform_of":
+            return reverse.uniform_of(some)[chosen].tolist()
+        return reverse.uniforms_at(some[:, None].expand(3, 2))[chosen, 0].tolist()
+
+    alone, others = fresh(), fresh()
+    first, second = drawn(alone, [1]), drawn(alone, [1])
+    assert first != second
+    drawn(others, [0, 2])
+    drawn(others, [2])
+    assert drawn(others, [1]) == first
+    drawn(others, [0])
+    assert drawn(others, [1, 2])[0] == second[0]
