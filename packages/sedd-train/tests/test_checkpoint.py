@@ -16,7 +16,18 @@ import safetensors.torch
 import torch
 from sedd_graphs import Absorbing, LogLinear, Uniform
 from sedd_nets import SEDD
-from sedd_train import SetupError, TrainingError, checkpoint, load, loggers, recipes, storage, token_cache, train
+from sedd_train import (
+    SetupError,
+    TrainingError,
+    checkpoint,
+    load,
+    loggers,
+    recipes,
+    storage,
+    token_cache,
+    train,
+    zero_shards,
+)
 from sedd_train.corpora import Texts
 from sedd_train.objectives import ScoreEntropy
 
@@ -341,3 +352,32 @@ def test_a_run_that_cannot_go_on_says_so_as_an_error(old, process, tmp_path):
             tensorboard=False,
         )
     assert [line["step"] for line in loggers.read(old / "log.jsonl") if line["kind"] == "skipped"] == [5, 6]
+
+
+def test_adamw_counts_on_from_the_steps_that_it_made(monkeypatch):
+    """Fewer than the run's, where some were left out; with its moments and the average's own count."""
+    master = torch.zeros(2)
+    restored: list[Any] = []
+    scales: list[Any] = []
+    monkeypatch.setattr(zero_shards, "scatter", lambda engine, values: [values["w"]])
+    monkeypatch.setattr(zero_shards, "owned", lambda engine: [master])
+    engine: Any = SimpleNamespace(
+        basic_optimizer=SimpleNamespace(state={}),
+        loss_scale_of_ours=SimpleNamespace(restore=scales.append),
+        module=SimpleNamespace(net=SimpleNamespace()),
+    )
+    ema: Any = SimpleNamespace(restore=lambda average, updates: restored.append((average, updates)))
+    found: Any = SimpleNamespace(
+        moments={"exp_avg": {"w": torch.ones(2)}, "exp_avg_sq": {"w": torch.full((2,), 4.0)}},
+        manifest={"step": 9, "adam_steps": 7, "ema_updates": 8},
+        average={"w": torch.zeros(2)},
+    )
+    checkpoint.restore(found, engine, ema)
+    state = engine.basic_optimizer.state[master]
+    assert {name: value.tolist() for name, value in state.items()} == {
+        "step": 7.0,
+        "exp_avg": [1.0, 1.0],
+        "exp_avg_sq": [4.0, 4.0],
+    }
+    assert restored == [(found.average, 8)]
+    assert scales == [[1.0, 0]]

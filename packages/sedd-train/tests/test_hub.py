@@ -162,3 +162,25 @@ def test_a_folder_in_place_of_a_name_is_a_folder(tmp_path):
     assert list(before.train()) + list(before.valid()) == ["one", "two"]
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "six"}\n')
     assert corpora.load_texts(f"hub:{tmp_path}").identity != before.identity
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (20, 1), (21, 2), (25, 2), (40, 2), (41, 3), (99, 3)])
+def test_a_twentieth_of_the_rows_is_held_out_and_a_part_of_one_is_one(count, held_out, streaming):
+    """Never none, and no more than are wanted."""
+    data = datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(count)]})
+    found = hub.DataSet(
+        name="n",
+        config="",
+        revision="",
+        commit="",
+        column="",
+        streaming=streaming,
+        blank=False,
+        share=0.05,
+        most=3,
+    )
+    found.__dict__["data"] = {"train": data.to_iterable_dataset() if streaming else data}
+    rows = [f"row {i}" for i in range(count)]
+    assert list(found.documents("train")) == rows[:-held_out]
+    assert list(found.documents("validation")) == rows[-held_out:]
