@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -21,6 +22,7 @@ from sedd_samplers import (
     token_grid,
 )
 from sedd_samplers.adapters import from_logits
+from sedd_samplers.blocks import _bounds as block_bounds
 from sedd_samplers.controls import top_k
 
 MASK, V = 3, 9
@@ -284,3 +286,11 @@ def test_a_token_grid_has_lladas_numbers(ref, tokens, steps):
     assert (-masks.diff()).tolist() == [tokens // steps + (k < tokens % steps) for k in range(steps)]
     with pytest.raises(ValueError, match=r"steps must lie in 1\.\.4"):
         token_grid(noise, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "origin", "ends"),
+    [(8, 3, 2, [0, 2, 5, 8]), (8, 4, 0, [0, 4, 8]), (7, 4, 0, [0, 4, 7]), (4, 9, 0, [0, 4]), (6, 2, 6, [0, 6])],
+)
+def test_blocks_cover_the_text_and_what_stands_before_the_origin_is_one(length, size, origin, ends):
+    assert block_bounds(length, size, origin) == list(itertools.pairwise(ends))
