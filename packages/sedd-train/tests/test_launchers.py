@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from sedd_train import SetupError, checkpoint, distributed, launchers, recipes, storage
 from sedd_train.launchers import Preemption, adopt
 
@@ -324,3 +325,33 @@ def test_a_process_of_its_own_ends_with_its_code(monkeypatch):
     with pytest.raises(SystemExit):
         distributed.finish(1)
     assert done[:2] == ["all came", 1]
+
+
+@pytest.mark.parametrize(
+    ("told", "threads"),
+    [
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}, [8]),
+        ({"WORLD_SIZE": "8"}, [2]),
+        ({"WORLD_SIZE": "64"}, [1]),
+        ({"WORLD_SIZE": "8", "OMP_NUM_THREADS": "3"}, []),
+    ],
+)
+def test_processes_of_one_machine_share_its_cores(told, threads, monkeypatch):
+    """Of sixteen, unless the user has said how many threads there are to be."""
+
+    def enough():
+        raise InterruptedError
+
+    asked: list[int] = []
+    for name in ("LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (told | {"RANK": "1", "DS_ACCELERATOR": "cpu"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(distributed, "keep_memory", lambda: None)
+    monkeypatch.setattr(distributed, "_import_deepspeed", enough)
+    with pytest.raises(InterruptedError):
+        distributed.start()
+    assert asked == threads
