@@ -8,7 +8,7 @@ import pytest
 import torch
 from sedd_samplers import Tweedie, sample
 from sedd_samplers.adapters import from_hf, to_posterior
-from sedd_samplers.canvas import rewrites_a_canvas
+from sedd_samplers.adapters.canvas import rewrites_a_canvas
 from sedd_samplers.renoising import EntropyBoundRenoising, within_bound
 from torch import Tensor
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sedd_samplers import Tweedie, Unmasking, infill, pad_prompts, prompt_ids, sample
 from sedd_samplers.adapters import from_hf, from_logits, from_masked_lm, from_posterior, to_posterior
-from sedd_samplers.processes import Masking, Proportional, Replacing
+from sedd_samplers.adapters.processes import Masking, Proportional, Replacing
 from torch import Tensor
 
 PAD, CLS, SEP, MASK, WORDS = 0, 1, 2, 4, 12

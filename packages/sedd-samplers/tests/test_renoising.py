@@ -10,7 +10,7 @@ import pytest
 import torch
 from sedd_samplers import EntropyBoundRenoising, sample
 from sedd_samplers.adapters import from_posterior
-from sedd_samplers.canvas import canvas_logits
+from sedd_samplers.adapters.canvas import canvas_logits
 from sedd_samplers.renoising import within_bound
 
 N = 50

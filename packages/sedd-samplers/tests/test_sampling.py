@@ -54,11 +54,11 @@ from sedd_samplers import (
     when_still,
 )
 from sedd_samplers.adapters import from_logits, from_posterior
+from sedd_samplers.adapters.processes import Masking
 from sedd_samplers.controls import allowed_tokens, controlled, min_p, repetition_penalty, temperature, top_k, top_p
 from sedd_samplers.grids import check_times
 from sedd_samplers.guidance import classifier_free
 from sedd_samplers.model_calls import device_of
-from sedd_samplers.processes import Masking
 from sedd_samplers.prompts import check_prompt, check_start
 from sedd_samplers.views import live
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sedd_samplers import Euler, Remasking, Reverse, TauLeaping, Trapezoidal, Tweedie, Unmasking, capped, testing
 from sedd_samplers.adapters import from_logits
-from sedd_samplers.processes import Masking, Proportional, Replacing
+from sedd_samplers.adapters.processes import Masking, Proportional, Replacing
 from sedd_samplers.testing import METHOD_LAWS, SCORE_LAWS, scheduled
 from sedd_samplers.testing._enumerated import Pairs, check_frequencies
 from torch import Tensor

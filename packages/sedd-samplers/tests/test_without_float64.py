@@ -26,9 +26,9 @@ from sedd_samplers import (
     sample,
 )
 from sedd_samplers.adapters import from_logits
+from sedd_samplers.adapters.processes import Masking, Proportional, Replacing
 from sedd_samplers.controls import temperature, top_p
 from sedd_samplers.precision import wide
-from sedd_samplers.processes import Masking, Proportional, Replacing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

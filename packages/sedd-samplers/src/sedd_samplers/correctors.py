@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapters import fit
+from .adapters.conversions import fit
 from .controls import Control, apply_controls
 from .fast import times_row
 from .interfaces import Graph, Noise

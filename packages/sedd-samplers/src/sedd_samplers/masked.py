@@ -4,9 +4,8 @@ When every token turns into the mask at the same rate b, a token is masked at to
 
     lambda(sigma) = 1 - exp(-b sigma)          (called 1 - alpha in the literature of masked diffusion)
 
-and given that it is masked, what it was does not depend on sigma: the noise level decides when, the posterior what. A
-masked position stays masked over a step from t to s with probability lambda_s / lambda_t, and else holds a token from
-p(x0 | x_t):
+and given that it is masked, what it was does not depend on sigma: the noise says when, the posterior what. A masked
+position stays so over a step from t to s with probability lambda_s / lambda_t, and else holds a token from p(x0 | x_t):
 
     Unmasking             Tweedie's step (19), which decides first who moves and asks the model about those only
     Remasking             the same with tokens taken back, ReMDM

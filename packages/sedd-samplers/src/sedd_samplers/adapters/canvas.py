@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fast import Answer
-from .model_calls import Wrapper, offers
-from .positions import Positions
-from .precision import wide
+from ..fast import Answer
+from ..model_calls import Wrapper, offers
+from ..positions import Positions
+from ..precision import wide
 
 __all__ = ["rewrites_a_canvas", "canvas_logits"]
 
