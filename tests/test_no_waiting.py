@@ -61,7 +61,7 @@ GRAPHS: dict[str, Any] = {
     "dense": Dense(Q - torch.diag(Q.sum(0))),
     "dense, in detailed balance": Dense((Q + Q.T) - torch.diag((Q + Q.T).sum(0))),
 }
-METHODS = {
+METHODS: dict[str, Any] = {
     "Tweedie": Tweedie(),
     "Euler": Euler(),
     "tau-leaping": TauLeaping(),
@@ -69,7 +69,7 @@ METHODS = {
     "trapezoidal": Trapezoidal(),
     "corrected": PredictorCorrector(),
 }
-OF_MASKS = {
+OF_MASKS: dict[str, Any] = {
     "unmasking": Unmasking(),
     "remasking": Remasking(at_rate(1.0)),
     "confidence": ConfidenceUnmasking(randomness=1.0),

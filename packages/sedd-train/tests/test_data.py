@@ -434,7 +434,8 @@ def test_padding_needs_an_end_of_text(tmp_path):
     ("short", "told"), [("train", "the training text has 15"), ("valid", "the held-out text has 15")]
 )
 def test_each_part_has_at_least_one_block(short, told):
-    parts = {name: Tokens(np.zeros(16, np.uint16), np.array([16]), 16) for name in ("train", "valid", "test")}
+    names = ("train", "valid", "test")
+    parts: dict[str, Any] = {name: Tokens(np.zeros(16, np.uint16), np.array([16]), 16) for name in names}
     token_cache.Corpus(**parts, tokenizer=None, fingerprint="").check_length(16)
     parts[short] = Tokens(np.zeros(15, np.uint16), np.array([15]), 15)
     with pytest.raises(ValueError, match=f"{told} tokens, fewer than one block of 16"):

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import random
+import time
 from typing import Any
 
 import pyarrow as pa
@@ -83,7 +84,7 @@ def test_rows_are_the_same_in_every_format(name, kind, tmp_path):
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("frames", [1, 2])
 def test_what_is_packed_is_unpacked(suffix, frames, tmp_path):
-    pack = {
+    pack: Any = {
         ".gz": gzip.compress,
         ".bz2": bz2.compress,
         ".xz": lzma.compress,
@@ -328,7 +329,7 @@ def test_what_was_found_in_files_is_remembered_until_they_change(tmp_path, monke
 
     clock = [0]
     monkeypatch.setattr(folders, "_held", noted)
-    monkeypatch.setattr(folders.time, "time_ns", lambda: clock[0])
+    monkeypatch.setattr(time, "time_ns", lambda: clock[0])
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in ("a.txt", "b.txt"):

@@ -47,13 +47,13 @@ FAMILIES = {
 
 
 @pytest.fixture
-def based(tmp_path):
+def based(tmp_path: Path):
     """based(name): the folder of a checkpoint of that family, with weights that are not those of any seed's start."""
 
     def _based(name: str = "sedd") -> Path:
         make, graph = FAMILIES[name]
         torch.manual_seed(7)
-        net = make()
+        net: Any = make()
         for parameter in net.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
         Model(net, graph, LogLinear(), character_tokenizer()).save_pretrained(tmp_path / name)
@@ -63,7 +63,7 @@ def based(tmp_path):
 
 
 @pytest.fixture
-def tuned(process, cache, letters, tmp_path):
+def tuned(process, cache, letters, tmp_path: Path):
     """tuned(init, **values): the folder of a run that began there, in this process."""
 
     def _tuned(init: Path | str, name: str = "run", *, given: Any = None, **values: Any) -> Path:
@@ -80,7 +80,7 @@ def tuned(process, cache, letters, tmp_path):
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory) -> Path:
     """A text in the 27 characters of text8."""
-    path = tmp_path_factory.mktemp("letters") / "text.txt"
+    path: Path = tmp_path_factory.mktemp("letters") / "text.txt"
     path.write_text("we the people of the united states in order to form a more perfect union " * 60)
     return path
 

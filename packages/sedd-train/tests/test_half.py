@@ -24,7 +24,7 @@ def network():
     net = SEDD(12, width=16, depth=2, heads=2, cond_dim=8, dropout=0.0, length=8, scale_by_sigma=True)
     with torch.no_grad():
         for parameter in net.parameters():  # none is 0, as some are at first, through which no gradient passes
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return net
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 import huggingface_hub
 import pytest
@@ -26,8 +28,8 @@ def stored(tmp_path_factory):
             made = datasets.Dataset.from_dict({"id": list(range(count)), "text": rows})
             made.to_parquet(whole / name / f"{split}.parquet")
     (whole / "bad").mkdir()
-    rows = ["one", None, "two", " ", "three"]
-    datasets.Dataset.from_dict({"id": list(range(5)), "text": rows}).to_parquet(whole / "bad" / "train.parquet")
+    some = ["one", None, "two", " ", "three"]
+    datasets.Dataset.from_dict({"id": list(range(5)), "text": some}).to_parquet(whole / "bad" / "train.parquet")
     datasets.Dataset.from_dict({"id": [1], "text": ["v"]}).to_parquet(whole / "bad" / "validation.parquet")
     return whole
 
@@ -35,7 +37,9 @@ def stored(tmp_path_factory):
 @pytest.fixture
 def there(stored, monkeypatch, tmp_path):
     """The hub; there[NAME] is the commit that its main branch is at, `asked` what was loaded."""
-    commits, asked, load = dict.fromkeys(("three", "one", "other", "bad"), FIRST), [], datasets.load_dataset
+    commits: dict[str, Any] = dict.fromkeys(("three", "one", "other", "bad"), FIRST)
+    asked: list[tuple[Any, ...]] = []
+    load = datasets.load_dataset
 
     class Api:
         def dataset_info(self, name, revision=None, timeout=None):
@@ -133,7 +137,8 @@ def test_without_the_hub_what_was_tokenised_before_is_taken_and_said(there, tmp_
     assert found.folder == before.folder
     assert said[-1].startswith("the hub cannot be reached")
     assert SECOND in said[-1]
-    for options in ({"revision": "v2"}, {"column": "text"}):
+    further: list[dict[str, Any]] = [{"revision": "v2"}, {"column": "text"}]
+    for options in further:
         with pytest.raises(ConnectionError, match="could not be had from the Hugging Face hub"):
             token_cache.prepare("hub:one", "bpe:300", tmp_path, **options)
     with pytest.raises(ConnectionError, match="could not be had"):

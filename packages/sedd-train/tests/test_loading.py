@@ -89,10 +89,16 @@ def test_times_are_of_the_recipe_s_seed_and_least_time():
 
 
 def test_batches_are_pinned_where_there_is_a_gpu(monkeypatch):
-    pinned, batch = [], (torch.zeros(2, 3), torch.ones(2))
+    pinned: list[torch.Size] = []
+    batch = (torch.zeros(2, 3), torch.ones(2))
+
+    def pin(tensor):
+        pinned.append(tensor.shape)
+        return tensor + 1
+
     assert loading.pinned([batch])[0][0] is batch[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: [pinned.append(tensor.shape), tensor + 1][1])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     (found,) = loading.pinned([batch])
     assert [float(part.sum()) for part in found] == [6.0, 4.0]
     assert pinned == [(2, 3), (2,)]

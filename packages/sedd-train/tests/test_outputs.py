@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,12 +87,12 @@ def test_the_likelihood_table_goes_on_with_a_row_that_ended_early(monkeypatch, t
         (run / "recipe.toml").write_text((run / "recipe.toml").read_text().replace("steps = 2\n", "steps = 9\n", 1))
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(script.subprocess, "run", ran)
+    monkeypatch.setattr(subprocess, "run", ran)
     glimpse = recipes.override(recipes.read_recipe("text8-mini"), {"steps": 2})
     (run / "recipe.toml").write_text(recipes.to_toml(glimpse))
     arguments = ["text8", "--output", str(tmp_path)]
     for steps, more in [(2, 0), (9, 1), (9, 1), (5, 1)]:
-        given = script.parser().parse_args(arguments, script.argparse.Namespace(training=["--steps", str(steps)]))
+        given = script.parser().parse_args(arguments, argparse.Namespace(training=["--steps", str(steps)]))
         script.train("SEDD absorb", run, script.TABLES["text8"], given)
         assert len(commanded) == more
     (command,) = commanded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import random
@@ -208,7 +209,7 @@ def test_what_a_journal_does_not_vouch_for_is_made_again(large, tmp_path, monkey
         stopped = iter([False] * 9 + [True] * 9)
         cache = tmp_path / str(number)
         with pytest.raises(ValueError, match=r"stopped while tokenising, after .* the same command goes on"):
-            token_cache.prepare(str(large), "bytes", cache, stop=lambda stopped=stopped: next(stopped))
+            token_cache.prepare(str(large), "bytes", cache, stop=functools.partial(next, stopped))
         (part,) = cache.glob("*.part")
         flat = part / "train.bin"
         content = flat.read_bytes()
