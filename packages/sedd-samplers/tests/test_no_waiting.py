@@ -407,6 +407,6 @@ def test_a_compiled_network_is_compiled_once(ref):
 def test_particles_have_no_static_shapes(ref):
     from sedd_samplers import Particles
 
-    with pytest.raises(ValueError, match="nor static_shapes goes with them"):
+    with pytest.raises(ValueError, match="nor static_shapes nor log_probs goes with them"):
         sample(everywhere, graph_of(ref, "uniform"), ref.Geometric(), shape=(1, 2), conditioning=Particles(2),
                static_shapes=True)  # fmt: skip
