@@ -33,6 +33,7 @@ from sedd_samplers import (
     Tweedie,
     at_rate,
 )
+from sedd_samplers.positions import Positions
 from sedd_samplers.reverse import Kernel, Moves
 from torch import Tensor
 
@@ -123,7 +124,16 @@ class Enumerator(Reverse):
         super().__init__(score, score.graph, NOISE, frozen=frozen, seeds=torch.zeros_like(x[:, 0]))
         self.middle, self.kept = middle, list[Tensor]()
 
-    def redraw(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel, *, moves: Moves | None = None) -> Tensor:
+    def redraw(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        where: Tensor,
+        kernel: Kernel,
+        *,
+        moves: Moves | None = None,
+        among: Positions | None = None,
+    ) -> Tensor:
         """The kernel's rows are kept."""
         rows = torch.nn.functional.one_hot(x, self.graph.num_states).double()
         if where.any():
