@@ -174,7 +174,7 @@ def test_a_build_goes_on_where_it_crashed(large, tmp_path, monkeypatch, processe
     def breaking(*args, **options):
         for part in coded(*args, **options):
             sent[0] += 1
-            if sent[0] % 5 == 0:
+            if sent[0] % 3 == 0:
                 raise OSError("the power is gone")
             yield part
 
