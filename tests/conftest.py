@@ -10,6 +10,11 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Laws are followed here from the prior at whatever noise: what is compared with begins there, too."""
+    config.addinivalue_line("filterwarnings", r"ignore:at t = .* is left of a token:UserWarning")
+
+
 @pytest.fixture(scope="session")
 def save_causal() -> Callable[..., Path]:
     """save_causal(folder, tokenizer, context=64) writes a tiny causal language model of transformers, freshly drawn."""

@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ from sedd_samplers import (
     clamped,
     confidence,
     entropy_bound,
+    generate,
     guidance,
     infill,
     mask_probability,
@@ -593,3 +595,19 @@ def test_states_are_taken_up_to_the_last(ref):
     for mask_id in (-1, 6, True):
         with pytest.raises(ValueError, match=r"states 0\.\.5"):
             Masking(6, mask_id)
+
+
+def test_a_schedule_that_ends_in_little_noise_is_told_of(ref):
+    """Of one of four tokens e^-2 (1 - 1/4) is left, as a total variation."""
+    graph = ref.StructuredUniform(4)
+    how: dict[str, Any] = {"shape": (1, 3), "steps": 1, "seeds": [0]}
+    flat, little = lambda x, sigma: torch.zeros(*x.shape, 4), lambda t: (2 * t, torch.full_like(t, 2.0))
+    with pytest.warns(UserWarning, match="at t = 1 the noise is 2, and 10% is left of a token: this run begins"):
+        sample(flat, graph, little, **how)
+    x, given = torch.zeros(1, 4).long(), torch.zeros(1, 4).bool()
+    with pytest.warns(UserWarning, match="is left of a token"):
+        generate(flat, graph, little, x=x, given=given, block_size=4, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(flat, graph, little, start=torch.zeros(1, 3).long(), **how)
+        sample(flat, graph, lambda t: (4 * t, torch.full_like(t, 4.0)), **how)  # e^-4 3/4, under a twentieth

@@ -25,7 +25,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from .grids import finite_start
+from .grids import finite_start, warn_of_text_left
 from .infilling import Clamped
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import warn_of_training
@@ -198,6 +198,7 @@ def blockwise(
     bounds = _bounds(x.shape[1], block_size, origin)
     pad = _padding(graph, end_id, pad_id, until)
     grid = finite_start(noise, grid_of(block_size if steps is None and times is None else steps, t_min, times))
+    warn_of_text_left(graph, noise, given.new_full((), float(grid[0]), dtype=wide(given.device)))
     seeds = row_seeds(seeds, generator, len(x)).to(x.device)
     reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds)
     if conditioning is None and reverse.noises_tokens and (len(bounds) > 1 or bool(given.any())):

@@ -11,6 +11,7 @@ alike.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,15 @@ from .prompts import check_prompt
 from .reverse import Kernel, Reverse
 from .steps import leap, reverse_rates
 
-__all__ = ["uniform_grid", "noise_grid", "token_grid", "adaptive_grid", "check_times", "finite_start"]
+__all__ = [
+    "uniform_grid",
+    "noise_grid",
+    "token_grid",
+    "adaptive_grid",
+    "check_times",
+    "finite_start",
+    "warn_of_text_left",
+]
 
 
 def uniform_grid(steps: int, t_min: float = 1e-5, t_max: float = 1.0) -> Tensor:
@@ -238,3 +247,24 @@ def finite_start(noise: Noise, times: Tensor) -> Tensor:
     if not bool(noise(below[None])[0].isfinite().all()):
         raise ValueError(f"the noise is not finite at t = {float(times[1]):.6g}, where the first step ends")
     return torch.cat([below[None], times[1:]])
+
+
+def warn_of_text_left(graph: Graph, noise: Noise, t: Tensor) -> None:
+    """A warning where a run begins at the prior, and at its first time t (a 0-dim tensor) texts are not noise yet.
+
+    What is left of a token x is the total variation of exp(sigma Q)[., x] from the prior: of the first and the last.
+    """
+    device, sigma = t.device, noise(t[None])[0]
+    row = graph.prior(torch.full((), torch.inf, device=device))
+    prior = row.base.to(t.dtype).expand(graph.num_states).scatter(0, row.index, row.value.to(t.dtype))
+    ends = [x for x in (0, graph.num_states - 1) if x != graph.mask_id]
+    token = torch.zeros(len(ends), graph.num_states, dtype=t.dtype, device=device)
+    token[range(len(ends)), ends] = 1
+    left = float((graph.propagate(token, sigma.to(t.dtype).expand(len(ends))) - prior).abs().sum(1).max()) / 2
+    if left > 0.05:
+        warnings.warn(
+            f"at t = {float(t):.6g} the noise is {float(sigma):.4g}, and {left:.0%} is left of a token: this run "
+            "begins at the prior, as if nothing were, and its samples are off by as much. Choose a schedule that ends "
+            "in more noise, or say from which states, start= (B, L)",
+            stacklevel=3,
+        )

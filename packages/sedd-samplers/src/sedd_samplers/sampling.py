@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from .grids import check_times, finite_start, uniform_grid
+from .grids import check_times, finite_start, uniform_grid, warn_of_text_left
 from .infilling import Clamped, Particles
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import ModelCall, Wrapper, device_of, warn_of_training
@@ -241,6 +241,8 @@ def trajectory(
     if start is None and grid[0] < 1:
         raise ValueError(f"times begin at {float(grid[0]):.6g}, below 1: say from which states, start= (B, L)")
     grid = finite_start(noise, grid)
+    if start is None and not isinstance(conditioning, Particles):  # which weigh their start
+        warn_of_text_left(graph, noise, given.new_full((), float(grid[0]), dtype=wide(given.device)))
     seeds = row_seeds(seeds, generator, len(x)).to(x.device)
     total, clock = len(grid) - 1 + denoise, [*grid.tolist(), *([0.0] if denoise else [])]  # the host's own numbers
     if isinstance(conditioning, Particles):
