@@ -22,12 +22,18 @@ print(*(faults() for _ in range(10)))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's allocator is left alone")
 def test_what_is_freed_is_used_again():
-    found = {}
-    for how in ("kept", "returned"):
-        command = [sys.executable, "-c", AGAIN, how]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[how] = [int(count) for count in done.stdout.split()]
-    assert min(found["returned"]) > 20  # pages, huge ones perhaps
-    assert found["kept"][0] > 20
-    # The median: the heap may grow once more in one of the first.
-    assert statistics.median(found["kept"]) < min(found["returned"]) / 10
+    returned = page_faults("returned")
+    assert min(returned) > 20  # pages, huge ones perhaps
+    for _ in range(3):  # in one process of many a small block lies in the freed one's place, and the heap grows again
+        kept = page_faults("kept")
+        assert kept[0] > 20
+        # The median: the heap may grow once more in one of the first.
+        if statistics.median(kept) < min(returned) / 10:
+            break
+    assert statistics.median(kept) < min(returned) / 10
+
+
+def page_faults(how):
+    """Of ten times 100 MB, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", AGAIN, how], check=True, capture_output=True, text=True)
+    return [int(count) for count in done.stdout.split()]
