@@ -29,6 +29,7 @@ __all__ = [
     "keep_given",
     "logit_rows",
     "noised",
+    "over_tokens",
     "score_rows",
     "spread",
 ]
@@ -203,6 +204,13 @@ def _offers_where(score: ScoreModel) -> bool:
         return "where" in inspect.signature(score.forward if isinstance(score, nn.Module) else score).parameters
     except (TypeError, ValueError):  # traced and scripted modules have none
         return False
+
+
+def over_tokens(logits: Tensor, mask_id: int | None) -> Tensor:
+    """The logits (..., N) with the mask, if there is one, ruled out."""
+    if mask_id is None:
+        return logits
+    return logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
 
 
 def spread(values: Tensor, where: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from . import fast
 from .batch import check_clean, check_possible, noised, score_rows, spread
-from .checks import check_not_nan, sum_dtype
+from .checks import check_evaluations, check_not_nan, sum_dtype
 from .decoder import log_decoder
 from .denoising import denoising_loss
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
@@ -102,14 +102,7 @@ def likelihood_bound(
     Raises:
         ValueError: as `denoising_loss`; an odd or too small number of evaluations.
     """
-    if num_times < 2 or num_times % 2:
-        raise ValueError(f"num_times must be even and at least 2, got {num_times}: two times share a stratum")
-    if num_reconstructions < 2:
-        raise ValueError(f"num_reconstructions must be at least 2, to estimate an error, got {num_reconstructions}")
-    if not 0 < t_min < 1:
-        raise ValueError(f"t_min must lie in (0, 1), got {t_min}")
-    if not 0 <= small_noise_share < 1:
-        raise ValueError(f"small_noise_share must lie in [0, 1), got {small_noise_share}")
+    check_evaluations(num_times, num_reconstructions, t_min, small_noise_share)
     factor = check_clean(x0, graph, weight, given)
     dtype, batch = sum_dtype(x0.device), len(x0)
     how: dict[str, Any] = {"weight": weight, "given": given, "generator": generator}

@@ -16,6 +16,7 @@ __all__ = [
     "check_sigma",
     "check_weight",
     "check_given",
+    "check_evaluations",
     "check_not_nan",
     "require",
     "reading_waits",
@@ -64,6 +65,20 @@ def check_given(given: Tensor, x: Tensor) -> Tensor:
     expected = "given is true at every position: nothing is left to count"
     require((~given).any(), expected, lambda: "drop such batches")
     return given
+
+
+def check_evaluations(
+    num_times: int, num_reconstructions: int, t_min: float | None = None, small_noise_share: float = 0.0
+) -> None:
+    """Raise unless the numbers of an estimate make sense: of its draws, of the end of its times, of their spread."""
+    if num_times < 2 or num_times % 2:
+        raise ValueError(f"num_times must be even and at least 2, got {num_times}: two of them share a stratum")
+    if num_reconstructions < 2:
+        raise ValueError(f"num_reconstructions must be at least 2, to estimate an error, got {num_reconstructions}")
+    if t_min is not None and not 0 < t_min < 1:
+        raise ValueError(f"t_min must lie in (0, 1), got {t_min}")
+    if not 0 <= small_noise_share < 1:
+        raise ValueError(f"small_noise_share must lie in [0, 1), got {small_noise_share}")
 
 
 def reading_waits(device: torch.device) -> bool:

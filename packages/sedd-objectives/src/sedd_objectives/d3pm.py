@@ -32,9 +32,9 @@ from torch import Generator, Tensor
 from . import fast
 from .batch import check_clean, check_kept, check_possible, keep_given, logit_rows, spread
 from .bound import Bound
-from .checks import arithmetic_dtype, check_sigma, check_states, expand_leading, sum_dtype
-from .interfaces import DiscreteTimeGraph, Noise, PosteriorModel, Row
-from .jumps import Jumps, can_move
+from .checks import arithmetic_dtype, check_evaluations, check_sigma, check_states, expand_leading, sum_dtype
+from .interfaces import DiscreteTimeGraph, Noise, PosteriorModel
+from .jumps import Jumps, can_move, dense
 from .times import stratified_times
 
 __all__ = ["d3pm_loss", "d3pm_bound"]
@@ -124,10 +124,7 @@ def d3pm_bound(
         ValueError: as `d3pm_loss`; an odd or too small number of evaluations.
     """
     factor = _check(graph, x0, num_steps, weight, given)
-    if num_times < 2 or num_times % 2:
-        raise ValueError(f"num_times must be even and at least 2, got {num_times}: two steps share a stratum")
-    if num_reconstructions < 2:
-        raise ValueError(f"num_reconstructions must be at least 2, to estimate an error, got {num_reconstructions}")
+    check_evaluations(num_times, num_reconstructions)
     wide, batch = sum_dtype(x0.device), len(x0)
 
     def divergence(step: Tensor) -> Tensor:
@@ -225,11 +222,11 @@ def _noise_levels(noise: Noise, step: Tensor, num_steps: int, x0: Tensor) -> tup
 
 def _log_step_back(logits: Tensor, graph: DiscreteTimeGraph, x: Tensor, before: Tensor, now: Tensor) -> Tensor:
     """Log p_theta(x_{i-1} | x_i = x), (m, N), from logits (m, N) of the clean state, by one propagation."""
-    likelihood = _dense(graph.transition_into(x, now), logits.dtype, graph.num_states)
+    likelihood = dense(graph.transition_into(x, now), graph.num_states, logits.dtype)
     clean, possible = _clean(logits, likelihood, graph)
     over = torch.where(possible, clean / torch.where(possible, likelihood, 1), 0)
-    p = graph.propagate(over, before.to(over.dtype)) * _dense(
-        graph.transition_into(x, now - before), logits.dtype, graph.num_states
+    p = graph.propagate(over, before.to(over.dtype)) * dense(
+        graph.transition_into(x, now - before), graph.num_states, logits.dtype
     )
     return _log(p)
 
@@ -240,17 +237,17 @@ def _log_mixture(logits: Tensor, graph: DiscreteTimeGraph, x: Tensor, before: Te
     No number of it is a difference, and each is as accurate as the rows of the graph's transitions.
     """
     num_states, dtype = graph.num_states, now.dtype
-    likelihood = _dense(graph.transition_into(x, now), dtype, num_states)
+    likelihood = dense(graph.transition_into(x, now), num_states, dtype)
     clean, possible = _clean(logits.to(dtype), likelihood, graph)
     over = torch.where(possible, clean / torch.where(possible, likelihood, 1), 0)
     levels, which = torch.unique(before, return_inverse=True)
     order, every = which.argsort(stable=True), torch.arange(num_states, device=x.device)
     mixed = []
     for level, rows in zip(levels, torch.split(over[order], which.bincount().tolist()), strict=True):
-        to_each = _dense(graph.transition_into(every, level.expand(num_states)), dtype, num_states)  # (y, c)
+        to_each = dense(graph.transition_into(every, level.expand(num_states)), num_states, dtype)  # (y, c)
         mixed.append(rows @ to_each.mT)
     p = torch.cat(mixed)[order.argsort()] if mixed else over
-    return _log(p * _dense(graph.transition_into(x, now - before), dtype, num_states)).to(logits.dtype)
+    return _log(p * dense(graph.transition_into(x, now - before), num_states, dtype)).to(logits.dtype)
 
 
 def _clean(logits: Tensor, likelihood: Tensor, graph: DiscreteTimeGraph) -> tuple[Tensor, Tensor]:
@@ -264,9 +261,3 @@ def _clean(logits: Tensor, likelihood: Tensor, graph: DiscreteTimeGraph) -> tupl
 def _log(p: Tensor) -> Tensor:
     impossible = p <= 0  # filled twice, for log's slope is infinite there
     return p.masked_fill(impossible, 1).log().masked_fill(impossible, -torch.inf)
-
-
-def _dense(row: Row, dtype: torch.dtype, num_states: int) -> Tensor:
-    """All N values of rows, (..., N), in the dtype."""
-    full = row.base.to(dtype)[..., None].expand(*row.base.shape, num_states)
-    return full.scatter(-1, row.index, row.value.to(dtype))

@@ -32,7 +32,7 @@ from .checks import (
     sum_dtype,
 )
 from .interfaces import ImplicitGraph, ScoreModel
-from .jumps import DenseRow, can_move, merge
+from .jumps import DenseRow, can_move, dense, merge
 
 __all__ = ["implicit_score_entropy_loss", "enumerated_implicit_score_entropy_loss", "total_rate_out"]
 
@@ -173,8 +173,7 @@ def total_rate_out(graph: ImplicitGraph, x: Tensor) -> Tensor:
 def _dense_rates_out(graph: ImplicitGraph, x: Tensor) -> Tensor:
     """Q[y, x] for all y != x, and 0 for y = x: (..., N), float64 where the device has it."""
     row, wide = graph.rates_out_of(x), sum_dtype(x.device)
-    full = row.base.to(wide)[..., None].expand(*x.shape, graph.num_states).clone()
-    return full.scatter_(-1, row.index, row.value.to(wide)).scatter_(-1, x[..., None], 0)
+    return dense(row, graph.num_states, wide).scatter_(-1, x[..., None], 0)
 
 
 def _draw(weights: Tensor, generator: Generator | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .checks import reading_waits
 from .interfaces import Graph, Row
 
-__all__ = ["Jumps", "DenseRow", "RatesInto", "value_at", "can_move", "merge"]
+__all__ = ["Jumps", "DenseRow", "RatesInto", "value_at", "dense", "can_move", "merge"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,12 @@ def value_at(row: Row, states: Tensor) -> Tensor:
     return torch.where(listed, row.value.gather(-1, order.gather(-1, slot)), row.base[..., None])
 
 
+def dense(row: Row, num_states: int, dtype: torch.dtype | None = None) -> Tensor:
+    """All values of rows, (..., N), in the dtype if one is given."""
+    base, value = (part if dtype is None else part.to(dtype) for part in (row.base, row.value))
+    return base[..., None].expand(*base.shape, num_states).scatter(-1, row.index, value)
+
+
 def can_move(rates_into: Row, x: Tensor, num_states: int) -> Tensor:
     """Whether any jump leads into x, (...) bool: elsewhere every loss and every reverse rate is exactly 0."""
     listed = ((rates_into.value > 0) & (rates_into.index != x[..., None])).any(-1)
@@ -129,9 +135,7 @@ def merge(weight: Row, ratio: Row, x: Tensor, dtype: torch.dtype, num_states: in
     base_weight, base_ratio = weight.base.to(dtype), ratio.base.to(ratio_dtype)
     if num_states in (weight.index.shape[-1], ratio.index.shape[-1]):
         index = torch.arange(num_states, device=x.device).expand(len(x), -1)
-        weights, ratios = (
-            row.base[:, None].expand(index.shape).scatter(-1, row.index, row.value) for row in (weight, ratio)
-        )
+        weights, ratios = (dense(row, index.shape[-1]) for row in (weight, ratio))
         unwanted, base_weight = index == x[:, None], torch.zeros_like(base_weight)
     else:
         index = torch.cat([x[:, None], weight.index, ratio.index], -1).sort(-1).values

@@ -34,7 +34,7 @@ from torch import Generator, Tensor, nn
 from . import fast
 from .batch import check_clean, score_rows, spread
 from .bound import Bound, reconstruction_loss
-from .checks import arithmetic_dtype, check_not_nan, sum_dtype
+from .checks import arithmetic_dtype, check_evaluations, check_not_nan, sum_dtype
 from .denoising import denoising_jumps
 from .interfaces import LikelihoodGraph, Noise, ScoreModel
 from .jumps import RatesInto, value_at
@@ -329,11 +329,6 @@ def _absorbs(graph: LikelihoodGraph, tokens: Tensor, masks: Tensor, rate: float)
 
 
 def _check_numbers(num_times: int, num_parts: int, num_reconstructions: int, t_min: float) -> None:
-    if num_times < 2 or num_times % 2:
-        raise ValueError(f"num_times must be even and at least 2, got {num_times}: two draws share a stratum")
+    check_evaluations(num_times, num_reconstructions, t_min)
     if num_parts < 0:
         raise ValueError(f"num_parts must be at least 0, got {num_parts}")
-    if num_reconstructions < 2:
-        raise ValueError(f"num_reconstructions must be at least 2, to estimate an error, got {num_reconstructions}")
-    if not 0 < t_min < 1:
-        raise ValueError(f"t_min must lie in (0, 1), got {t_min}")

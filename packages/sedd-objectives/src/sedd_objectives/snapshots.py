@@ -31,13 +31,13 @@ import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import check_clean, check_possible, keep_given, logit_rows, noised, score_rows, spread
+from .batch import check_clean, check_possible, keep_given, logit_rows, noised, over_tokens, score_rows, spread
 from .bound import Bound
-from .checks import arithmetic_dtype, check_not_nan, check_sigma, sum_dtype
+from .checks import arithmetic_dtype, check_evaluations, check_not_nan, check_sigma, sum_dtype
 from .decoder import EVEN_SHARE
 from .implicit import implicit_score_entropy_loss, total_rate_out
-from .interfaces import Noise, PosteriorModel, Row, ScoreModel, SnapshotGraph
-from .jumps import can_move
+from .interfaces import Noise, PosteriorModel, ScoreModel, SnapshotGraph
+from .jumps import can_move, dense
 from .times import NoiseTimes
 
 __all__ = ["snapshot_loss", "snapshot_bound", "log_decoder_of_one_jump"]
@@ -89,8 +89,7 @@ def snapshot_loss(
     logits, positions = logit_rows(model, xt, sigma, live, graph.num_states)
 
     def surprise(logits: Tensor, x0: Tensor) -> Tensor:
-        if graph.mask_id is not None:
-            logits = logits.index_fill(-1, torch.tensor([graph.mask_id], device=logits.device), -torch.inf)
+        logits = over_tokens(logits, graph.mask_id)
         return logits.logsumexp(-1) - logits.gather(-1, x0[:, None])[:, 0]
 
     rows = logits.reshape(-1, graph.num_states)
@@ -144,14 +143,7 @@ def snapshot_bound(
         ValueError: shapes that do not fit, states out of range, a NaN score, masks or given positions of x0 that are
             not clean, an odd or too small number of evaluations, t_min not in (0, 1).
     """
-    if num_times < 2 or num_times % 2:
-        raise ValueError(f"num_times must be even and at least 2, got {num_times}: two times share a stratum")
-    if num_reconstructions < 2:
-        raise ValueError(f"num_reconstructions must be at least 2, to estimate an error, got {num_reconstructions}")
-    if not 0 < t_min < 1:
-        raise ValueError(f"t_min must lie in (0, 1), got {t_min}")
-    if not 0 <= small_noise_share < 1:
-        raise ValueError(f"small_noise_share must lie in [0, 1), got {small_noise_share}")
+    check_evaluations(num_times, num_reconstructions, t_min, small_noise_share)
     factor = check_clean(x0, graph, weight, given)
     dtype, batch = sum_dtype(x0.device), len(x0)
     counted = torch.ones(x0.shape, dtype=dtype, device=x0.device) if factor is None else factor.to(dtype)
@@ -178,7 +170,7 @@ def snapshot_bound(
         variance += ((pair[0] - pair[1]) / num_times) ** 2
 
     ends = torch.tensor([t_min, 1.0], device=x0.device)[:, None].expand(2, batch)
-    prior = _dense(graph.prior(noise(ends[1, 0])[0].to(dtype)), graph.num_states).log()
+    prior = dense(graph.prior(noise(ends[1, 0])[0].to(dtype)), graph.num_states).log()
     draws = torch.zeros(2, num_reconstructions, batch, dtype=dtype, device=x0.device)
     for i in range(num_reconstructions):
         last, _, _ = noised_to(ends[1])
@@ -219,18 +211,9 @@ def log_decoder_of_one_jump(log_score: Tensor, graph: SnapshotGraph, x: Tensor, 
     Returns:
         (m,) nats; a distribution over tokens, whatever the score and the noise.
     """
-    rates = _dense(graph.rates_into(x), graph.num_states).to(log_score.dtype).clamp_min(0)
+    rates = dense(graph.rates_into(x), graph.num_states, log_score.dtype).clamp_min(0)
     jumped = (rates * sigma[:, None]).log() + log_score
     log_weight = torch.where(rates > 0, jumped, -torch.inf).scatter(-1, x[:, None], 0.0)
-    tokens = graph.num_states
-    if graph.mask_id is not None:
-        log_weight = log_weight.index_fill(-1, torch.tensor([graph.mask_id], device=x.device), -torch.inf)
-        tokens -= 1
-    p = log_weight.softmax(-1).gather(-1, x0[:, None])[:, 0]
+    tokens = graph.num_states - (graph.mask_id is not None)
+    p = over_tokens(log_weight, graph.mask_id).softmax(-1).gather(-1, x0[:, None])[:, 0]
     return torch.log((1 - EVEN_SHARE) * p + EVEN_SHARE / tokens)
-
-
-def _dense(row: Row, num_states: int) -> Tensor:
-    """All values of rows, (..., N)."""
-    full = row.base[..., None].expand(*row.base.shape, num_states)
-    return full.scatter(-1, row.index, row.value)

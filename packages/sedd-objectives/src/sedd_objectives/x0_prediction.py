@@ -29,10 +29,20 @@ import torch
 from torch import Generator, Tensor
 
 from . import fast
-from .batch import check_clean, check_kept, check_possible, check_times, keep_given, logit_rows, noised, spread
+from .batch import (
+    check_clean,
+    check_kept,
+    check_possible,
+    check_times,
+    keep_given,
+    logit_rows,
+    noised,
+    over_tokens,
+    spread,
+)
 from .checks import arithmetic_dtype, check_sigma, check_states, expand_leading, sum_dtype
 from .interfaces import Noise, PosteriorGraph, PosteriorModel, Row, TimeVaryingGraph
-from .jumps import DenseRow, RatesInto, can_move, merge
+from .jumps import DenseRow, RatesInto, can_move, dense, merge
 from .times import stratified_times
 
 __all__ = [
@@ -198,7 +208,7 @@ def time_varying_loss(
         clean = torch.nn.functional.one_hot(x0, graph.num_states).to(t.dtype)
         from_clean = graph.propagate(clean, t)
         ratio = DenseRow.of(from_clean / from_clean.gather(-1, x[:, None]))
-        moved = graph.propagate(_over_tokens(logits.to(t.dtype), graph.mask_id).softmax(-1), t)
+        moved = graph.propagate(over_tokens(logits.to(t.dtype), graph.mask_id).softmax(-1), t)
         log_score = _log_or_never(moved / moved.gather(-1, x[:, None])).to(dtype)
         return fast.sum_over_jumps(log_score, None, merge(graph.rates_into(x, t), ratio, x, dtype, graph.num_states))
 
@@ -265,12 +275,12 @@ def _live_loss(
 
     def divergence(logits: Tensor, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
         into, ratio = rates.at(x), graph.ratio(x, x0, sigma)
-        likelihood = _dense(graph.transition_into(x, sigma), graph.num_states).to(sigma.dtype)
-        v = weigh(_over_tokens(logits.to(sigma.dtype), graph.mask_id), likelihood)
+        likelihood = dense(graph.transition_into(x, sigma), graph.num_states, sigma.dtype)
+        v = weigh(over_tokens(logits.to(sigma.dtype), graph.mask_id), likelihood)
         at_x, of_x0 = likelihood * v, x0[:, None]
         share = at_x.gather(-1, of_x0) / at_x.sum(-1, keepdim=True)  # of x0 in (T v)_x, and s_y >= share r_y
         score = _moved(graph, into, v, sigma) / at_x.sum(-1, keepdim=True)
-        score = torch.maximum(score, share * _dense(ratio, graph.num_states))
+        score = torch.maximum(score, share * dense(ratio, graph.num_states))
         jumps = merge(into, ratio, x, logits.dtype, graph.num_states)
         return fast.sum_over_jumps(_log_or_never(score).to(logits.dtype), None, jumps)
 
@@ -308,34 +318,21 @@ def _moved_to(graph: PosteriorGraph, index: Tensor, v: Tensor, sigma: Tensor) ->
     """(T v)_y at the states y of index (m, K), 1 elsewhere, (m, N): by the rows T[y, .], of terms >= 0 alone."""
     num_states = v.shape[-1]
     if index.shape[-1] < num_states:
-        rows = _dense(graph.transition_into(index, sigma), num_states).to(v.dtype)
+        rows = dense(graph.transition_into(index, sigma), num_states, v.dtype)
         return torch.ones_like(v).scatter(-1, index, (rows * v[:, None]).sum(-1))
     levels, which = torch.unique(sigma, return_inverse=True)  # all states: a matrix for each level
     moved, states = torch.ones_like(v), torch.arange(num_states, device=v.device)
     for i in range(len(levels)):
         chosen = (which == i).nonzero()[:, 0]
-        matrix = _dense(graph.transition_into(states, levels[i].expand(num_states)), num_states).to(v.dtype)
+        matrix = dense(graph.transition_into(states, levels[i].expand(num_states)), num_states, v.dtype)
         moved = moved.index_put((chosen,), v[chosen] @ matrix.mT)
     return moved
-
-
-def _over_tokens(logits: Tensor, mask_id: int | None) -> Tensor:
-    """The logits with the mask ruled out."""
-    if mask_id is None:
-        return logits
-    return logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
 
 
 def _log_or_never(p: Tensor) -> Tensor:
     """Log p, and -inf where p is 0 or was rounded below it; filled twice, for log's slope is infinite there."""
     never = p <= 0
     return p.masked_fill(never, 1).log().masked_fill(never, -torch.inf)
-
-
-def _dense(row: Row, num_states: int) -> Tensor:
-    """All values of rows, (..., N)."""
-    full = row.base[..., None].expand(*row.base.shape, num_states)
-    return full.scatter(-1, row.index, row.value)
 
 
 def _check(loss: Tensor, logits: Tensor) -> None:
