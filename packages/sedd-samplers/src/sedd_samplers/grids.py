@@ -21,7 +21,7 @@ from .interfaces import Graph, Noise, ScoreModel
 from .masked import mask_probability
 from .precision import wide
 from .prompts import check_prompt
-from .reverse import Kernel, Reverse
+from .reverse import Kernel, Reverse, limit_law
 from .steps import leap, reverse_rates
 
 __all__ = [
@@ -254,13 +254,11 @@ def warn_of_text_left(graph: Graph, noise: Noise, t: Tensor) -> None:
 
     What is left of a token x is the total variation of exp(sigma Q)[., x] from the prior: of the first and the last.
     """
-    device, sigma = t.device, noise(t[None])[0]
-    row = graph.prior(torch.full((), torch.inf, device=device))
-    prior = row.base.to(t.dtype).expand(graph.num_states).scatter(0, row.index, row.value.to(t.dtype))
+    prior, sigma = limit_law(graph, t.device), noise(t[None])[0]
     ends = [x for x in (0, graph.num_states - 1) if x != graph.mask_id]
-    token = torch.zeros(len(ends), graph.num_states, dtype=t.dtype, device=device)
+    token = torch.zeros(len(ends), graph.num_states, dtype=prior.dtype, device=t.device)
     token[range(len(ends)), ends] = 1
-    left = float((graph.propagate(token, sigma.to(t.dtype).expand(len(ends))) - prior).abs().sum(1).max()) / 2
+    left = float((graph.propagate(token, sigma.to(prior.dtype).expand(len(ends))) - prior).abs().sum(1).max()) / 2
     if left > 0.05:
         warnings.warn(
             f"at t = {float(t):.6g} the noise is {float(sigma):.4g}, and {left:.0%} is left of a token: this run "

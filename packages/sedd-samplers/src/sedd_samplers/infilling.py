@@ -36,7 +36,7 @@ from .model_calls import ModelCall, Wrapper
 from .positions import Positions
 from .precision import wide
 from .randomness import draw_categorical, philox
-from .reverse import Reverse
+from .reverse import Reverse, limit_law
 from .steps import Method, final_denoise, tweedie_posterior, tweedie_probs
 
 __all__ = ["Clamped", "clamped", "Particles"]
@@ -213,8 +213,7 @@ def _start(reverse: Reverse, tokens: Tensor, t: Tensor) -> tuple[Tensor, Tensor]
     sequence, position = reverse.frozen.nonzero(as_tuple=True)
     if not len(sequence):
         return x, gain
-    row = graph.prior(torch.tensor(torch.inf, dtype=wide(x.device), device=x.device))
-    prior = row.base.to(gain.dtype).expand(graph.num_states).scatter(0, row.index, row.value.to(gain.dtype))
+    prior = limit_law(graph, x.device)
     sigma = reverse.noise(t.expand(len(x)))[0][sequence]
     home, uniform = tokens[sequence, position], reverse.uniforms(sequence, position)
     for part in _pieces(len(home), graph, x.device):

@@ -26,7 +26,7 @@ from .precision import fastest_rate, wide, working_dtype
 from .randomness import draw_shared, uniforms
 from .waiting import at_once, reading_waits
 
-__all__ = ["Reverse", "Kernel", "Moves", "NoticedLate"]
+__all__ = ["Reverse", "Kernel", "Moves", "NoticedLate", "limit_law"]
 
 T = TypeVar("T")
 
@@ -120,9 +120,7 @@ class Reverse:
 
     def prior(self) -> Tensor:
         """States from the limit of the forward process, independent over positions: (B, L) int64."""
-        row = self.graph.prior(torch.full((), torch.inf, device=self.frozen.device))
-        precise = wide(self.frozen.device)
-        law = row.base.to(precise).expand(self.graph.num_states).scatter(0, row.index, row.value.to(precise))
+        law = limit_law(self.graph, self.frozen.device)
         return draw_shared(law, self.uniforms_at(torch.ones_like(self.frozen)).flatten()).view(self.frozen.shape)
 
     def movable(self, x: Tensor) -> Tensor:
@@ -391,3 +389,10 @@ def _named(log_score: Tensor, probs: Tensor, sequence: Tensor, position: Tensor,
         f"no state can be drawn {place}: the probabilities sum to {float(probs.sum())}; expected a finite, positive "
         "sum: no state to draw is left (0) or an entry is NaN or infinite"
     )
+
+
+def limit_law(graph: Graph, device: torch.device) -> Tensor:
+    """What the forward process tends to at a position, where a run begins: (N,), float64 where the device has it."""
+    precise = wide(device)
+    row = graph.prior(torch.full((), torch.inf, dtype=precise, device=device))
+    return row.base.to(precise).expand(graph.num_states).scatter(0, row.index, row.value.to(precise))

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from ..adapters import to_posterior
 from ..interfaces import Graph, ScoreModel
+from ..reverse import limit_law
 from ._enumerated import Pairs, check_frequencies
 
 __all__ = ["Sampler", "scheduled", "sampler_reaches_the_law"]
@@ -49,9 +50,9 @@ def scheduled(
     def run(score: ScoreModel, graph: Graph, shape: tuple[int, int], generator: Generator) -> Tensor:
         scheduler.set_timesteps(steps)
         posterior = to_posterior(score, graph)
-        row = graph.prior(torch.tensor(torch.inf, dtype=torch.float64))
-        law = row.base.double().expand(graph.num_states).scatter(0, row.index, row.value.double())
-        x = torch.multinomial(law, shape[0] * shape[1], replacement=True, generator=generator).view(shape)
+        x = torch.multinomial(
+            limit_law(graph, torch.device("cpu")), shape[0] * shape[1], replacement=True, generator=generator
+        ).view(shape)
         for timestep in scheduler.timesteps:
             sigma = level(torch.as_tensor(timestep)).double().expand(len(x))
             said = output(posterior(x, sigma))
