@@ -14,7 +14,7 @@ import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
 from sedd_samplers import clamped
-from sedd_train import Model, commands, distributed, load_trained
+from sedd_train import Model, commands, distributed, load_trained, pipelines
 from sedd_train.commands import evaluate, export, infill, plan, report, sample, train
 from sedd_train.text8 import character_tokenizer
 
@@ -168,13 +168,13 @@ def test_what_a_sample_is_drawn_by(monkeypatch, capsys):
     net = SEDD(28, width=16, depth=1, heads=2, cond_dim=8, dropout=0.0, length=12, scale_by_sigma=True).train()
     monkeypatch.setattr(sample, "load", lambda name: Model(net, graph, LogLinear(), character_tokenizer()))
     seen: list[dict[str, Any]] = []
-    trajectory = vars(sample)["trajectory"]
+    trajectory = vars(pipelines)["trajectory"]
 
     def noted(*given, **how):
         seen.append(how)
         return trajectory(*given, **how)
 
-    monkeypatch.setattr(sample, "trajectory", noted)
+    monkeypatch.setattr(pipelines, "trajectory", noted)
     for method in sample.METHODS:
         x = sample.main(
             ["--checkpoint", "it", "--method", method, "--num", "3", "--steps", "2", "--seed", "7", "--length", "5"]
@@ -204,7 +204,8 @@ def test_what_a_sample_is_drawn_by(monkeypatch, capsys):
 
 def test_controls_come_in_their_order():
     def of(*words):
-        return sample.controls_of(sample.parser().parse_args(["--checkpoint", "it", *words]))
+        args = sample.parser().parse_args(["--checkpoint", "it", *words])
+        return pipelines.controls_of(args.temperature, args.top_k, args.top_p)
 
     assert of() == []
     p, zero = torch.tensor([[0.5, 0.3, 0.15, 0.05]]), torch.zeros(1, dtype=torch.int64)

@@ -72,3 +72,19 @@ def test_controls_need_masks():
     with pytest.raises(ValueError, match="temperature, top-k and top-p need a model that masks"):
         write("we", top_k=2)
     assert len(write("we", steps=2)) == 1
+
+
+def test_a_model_of_rows_of_many_lengths_writes_texts_of_their_lengths(model):
+    """By the law that it carries, unless a length is said; each as it is alone."""
+    law = [0] * 20
+    law[4], law[8] = 1, 1  # rows of 5 and of 9 tokens
+    net = SEDD(28, **SIZES, scale_by_sigma=True)
+    net.load_state_dict(model.net.state_dict())
+    net.sections["lengths"] = law
+    write = pipeline(Model(net, *model[1:]), device="cpu")
+    texts = write("we", num=8, steps=3)
+    assert {len(text) for text in texts} == {5, 9}
+    assert [write("we", seed=seed, steps=3)[0] for seed in range(8)] == texts
+    assert [len(text) for text in write("we", num=2, length=7, steps=2)] == [7, 7]
+    with pytest.raises(ValueError, match="no text that this model was trained on is longer"):
+        write("we the people", steps=2)

@@ -10,19 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
+from sedd_nets import bind
 from sedd_nets.files import HubOptions
-from sedd_samplers import Method, State, Tweedie, clamped, trajectory
+from sedd_samplers import Method, ScoreModel, State, Tweedie, clamped, draw_lengths, trajectory
 from sedd_samplers.controls import Control, controlled, temperature, top_k, top_p
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sedd_train import prompts
 from sedd_train.pretrained import Model, load
-from sedd_train.prompts import Prompt
 
-__all__ = ["pipeline", "Pipeline", "controls_of"]
+__all__ = ["pipeline", "Pipeline", "Canvas", "controls_of"]
+
+
+class Canvas(NamedTuple):
+    """What samples begin from."""
+
+    x: Tensor
+    """(B, L) int64, the given tokens; 0 at positions that are free."""
+    given: Tensor
+    """(B, L) bool."""
+    lengths: list[int]
+    """Of each text; what is behind it means nothing, and the network does not see it."""
 
 
 @dataclass(frozen=True)
@@ -37,38 +49,77 @@ class Pipeline:
     model: Model
     device: torch.device | str
 
-    def __call__(self, text: str = "", *, length: int | None = None, **drawing: Any) -> list[str]:
+    def __call__(
+        self, text: str = "", *, num: int = 1, seed: int = 0, length: int | None = None, **drawing: Any
+    ) -> list[str]:
         """Texts of the model: those that begin with this one, or this one with its blanks filled.
 
         Args:
             text: a beginning, or with underscores, one for each token that is wanted in their place, all of the text.
-            length: tokens of the whole, of a text without blanks; as many as the model takes unless given.
-            drawing: those of `states`, `num` among them.
+            num: how many.
+            seed: of the first; the next one has the next. The same seed gives the same text, whatever `num`.
+            length: tokens of the whole, of a text without blanks; see `canvas`.
+            drawing: those of `states`.
 
         Raises:
             ValueError: as `states`; or the text is too long for the model.
         """
-        longest = self.model.net.length
-        if "_" in text:
+        prompt = {"text": text} if "_" in text else {"prefix": text}
+        canvas, x = self.canvas(num, seed, length=length, **prompt), torch.empty(0)
+        with torch.inference_mode():
+            for state in self.states(canvas, seed=seed, **drawing):
+                x = state.x
+        return self.texts(x, canvas.lengths)
+
+    def canvas(
+        self,
+        num: int = 1,
+        seed: int = 0,
+        *,
+        text: str | None = None,
+        prefix: str = "",
+        suffix: str = "",
+        length: int | None = None,
+    ) -> Canvas:
+        """What `num` samples of the seeds from `seed` on begin from.
+
+        Args:
+            num: how many.
+            seed: of the first.
+            text: all of it, with blanks; instead of the other three.
+            prefix: what each begins with.
+            suffix: what each ends with.
+            length: tokens of each. Unless given, as many as the model takes, or where it was trained on rows of many
+                lengths, drawn from theirs.
+
+        Raises:
+            ValueError: a number that makes no sense, or a prompt that is too long or leaves nothing to fill.
+        """
+        net, tokenizer, seeds = self.model.net, self.model.tokenizer, range(seed, seed + num)
+        if num < 1:
+            raise ValueError(f"num must be at least 1, got {num}")
+        if length is not None and not 1 <= length <= net.length:
+            raise ValueError(f"length must be 1 to {net.length}, what this model takes; got {length}")
+        if text:
             if length is not None:
                 raise ValueError("a text with blanks is as long as it is: leave out length")
-            prompt = prompts.with_blanks(self.model.tokenizer, text, longest)
+            own = [prompts.with_blanks(tokenizer, text, net.length)] * num
         else:
-            length = longest if length is None else length
-            if not 1 <= length <= longest:
-                raise ValueError(f"length must be 1 to {longest}, what this model takes; got {length}")
-            prompt = prompts.around(self.model.tokenizer, length, prefix=text)
-        x = torch.empty(0)
-        with torch.inference_mode():
-            for state in self.states(prompt, **drawing):
-                x = state.x
-        return self.texts(x)
+            ends, law = {"prefix": prefix, "suffix": suffix}, net.sections.get("lengths")
+            prompt = prompts.around(tokenizer, length or net.length, **ends)
+            if law is None or length is not None:
+                own = [prompt] * num
+            else:
+                drawn = _lengths(law, seeds, int(prompt.given.sum()))
+                own = [prompts.around(tokenizer, n, **ends) for n in drawn]
+        x = pad_sequence([part.x for part in own], batch_first=True)
+        given = pad_sequence([part.given for part in own], batch_first=True, padding_value=True)
+        return Canvas(x.to(self.device), given.to(self.device), [len(part.x) for part in own])
 
     def states(
         self,
-        prompt: Prompt,
+        canvas: Canvas,
         *,
-        num: int = 1,
         seed: int = 0,
         steps: int = 128,
         method: Method | None = None,
@@ -79,9 +130,8 @@ class Pipeline:
         """The states that samples go through, of which the last holds them.
 
         Args:
-            prompt: which positions hold which tokens.
-            num: how many samples.
-            seed: of the first; the next one has the next. The same seed gives the same sample, whatever `num`.
+            canvas: which positions hold which tokens.
+            seed: of the first sample; the next one has the next.
             steps: reverse steps; more is better and slower.
             method: the reverse step; `Tweedie()` unless given.
             temperature: of each token's law; below 1 for likelier tokens.
@@ -91,9 +141,8 @@ class Pipeline:
         Raises:
             ValueError: a number that makes no sense, or one of the last three for a model that does not mask.
         """
-        for name, value in {"num": num, "steps": steps}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         net, graph, noise, _ = self.model
         controls = controls_of(temperature, top_k, top_p)
         if controls and graph.mask_id is None:
@@ -101,22 +150,37 @@ class Pipeline:
                 "temperature, top-k and top-p need a model that masks: they act on p(x0 | x_t), which cannot be told "
                 "from this one's score at high noise"
             )
-        x, given = (part.to(self.device).expand(num, -1) for part in prompt)
+        x, given, lengths = canvas
+        score: ScoreModel = net if min(lengths) == x.shape[1] else bind(net, lengths=lengths)
         return trajectory(
-            controlled(net, graph, *controls) if controls else net,
+            controlled(score, graph, *controls) if controls else score,
             graph,
             noise,
             x=x,
             given=given,
             steps=steps,
             method=method or Tweedie(),
-            seeds=range(seed, seed + num),
+            seeds=range(seed, seed + len(x)),
             conditioning=clamped,
         )
 
-    def texts(self, x: Tensor) -> list[str]:
-        """The texts of samples (B, L)."""
-        return [str(self.model.tokenizer.decode(tokens)) for tokens in x.tolist()]
+    def texts(self, x: Tensor, lengths: Sequence[int]) -> list[str]:
+        """The texts of samples (B, L), each of its length."""
+        rows = zip(x.tolist(), lengths, strict=True)
+        return [str(self.model.tokenizer.decode(tokens[:length])) for tokens, length in rows]
+
+
+def _lengths(law: Sequence[float], seeds: Sequence[int], shortest: int) -> list[int]:
+    """The length of each seed's text by the law of those that a model was trained on, where `shortest` are given."""
+    possible = torch.tensor(law, dtype=torch.float64)
+    possible[:shortest] = 0
+    if not possible.any():
+        raise ValueError(
+            f"the prompt has {shortest} tokens, and no text that this model was trained on is longer: shorten it, or "
+            "say a length"
+        )
+    lengths: list[int] = draw_lengths(possible, seeds).tolist()
+    return lengths
 
 
 def pipeline(

@@ -13,10 +13,8 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from sedd_nets import bind
 from sedd_samplers import (
     Ancestral,
     ConfidenceUnmasking,
@@ -25,7 +23,6 @@ from sedd_samplers import (
     Method,
     PredictorCorrector,
     Remasking,
-    ScoreModel,
     State,
     TauLeaping,
     Trapezoidal,
@@ -33,17 +30,13 @@ from sedd_samplers import (
     Uniformization,
     Unmasking,
     at_rate,
-    clamped,
-    draw_lengths,
-    trajectory,
 )
-from sedd_samplers.controls import Control, controlled, temperature, top_k, top_p
 from sedd_samplers.views import live, record
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from sedd_train import load, prompts, storage
+from sedd_train import load, pipeline, storage
+from sedd_train.pipelines import controls_of
 
 __all__ = ["parser", "main"]
 
@@ -165,99 +158,42 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    controls_of(args.temperature, args.top_k, args.top_p)
 
 
-def controls_of(args: argparse.Namespace) -> list[Control]:
-    """The controls asked for, in their order."""
-    controls = []
-    if args.temperature != 1:
-        controls.append(temperature(args.temperature))
-    if args.top_k is not None:
-        controls.append(top_k(args.top_k))
-    if args.top_p != 1:
-        controls.append(top_p(args.top_p))
-    return controls
-
-
-def prompt_of(args: argparse.Namespace, tokenizer: Any, longest: int) -> prompts.Prompt:
-    """The prompt asked for, for a model that takes sequences of up to `longest` tokens."""
-    if args.text:
-        return prompts.with_blanks(tokenizer, args.text, longest)
-    length = args.length or longest
-    if length > longest:
-        raise ValueError(f"--length {length} is longer than the {longest} tokens that this model was trained with")
-    return prompts.around(tokenizer, length, prefix=args.prefix, suffix=args.suffix)
-
-
-def lengths_of(args: argparse.Namespace, net: Any, seeds: Sequence[int], shortest: int) -> list[int] | None:
-    """The length of each sample where the model carries the law of the lengths it was trained on; else None."""
-    law = net.sections.get("lengths")
-    if law is None or args.text or args.length:
-        return None
-    possible = torch.tensor(law, dtype=torch.float64)
-    possible[:shortest] = 0
-    if not possible.any():
-        raise ValueError(
-            f"the prompt has {shortest} tokens, and no text that this model was trained on is longer: shorten it, or "
-            "say --length"
-        )
-    lengths: list[int] = draw_lengths(possible, seeds).tolist()
-    return lengths
-
-
-def run(args: argparse.Namespace) -> tuple[Tensor, list[int], Any, float]:
-    """The samples (B, L), the length of each, the tokenizer to read them with, and the seconds that they took."""
+def run(args: argparse.Namespace) -> tuple[Tensor, list[str], int, float]:
+    """The samples (B, L), their texts, how many tokens these have, and the seconds that they took."""
     check(args)
     if args.page:
         storage.check_output(Path(args.page))
-    controls = controls_of(args)
-    net, graph, noise, tokenizer = load(args.checkpoint)
-    net = net.to(args.device).eval()
-    if controls and graph.mask_id is None:
-        raise ValueError(
-            "--temperature, --top-k and --top-p need a model that masks: they act on p(x0 | x_t), which cannot be told "
-            "from this one's score at high noise"
-        )
-    seeds = range(args.seed, args.seed + args.num)
-    prompt = prompt_of(args, tokenizer, net.length)
-    lengths = lengths_of(args, net, seeds, int(prompt.given.sum()))
-    score: ScoreModel = net
-    if lengths is None:
-        lengths = [len(prompt.x)] * args.num
-        x, given = (part.to(args.device).expand(args.num, -1) for part in prompt)
-    else:
-        own = [prompts.around(tokenizer, length, prefix=args.prefix, suffix=args.suffix) for length in lengths]
-        x = pad_sequence([part.x for part in own], batch_first=True).to(args.device)
-        given = pad_sequence([part.given for part in own], batch_first=True, padding_value=True).to(args.device)
-        score = bind(net, lengths=lengths)  # what is behind a text is seen by nothing
-    states = trajectory(
-        controlled(score, graph, *controls) if controls else score,
-        graph,
-        noise,
-        x=x,
-        given=given,
-        steps=args.steps,
-        method=METHODS[args.method],
-        seeds=seeds,
-        conditioning=clamped,
+    write = pipeline(load(args.checkpoint), device=args.device)
+    longest = write.model.net.length
+    if args.length is not None and args.length > longest:
+        raise ValueError(f"--length {args.length} is longer than the {longest} tokens that this model was trained with")
+    canvas = write.canvas(
+        args.num, args.seed, text=args.text, prefix=args.prefix, suffix=args.suffix, length=args.length
     )
+    drawing = {name: getattr(args, name) for name in ("seed", "steps", "temperature", "top_k", "top_p")}
+    states = write.states(canvas, method=METHODS[args.method], **drawing)
+    mask_id = write.model.graph.mask_id
 
     def text(token: int) -> str:
-        characters: str = tokenizer.decode([token])
+        characters: str = write.model.tokenizer.decode([token])
         return characters
 
     views: Iterator[State] = states
     if args.page:
-        views = record(views, args.page, text, mask_id=graph.mask_id, given=given)
+        views = record(views, args.page, text, mask_id=mask_id, given=canvas.given)
     if args.watch:
-        views = live(views, text, mask_id=graph.mask_id)
+        views = live(views, text, mask_id=mask_id)
     else:
         views = tqdm(views, total=args.steps + 2, desc="sampling", unit="state")
     start = time.perf_counter()
     with torch.inference_mode():
         for state in views:
             x = state.x
-    return x, lengths, tokenizer, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return x, write.texts(x, canvas.lengths), sum(canvas.lengths), seconds
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "sedd sample") -> Tensor:
@@ -269,11 +205,11 @@ def draw(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> Tensor
     """What `main` does, for options that may be another command's."""
     args = options.parse_args(argv)
     try:
-        x, lengths, tokenizer, seconds = run(args)
+        x, texts, count, seconds = run(args)
     except (ValueError, OSError) as error:
         options.exit(2, f"{options.prog}: {error}\n")
-    for i, (tokens, length) in enumerate(zip(x.tolist(), lengths, strict=True), 1):
+    for i, text in enumerate(texts, 1):
         print(f"\n--- sample {i} of {args.num} " + "-" * 50)
-        print(tokenizer.decode(tokens[:length]))
-    print(f"\n{sum(lengths)} tokens in {seconds:.1f} s ({args.steps} steps of {args.method}, seed {args.seed})")
+        print(text)
+    print(f"\n{count} tokens in {seconds:.1f} s ({args.steps} steps of {args.method}, seed {args.seed})")
     return x
