@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_samplers import Ancestral, Euler, TauLeaping, Tweedie, cached, sample, uniform_grid
-from sedd_samplers.fast import Answer, draw_by_blocks, spread, times_row
+from sedd_samplers.fast import Answer, draw_by_blocks, exp_but_at, spread, times_row
 from sedd_samplers.randomness import uniforms
 
 GRAPHS = {
@@ -129,6 +130,22 @@ def test_a_row_of_nothing_special_is_its_base():
     row = SimpleNamespace(base=torch.tensor([2.0]), index=torch.zeros(1, 0).long(), value=torch.zeros(1, 0))
     assert times_row(torch.ones(1, 3), row).tolist() == [[2.0] * 3]
     assert spread(row, torch.ones(1, 3)).tolist() == [[2.0] * 3]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("there", [0.7, torch.inf, -torch.inf, torch.nan])
+def test_an_exponential_is_1_where_it_carries_no_information(recorded, there):
+    x, values = torch.tensor([2, 0]), torch.tensor([[0.3, -1.0, 0.0], [0.0, 2.0, -torch.inf]])
+    values[torch.arange(2), x] = there
+    before = values.clone()
+    out = exp_but_at(values.requires_grad_(recorded), x)
+    plain = [[math.exp(0.3), math.exp(-1.0), 1.0], [1.0, math.exp(2.0), 0.0]]
+    torch.testing.assert_close(out.detach(), torch.tensor(plain), rtol=1e-6, atol=0)
+    torch.testing.assert_close(values.detach(), before, rtol=0, atol=0, equal_nan=True)
+    if recorded:
+        (slope,) = torch.autograd.grad(out.sum(), values)
+        expected = torch.tensor(plain).scatter(1, x[:, None], 0.0)
+        torch.testing.assert_close(slope, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("num_states", [1, 2, 7, 64, 1000])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fast import log, spread
+from .fast import exp_but_at, log, spread
 from .interfaces import Graph
 
 __all__ = ["concrete_score", "leave_one_out", "without_own", "score_of", "carry"]
@@ -19,7 +19,7 @@ __all__ = ["concrete_score", "leave_one_out", "without_own", "score_of", "carry"
 
 def concrete_score(log_score: Tensor, x: Tensor) -> Tensor:
     """S = exp(log_score), a new tensor (M, N); the entry at x carries no information and its true value is 1."""
-    return log_score.scatter(1, x[:, None], 0.0).exp()
+    return exp_but_at(log_score, x)
 
 
 def leave_one_out(log_score: Tensor, x: Tensor, graph: Graph, sigma: Tensor) -> Tensor:

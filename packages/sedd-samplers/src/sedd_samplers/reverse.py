@@ -335,10 +335,11 @@ class Reverse:
         for part in rows.parts():
             probs = rows[part].clamp_(min=0)
             state[part], total = draw_by_blocks(probs, uniform[part])
-            self.tell(at.flat[part], probs, state[part], old[part])
-            right[part] = (total > 0) & total.isfinite()
-            if not reading_waits(x.device) and not (right | ~wanted)[part].all():
-                row = int((~right & wanted)[part].nonzero()[0])
+            if self.log_prob is not None:
+                self.tell(at.flat[part], probs, state[part], old[part])
+            right[part] = found = (total > 0) & total.isfinite()
+            if not reading_waits(x.device) and not (found | ~wanted[part]).all():
+                row = int((~found & wanted[part]).nonzero()[0])
                 raise _named(log_scores[part][row], probs[row], at.sequence[part][row], at.position[part][row], sigma)
         return state, right
 

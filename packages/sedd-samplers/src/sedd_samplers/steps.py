@@ -236,7 +236,7 @@ def euler_probs(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor)
     Returns:
         (M, N), each row summing to 1; negative at x where the step is too long for its rates.
     """
-    probs = reverse_rates(log_score, x, graph).mul_(delta_sigma.to(log_score.dtype)[:, None])
+    probs = expected_jumps(log_score, x, graph, delta_sigma)
     return probs.scatter_(1, x[:, None], 1 - probs.sum(-1, keepdim=True))
 
 
@@ -269,7 +269,7 @@ def tau_leaping_probs(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: T
     Returns:
         (M, N), non-negative, each row summing to 1.
     """
-    return leap(reverse_rates(log_score, x, graph).mul_(delta_sigma.to(log_score.dtype)[:, None]), x)
+    return leap(expected_jumps(log_score, x, graph, delta_sigma), x)
 
 
 def _odds_of_staying(leaving: Tensor) -> Tensor:
@@ -280,6 +280,12 @@ def _odds_of_staying(leaving: Tensor) -> Tensor:
 def reverse_rates(log_score: Tensor, x: Tensor, graph: Graph) -> Tensor:
     """Equation 3: Q[x, y] s_y for y != x, and 0 at y = x; (M, N)."""
     return times_row(concrete_score(log_score, x), graph.rates_into(x)).scatter_(1, x[:, None], 0.0)
+
+
+def expected_jumps(log_score: Tensor, x: Tensor, graph: Graph, delta_sigma: Tensor) -> Tensor:
+    """D Q[x, y] s_y for y != x, the reverse rates over a difference D of total noise (M,), and 0 at y = x; (M, N)."""
+    weights = _scaled(graph.rates_into(x), delta_sigma)
+    return times_row(concrete_score(log_score, x), weights).scatter_(1, x[:, None], 0.0)
 
 
 def leap(jumps: Tensor, x: Tensor) -> Tensor:

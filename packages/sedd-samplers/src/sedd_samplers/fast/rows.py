@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..interfaces import Row
 
-__all__ = ["times_row", "spread", "log"]
+__all__ = ["times_row", "spread", "exp_but_at", "log"]
 
 
 def times_row(dense: Tensor, row: Row) -> Tensor:
@@ -21,6 +21,13 @@ def times_row(dense: Tensor, row: Row) -> Tensor:
 def spread(row: Row, like: Tensor) -> Tensor:
     """A row as a dense array (M, N) of the dtype of `like` (M, N)."""
     return row.base.to(like.dtype)[:, None].expand_as(like).scatter(1, row.index, row.value.to(like.dtype))
+
+
+def exp_but_at(values: Tensor, x: Tensor) -> Tensor:
+    """The exponentials (M, N), a new tensor, and 1 at x (M,), whatever stands there: one pass where no gradient is."""
+    if values.requires_grad:
+        return values.scatter(1, x[:, None], 0.0).exp()  # so that infinity at x has no gradient
+    return values.exp().scatter_(1, x[:, None], 1.0)
 
 
 def log(values: Tensor) -> Tensor:
