@@ -294,3 +294,53 @@ def test_a_token_grid_has_lladas_numbers(ref, tokens, steps):
 )
 def test_blocks_cover_the_text_and_what_stands_before_the_origin_is_one(length, size, origin, ends):
     assert block_bounds(length, size, origin) == list(itertools.pairwise(ends))
+
+
+TAKEN_AND_REFUSED: dict[str, tuple[list[Any], list[Any], str]] = {
+    "block_size": ([1, 8, 100], [0, -1, True, 4.0], "block_size must be a positive integer"),
+    "origin": ([0, 8], [-1, 9, True, 1.0], r"origin must be a position of 0\.\.8"),
+    "end_id": ([0, V - 1], [-1, V, MASK], "end_id must be a token of 0..8 and not the mask"),
+    "pad_id": ([0, V - 1], [-1, V, MASK], "pad_id must be a token of 0..8 and not the mask"),
+}
+
+
+@pytest.mark.parametrize("which", TAKEN_AND_REFUSED)
+def test_numbers_are_taken_up_to_their_ends_and_refused_beyond(ref, which):
+    graph, x = ref.StructuredAbsorbing(V - 1, MASK), torch.zeros(1, 8, dtype=torch.int64)
+    taken, refused, message = TAKEN_AND_REFUSED[which]
+
+    def first(value):
+        how: dict[str, Any] = {"block_size": 4, which: value}
+        return next(blockwise(from_logits(network(0), graph), graph, ref.LogLinear(), x=x, given=x > 0, **how))
+
+    for value in taken:
+        assert first(value).step == 0
+    for value in refused:
+        with pytest.raises(ValueError, match=message):
+            first(value)
+
+
+def test_a_block_takes_as_many_steps_as_positions_unless_told_otherwise(ref):
+    """And every state says where it stands: the block's time, all steps of all blocks."""
+    graph, x = ref.StructuredAbsorbing(V - 1, MASK), torch.zeros(2, 7, dtype=torch.int64)
+    how: dict[str, Any] = {"x": x, "given": x > 0, "block_size": 3, "seeds": [0, 1]}
+    run = list(blockwise(from_logits(network(0), graph), graph, ref.LogLinear(), **how))
+    assert [state.step for state in run] == list(range(13))
+    assert {state.steps for state in run} == {12}
+    assert [state.t for state in run[:5]] == pytest.approx([1.0, *(1 - k * (1 - 1e-5) / 3 for k in (1, 2, 3)), 0.0])
+    assert [state.t for state in run[5:9]] == pytest.approx([state.t for state in run[1:5]])
+    open_ = list(blockwise(from_logits(network(0), graph), graph, ref.LogLinear(), denoise=False, t_min=0.2, **how))
+    assert [open_[-1].step, open_[-1].steps, open_[-1].t] == [9, 9, 0.2]
+    assert all(state.log_prob is None for state in run)
+
+
+def test_a_prompt_behind_an_end_stands(ref):
+    """What is given there is neither padded nor an end."""
+    graph = ref.StructuredAbsorbing(V - 1, MASK)
+    x = torch.tensor([[1, 0, 0, 0, 0, 7, 5, 0]])
+    given = torch.tensor([[True, False, False, False, False, True, True, False]])
+    out = generate(from_logits(counting, graph), graph, ref.LogLinear(), x=x, given=given, block_size=4, end_id=END,
+                   pad_id=2, method=GREEDY)  # fmt: skip
+    assert out.x.tolist() == [[1, 7, 8, 5, 2, 7, 5, 2]]
+    assert out.lengths.tolist() == [4]
+    assert out.log_prob is None

@@ -8,7 +8,16 @@ import pytest
 import torch
 from sedd_samplers import Tweedie, infill, pad_prompts, sample, uniform_grid
 from sedd_samplers.adapters import from_posterior, to_posterior
-from sedd_samplers.controls import allowed_tokens, controlled, min_p, temperature, top_k, top_p
+from sedd_samplers.controls import (
+    allowed_tokens,
+    apply_controls,
+    controlled,
+    min_p,
+    repetition_penalty,
+    temperature,
+    top_k,
+    top_p,
+)
 from sedd_samplers.leave_one_out import leave_one_out
 
 ROW = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]], dtype=torch.float64)
@@ -334,3 +343,67 @@ def test_a_leave_one_out_law_is_one_of_tokens(ref, kind):
     assert (law[:, 4] == 0).all()
     torch.testing.assert_close(law.sum(-1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
     assert (law >= 0).all()
+
+
+EACH = {
+    "temperature": (temperature(0.5), [0.25, 0.0, 0.09, 0.04]),
+    "temperature 1": (temperature(1.0), [0.5, 0.0, 0.3, 0.2]),
+    "top 1": (top_k(1), [0.5, 0.0, 0.0, 0.0]),
+    "top 9": (top_k(9), [0.5, 0.0, 0.3, 0.2]),
+    "most": (top_p(0.7), [0.5, 0.0, 0.3, 0.0]),
+    "all": (top_p(1), [0.5, 0.0, 0.3, 0.2]),
+    "not rare": (min_p(0.5), [0.5, 0.0, 0.3, 0.0]),
+    "none rare": (min_p(0.0), [0.5, 0.0, 0.3, 0.2]),
+    "once": (repetition_penalty(2.0), [0.5, 0.0, 0.09, 0.2]),
+    "allowed": (allowed_tokens(torch.tensor([[True] * 4, [False, True, True, True]])), [0.0, 0.0, 0.3, 0.2]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", EACH)
+def test_a_control_makes_a_new_law_of_the_same_precision(name, dtype):
+    """Of one that is twice a distribution: it is made one first, once more afterwards, and itself left alone."""
+    control, weights = EACH[name]
+    law = torch.tensor([[1.0, 0.0, 0.6, 0.4]], dtype=dtype)
+    before, x = law.clone(), torch.tensor([[0, 1, 3], [2, 2, -1]])
+    sequence = torch.tensor([1])
+    out = apply_controls([control], law, sequence, torch.tensor([1]), x)
+    assert out.dtype == dtype
+    assert out[0].tolist() == pytest.approx([w / sum(weights) for w in weights], rel=1e-6)
+    assert torch.equal(law, before)
+    again = apply_controls(
+        [control, lambda p, sequence, position: p], law, sequence + 6, torch.tensor([1]), x, sequence
+    )
+    torch.testing.assert_close(again, out)
+    one = law / 2
+    counts = {"counts": torch.tensor([[0, 0, 2, 0]])} if name == "once" else {}
+    control(one, sequence, torch.tensor([1]), **counts)
+    assert torch.equal(one, before / 2)
+
+
+def test_every_control_is_given_a_distribution():
+    sums: list[float] = []
+
+    def noted(p, sequence, position):
+        sums.append(float(p.sum()))
+        return 3 * p
+
+    law = torch.tensor([[2.0, 0.0, 1.0]])
+    apply_controls([noted, noted, noted], law, torch.zeros(1).long(), torch.zeros(1).long())
+    assert sums == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_allowed_tokens_are_those_of_the_sequence_and_the_position():
+    tokens = torch.zeros(2, 2, 4, dtype=torch.bool)
+    for b, i, y in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)):
+        tokens[b, i, y] = True
+    sequence, position = torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1, 1, 0])
+    out = allowed_tokens(tokens)(torch.full((4, 4), 0.25), sequence, position)
+    assert out.argmax(1).tolist() == [2, 1, 3, 0]
+    assert (out > 0).sum(1).tolist() == [1] * 4
+    for b, i, told in ((2, 0, "sequence 2"), (0, 2, "position 2")):
+        with pytest.raises(ValueError, match=f"too small for .*{told}"):
+            allowed_tokens(tokens)(torch.ones(1, 4), torch.tensor([b]), torch.tensor([i]))
+    tokens[1, 1] = False
+    with pytest.raises(ValueError, match="no token is allowed at sequence, position 1, 1"):
+        allowed_tokens(tokens)

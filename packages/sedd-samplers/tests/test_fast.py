@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_samplers import Ancestral, Euler, TauLeaping, Tweedie, cached, sample, uniform_grid
-from sedd_samplers.fast import Answer, draw_by_blocks, exp_but_at, spread, times_row
+from sedd_samplers.fast import Answer, draw_by_blocks, exp_but_at, log, rows_at_a_time, spread, times_row
 from sedd_samplers.randomness import uniforms
 
 GRAPHS = {
@@ -213,3 +213,60 @@ def test_a_cached_model_notices_what_is_edited_in_place(of_where):
     assert ask(x, torch.ones(2), **how).argmax(-1).tolist() == x[where].tolist()
     ask(x, torch.ones(2), **how)
     assert calls[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("num_states", "device", "rows"),
+    [(1024, "cpu", 1024), (1000, "cpu", 1048), (2**20, "cpu", 1), (2**21, "cpu", 1), (1024, "cuda", 65536)],
+)
+def test_a_piece_is_4_mb_of_a_cache_or_256_mb_of_a_gpu(num_states, device, rows):
+    assert rows_at_a_time(num_states, torch.device(device)) == rows
+    if device == "cpu":
+        answer = Answer(torch.zeros(1, 1).expand(3000, num_states))
+        assert answer.parts()[0] == slice(0, rows)
+        assert answer.then(lambda r, part: r, torch.float64).parts()[0] == slice(0, max(1, 2**19 // num_states))
+        assert len(answer.pieces(2 * rows)) == 2
+
+
+def test_an_answer_has_the_shape_and_precision_that_it_will_have():
+    answer = Answer(torch.zeros(5, 4).bfloat16(), torch.tensor([1, 3]))
+    assert (answer.shape, answer.dtype, answer.work) == ((2, 4), torch.float32, torch.float32)
+    assert Answer(torch.zeros(5, 4).double()).dtype == torch.float64
+    wider = answer.then(lambda r, part: torch.cat([r, r], 1), torch.float64, width=8)
+    assert (wider.shape, wider.dtype, wider.work) == ((2, 8), torch.float32, torch.float64)
+    assert wider.then(lambda r, part: r).shape == (2, 8)
+    assert wider.tensor().shape == (2, 8)
+    assert wider.as_returned() is None
+    rows, pick = answer.as_returned() or (None, None)
+    assert rows is not None
+    assert pick is not None
+    assert (rows.dtype, pick.tolist()) == (torch.bfloat16, [1, 3])
+
+
+def test_a_logarithm_of_nothing_is_minus_infinity_and_has_no_gradient():
+    plain = torch.tensor([0.0, 2.0, -1.0, torch.nan])
+    recorded = plain.clone().requires_grad_()
+    out = log(recorded)
+    expected = [-math.inf, math.log(2), math.nan, math.nan]
+    assert out.tolist() == pytest.approx(expected, nan_ok=True)
+    assert log(plain.clone()).tolist() == pytest.approx(expected, nan_ok=True)
+    (slope,) = torch.autograd.grad(out[:2].sum(), recorded)
+    assert slope.tolist() == [0.0, 0.5, 0.0, 0.0]
+
+
+def test_a_row_times_numbers_with_a_gradient_leaves_them_alone():
+    row = SimpleNamespace(base=torch.tensor([2.0]), index=torch.tensor([[1]]), value=torch.tensor([[5.0]]))
+    dense = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    out = times_row(dense, row)
+    assert out.tolist() == [[2.0, 10.0, 6.0]]
+    assert dense.tolist() == [[1.0, 2.0, 3.0]]
+    assert torch.autograd.grad(out.sum(), dense)[0].tolist() == [[2.0, 5.0, 2.0]]
+
+
+def test_a_state_is_the_last_of_positive_probability_at_the_end_of_the_unit_interval():
+    """And the first one at its beginning, whatever zeros stand there."""
+    probs = torch.zeros(2, 9)
+    probs[:, [2, 5]] = torch.tensor([0.25, 0.75])
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw_by_blocks(probs, ends)[0].tolist() == [2, 5]
+    assert draw_by_blocks(probs, torch.tensor([0.2499999, 0.2500001]).double())[0].tolist() == [2, 5]

@@ -10,6 +10,7 @@ import torch
 from sedd_samplers import Tweedie, Unmasking, infill, pad_prompts, prompt_ids, sample
 from sedd_samplers.adapters import from_hf, from_logits, from_masked_lm, from_posterior, to_posterior
 from sedd_samplers.adapters.processes import Masking, Proportional, Replacing
+from sedd_samplers.token_ids import banned_of, ends_of, mask_of, pad_of
 from torch import Tensor
 
 PAD, CLS, SEP, MASK, WORDS = 0, 1, 2, 4, 12
@@ -318,3 +319,71 @@ def test_tweedie_and_controls_go_with_what_is_adapted(ref: Any) -> None:
     adapted = from_hf(LLaDA(), Tokenizer(), controls=[lambda p, sequence, position: p * (torch.arange(WORDS) == 6)])
     x = sample(*adapted[:3], shape=(2, 4), steps=3, method=Tweedie())
     assert (x == 6).all()
+
+
+def test_a_vocabulary_is_as_wide_as_the_head_the_configuration_or_the_tokenizer_says() -> None:
+    tokenizer, bare = Tokenizer(), SimpleNamespace(weight=torch.zeros(3))
+    for head, size, width in ((torch.nn.Linear(2, 17), 20, 17), (bare, 20, 20), (None, 20, 20), (bare, None, WORDS)):
+        model: Any = lambda input_ids: input_ids  # noqa: E731
+        model.get_output_embeddings = lambda head=head: head
+        model.config = SimpleNamespace(**({} if size is None else {"vocab_size": size}))
+        assert from_hf(model, tokenizer).graph == Masking(width, MASK)
+    assert from_hf(LLaDA(9), mask_id=12).graph == Masking(13, 12)  # a mask beyond the head is a state
+
+
+def test_places_are_counted_where_there_is_no_padding() -> None:
+    """Left padding stands at place 0, and places are told only to whoever takes them and is told of padding."""
+    model, x = Dream(mask_token_id=MASK), masked_x()
+    seen = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    posterior(from_hf(model, Tokenizer(), attention_mask=seen), x)
+    assert model.seen[-1]["position_ids"].tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 3, 3]]
+    pairs = model.seen[-1]["attention_mask"][:, 0]
+    assert torch.equal(pairs, seen[:, :, None].bool() & seen[:, None].bool())
+    posterior(from_hf(model, Tokenizer()), x)
+    assert model.seen[-1]["position_ids"] is None
+
+
+def part(**named: Any) -> Any:
+    return SimpleNamespace(**named)
+
+
+def test_ids_are_those_that_are_named() -> None:
+    assert ends_of(part(eos_token_id=3), part(eos_token_id=[4, 5]), part(eos_token_id=(6,)), part()) == {3, 4, 5, 6}
+    assert ends_of(None, part(eos_token_id=None), part(eos_token_id=0)) == {0}
+    assert pad_of(part(config=part(pad_token_id=7)), part(pad_token_id=None)) == 7
+    assert pad_of(part(config=part(pad_token_id=7)), part(pad_token_id=0)) == 0
+    assert pad_of(part(config=part(eos_token_id=[0, 2])), part(pad_token_id=0)) is None
+    assert pad_of(part(), None) is None
+    assert mask_of(None, part(mask_token_id=0), None) == 0
+    assert mask_of(part(config=part(mask_token_id=5)), part(mask_token_id=5), None) == 5
+    assert mask_of(part(config=part(mask_token_id=5)), part(mask_token_id=4), 0) == 0
+    assert banned_of(None, None, 9) == []
+    words = {"a": 0, "b": 2, "far": 11}
+    tokenizer = part(get_vocab=lambda: words, all_special_ids=[2, 11], cls_token_id=None, eos_token_id=2)
+    assert banned_of(part(), tokenizer, 5) == [1, 3, 4]
+    framed = part(get_vocab=lambda: words, all_special_ids=[2, 11], cls_token_id=0, eos_token_id=2)
+    assert banned_of(part(), framed, 5) == [1, 2, 3, 4]
+    assert banned_of(part(config=part(eos_token_id=0)), part(get_vocab=lambda: words, all_special_ids=[0, 2]), 3) == [
+        1,
+        2,
+    ]
+
+
+def test_a_prompt_s_text_is_found_inside_its_frame() -> None:
+    """Wherever it begins; ids in a tensor or a batch of one are ids."""
+
+    class Framed:
+        def __init__(self, before: list[int], after: list[int], **named: Any) -> None:
+            self.before, self.after = before, after
+            self.__dict__.update(named)
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, Any]:
+            ids = [int(word) for word in text.split()]
+            return {"input_ids": torch.tensor([[*self.before, *ids, *self.after] if add_special_tokens else ids])}
+
+    assert prompt_ids(Framed([1, 2], [3]), "7 8") == [1, 2, 7, 8]
+    assert prompt_ids(Framed([], [3]), "7") == [7]
+    assert prompt_ids(Framed([1], [3], sep_token_id=3), "") == [1]
+    assert prompt_ids(Framed([1], [4], eos_token_id=4), "") == [1]
+    assert prompt_ids(Framed([1], []), "") == [1]
+    assert prompt_ids(Framed([], []), "") == []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 from sedd_samplers import TauLeaping, adaptive_grid, mask_probability, noise_grid, trajectory, uniform_grid
+from sedd_samplers.grids import warn_of_text_left
 
 
 class Geometric:
@@ -166,3 +168,38 @@ def test_a_sample_on_the_grid(ref):
 def test_pilots_that_make_no_sense_are_refused(ref, change, told):
     with pytest.raises(ValueError, match=told):
         pilot(ref, **{"target": 0.01, **change})
+
+
+def test_steps_without_error_are_doubled_from_a_sixteenth(ref):
+    x = torch.zeros(2, 3, dtype=torch.int64)
+    for t_min in (0.001, 0.2):
+        length = (1 - t_min) / 16
+        expected = [1.0, *(1 - k * length for k in (1, 3, 7, 15)), t_min]
+        assert pilot(ref, 0.01, t_min=t_min, x=x, given=x == 0).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pilot_s_steps_grow_and_shrink_within_bounds_and_leave_no_crumb(ref, seed):
+    """At most twice the length of the one before, and the last no tenth of what was wanted."""
+    lengths = -pilot(ref, 0.01, seed=seed).diff()
+    assert (lengths[1:] / lengths[:-1]).max() < 2.0 + 1e-9
+    assert lengths[-1] > lengths[-2] / 30
+    assert lengths[0] <= (1 - 1e-3) / 16 + 1e-12
+
+
+@pytest.mark.parametrize(("left", "warned"), [(0.049, False), (0.051, True)])
+@pytest.mark.parametrize("name", ["absorbing", "uniform", "slow last state"])
+def test_a_twentieth_of_a_token_may_be_left(ref, name, left, warned):
+    """Of the first and of the last token, whichever has more: e^-sigma of a masked one, 3/4 of it among four."""
+    graph = {"absorbing": ref.StructuredAbsorbing(4, 0), "uniform": ref.StructuredUniform(4)}.get(name)
+    share = 0.75 if name == "uniform" else 1.0
+    if graph is None:
+        Q = ref.StructuredAbsorbing(3, 1).Q.clone()
+        Q[:, 0] *= 9
+        graph = ref.MatrixGraph(Q, 1)
+    level = math.log(share / left)
+    noise = lambda t: (level * t, torch.full_like(t, level))  # noqa: E731
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        warn_of_text_left(graph, noise, torch.tensor(1.0, dtype=torch.float64))
+    assert [f"{left:.0%} is left of a token" in str(each.message) for each in seen] == [True] * warned

@@ -172,3 +172,30 @@ def test_the_guided_posterior_of_unequal_scores_does_not_sum_to_one_and_is_made_
     mass = (again(x, SIGMA).exp()[..., :3].sum(-1) * SIGMA.expm1()[:, None])[masked]
     torch.testing.assert_close(mass, torch.ones_like(mass))
     torch.testing.assert_close(to_posterior(again, graph)(x, SIGMA), to_posterior(score, graph)(x, SIGMA))
+
+
+@pytest.mark.parametrize("size", [1, 5, 11, 1000])
+def test_ratios_are_worked_out_in_pieces_as_at_once(size, monkeypatch):
+    """Sequences at a time for a gradient, neighbours at a time for evaluations; every answer where it belongs."""
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randint(4, (5, 3), generator=torch.Generator().manual_seed(1))
+    sigma = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+    where = torch.rand(5, 3, generator=torch.Generator().manual_seed(2)) < 0.6
+    asked = []
+
+    def linear(tokens, sigma):
+        asked.append(len(tokens))
+        return (tokens * weight).sum((1, 2)) * sigma
+
+    by_token = lambda x, sigma: linear(torch.nn.functional.one_hot(x, 4).double(), sigma)  # noqa: E731
+    monkeypatch.setattr("sedd_samplers.guidance.rows_at_a_time", lambda num_states, device: size)
+    right = (weight[torch.arange(3)][None] - weight[torch.arange(3), x][..., None]) * sigma[:, None, None]
+    ratios = first_order_ratios(linear, 4)
+    torch.testing.assert_close(ratios(x, sigma), right)
+    assert max(asked) == min(max(1, size // 3), 5)
+    torch.testing.assert_close(ratios(x, sigma, where=where), right[where])
+    asked.clear()
+    neighbours = neighbour_ratios(by_token, 4, batch_size=size)
+    torch.testing.assert_close(neighbours(x, sigma, where=where), right[where])
+    total = 4 * int(where.sum())
+    assert asked == [5, *(min(size, total - i) for i in range(0, total, size))]

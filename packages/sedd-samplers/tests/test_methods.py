@@ -28,16 +28,19 @@ from sedd_samplers import (
     clamped,
     confidence,
     entropy,
+    entropy_bound,
     infill,
     margin,
     noise_grid,
     random_order,
     rescaled,
     sample,
+    threshold,
     trajectory,
 )
 from sedd_samplers.adapters import to_posterior
 from sedd_samplers.controls import controlled, top_k
+from sedd_samplers.masked import absorption_rate
 from sedd_samplers.multistage import correct
 
 ANY_GRAPH: dict[str, Method] = {
@@ -434,3 +437,87 @@ def test_a_schedule_that_remasks_too_much_is_refused(ref):
     method = Remasking(lambda sigma_t, sigma_s, r_max: 2 * r_max)
     with pytest.raises(ValueError, match=r"must stay within \[0, r_max\]"):
         sample(lively, ref.StructuredAbsorbing(5), ref.Linear(3.0), shape=(2, 4), steps=3, method=method)
+
+
+def test_trapezoidal_takes_a_fourth_of_a_large_batch_at_a_time(ref, monkeypatch):
+    """The samples are the same, and the model is asked about every fourth sequence."""
+    graph, asked = GRAPHS["hybrid"](ref), []
+
+    def score(x, sigma):
+        asked.append(len(x))
+        return lively(x, sigma)
+
+    def run():
+        asked.clear()
+        return sample(score, graph, ref.Linear(3.0), shape=(6, 4), steps=2, t_min=0.05, method=Trapezoidal(),
+                      seeds=range(6), denoise=False)  # fmt: skip
+
+    whole = run()
+    assert asked == [6] * 4
+    monkeypatch.setattr("sedd_samplers.multistage.rows_at_a_time", lambda num_states, device: 5)
+    assert torch.equal(run(), whole)
+    assert asked == [2, 2, 2, 2, 1, 1, 1, 1] * 2
+    monkeypatch.setattr("sedd_samplers.multistage.rows_at_a_time", lambda num_states, device: 6)
+    assert torch.equal(run(), whole)
+    assert asked == [6] * 4  # 24 rows are four pieces
+
+
+def test_a_step_in_which_none_is_due_asks_nothing(ref):
+    """Four positions in twelve steps: four calls."""
+    asked = []
+
+    def score(x, sigma):
+        asked.append(len(x))
+        return lively(x, sigma)
+
+    x = torch.zeros(3, 4, dtype=torch.int64)
+    infill(score, GRAPHS["absorbing"](ref), ref.LogLinear(0.0), x=x, given=x > 0, steps=12, t_min=1e-4,
+           method=ConfidenceUnmasking(), seeds=range(3))  # fmt: skip
+    assert asked == [3] * 4
+
+
+def test_orders_are_what_they_are_called():
+    posterior = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.1, 0.9, 0.0, 0.0]], dtype=torch.float64)
+    token = torch.tensor([2, 1])
+    assert confidence(posterior, token).tolist() == pytest.approx([math.log(0.25), math.log(0.9)])
+    expected = [0.5 * math.log(0.5) + 0.5 * math.log(0.25), 0.1 * math.log(0.1) + 0.9 * math.log(0.9)]
+    assert entropy(posterior, token).tolist() == pytest.approx(expected)
+    assert margin(posterior, token).tolist() == pytest.approx([0.25, 0.8])
+    assert random_order(posterior, token).tolist() == [0.0, 0.0]
+
+
+def test_schedules_are_what_they_are_called():
+    t, s, most = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 0.4]), torch.tensor([0.6, 1.0])
+    assert capped(0.7)(t, s, most).tolist() == pytest.approx([0.6, 0.7])
+    assert rescaled(0.7)(t, s, most).tolist() == pytest.approx([0.42, 0.7])
+    assert at_rate(0.5)(t, s, most).tolist() == pytest.approx([0.5, 0.05])
+    assert at_rate(2.0)(t, s, most).tolist() == pytest.approx([0.6, 0.2])
+
+
+def test_rules_are_what_they_are_called():
+    """Of values in the order of the ranks, behind whose last there are no numbers."""
+    posterior, token = torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]]).double(), torch.tensor([1, 1])
+    rule = threshold(0.25)
+    assert rule.statistic(posterior, token).tolist() == pytest.approx([math.log(0.25), 0.0])
+    values = torch.tensor([[0.9, 0.25, 0.2499, math.nan]]).log()
+    assert rule.within(values).tolist() == [[True, True, False, False]]
+    rule = entropy_bound(0.5)
+    assert rule.statistic(posterior, token).tolist() == pytest.approx([1.5 * math.log(2), 0.0])
+    values = torch.tensor([[0.2, 0.3, 0.4, 0.1], [0.5, 0.1, 0.0, math.nan]], dtype=torch.float64)
+    assert rule.within(values).tolist() == [[True, True, True, False], [True, True, True, False]]
+
+
+@pytest.mark.parametrize(("change", "told"), [(1e-7, None), (1e-5, "at rates from 2 to 2.00002")])
+def test_one_rate_of_absorption_is_one_to_six_digits(ref, change, told):
+    Q = 2 * ref.StructuredAbsorbing(3, 1).Q.clone()
+    Q[:, 0] *= 1 + change
+    graph = ref.MatrixGraph(Q, 1)
+    if told is None:
+        assert absorption_rate(graph, torch.device("cpu"), "This") == pytest.approx(2.0, rel=1e-6)
+    else:
+        with pytest.raises(ValueError, match=f"This needs an absorbing graph with one rate for all .* {told}"):
+            absorption_rate(graph, torch.device("cpu"), "This")
+    still = ref.StructuredAbsorbing(2, 0).Q.clone()
+    still[:, 1] = 0
+    with pytest.raises(ValueError, match="at rates from 0 to 1"):
+        absorption_rate(ref.MatrixGraph(still, 0), torch.device("cpu"), "This")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sedd_samplers import Ancestral, Reverse, Tweedie, sample
 from sedd_samplers.adapters import from_posterior
-from sedd_samplers.precision import fastest_rate
+from sedd_samplers.precision import check_recoverable, fastest_rate, working_dtype
 from sedd_samplers.steps import ancestral_probs, denoise_probs, tweedie_probs
 
 STEPS = [
@@ -168,3 +168,20 @@ def test_the_fastest_rate_is_the_largest_eigenvalue_of_what_noises_tokens(ref, n
     largest = float(torch.linalg.eigvals(graph.Q).abs().max()) if rate else 0.0
     assert fastest_rate(graph) == pytest.approx(largest, rel=0.15)
     assert largest == pytest.approx(rate, abs=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_posterior_is_told_from_a_score_up_to_a_thousandth(dtype):
+    """e^(rate sigma) eps <= 1e-3, to the last sigma; where nothing is noised, or nothing asked, at any."""
+    limit = math.log(1e-3 / torch.finfo(dtype).eps) / 2.5
+    check_recoverable(2.5, torch.tensor([0.1, limit - 1e-6], dtype=torch.float64), dtype)
+    with pytest.raises(ValueError, match=f"cannot be told from a {dtype} score at sigma = .* beyond {limit:.3g}"):
+        check_recoverable(2.5, torch.tensor([0.1, limit + 1e-6], dtype=torch.float64), dtype)
+    check_recoverable(0.0, torch.tensor([1e9]), dtype)
+    check_recoverable(2.5, torch.empty(0), dtype)
+
+
+def test_rows_are_worked_in_float64_where_errors_grow():
+    cpu = torch.device("cpu")
+    assert (working_dtype(1e-9, cpu), working_dtype(0.0, cpu)) == (torch.float64, torch.float32)
+    assert working_dtype(1.0, torch.device("mps")) == torch.float32

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from sedd_samplers import FirstHitting, Reverse, Tweedie, Unmasking, draw_lengths, sample
 from sedd_samplers.autoregressive import sample_left_to_right
-from sedd_samplers.randomness import philox, uniforms
+from sedd_samplers.randomness import draw_shared, philox, row_seeds, uniforms
 
 # the known answers that Random123 is published with
 KNOWN = [
@@ -129,3 +129,61 @@ def test_only_draws_of_a_sequence_itself_count(ref, how):
     assert drawn(others, [1]) == first
     drawn(others, [0])
     assert drawn(others, [1, 2])[0] == second[0]
+
+
+def test_seeds_come_from_whoever_is_named():
+    """From 0 to 2^63 - 1: all of them, or two sequences in a few thousand would be one."""
+    drawn = torch.randint(2**63 - 1, (5,), generator=torch.Generator().manual_seed(4))
+    assert torch.equal(row_seeds(None, torch.Generator().manual_seed(4), 5), drawn)
+    torch.manual_seed(4)
+    first = torch.randint(2**63 - 1, (5,))
+    torch.manual_seed(4)
+    assert torch.equal(row_seeds(None, None, 5), first)
+    for given in ([3, -1], range(3, 5), torch.tensor([3, 4], dtype=torch.int32)):
+        seeds = row_seeds(given, None, 2)
+        assert seeds.dtype == torch.int64
+        assert seeds.tolist() == list(given)
+    for wrong in ([1.0, 2.0], [1, 2, 3], [[1, 2]], 7):
+        with pytest.raises(ValueError, match="seeds must be 2 integers, one a sequence, got torch"):
+            row_seeds(wrong, None, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="either a generator or seeds, not both"):
+        row_seeds([1, 2], torch.Generator(), 2)
+
+
+def test_one_law_is_drawn_from_at_each_uniform_number():
+    law = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0], dtype=torch.float64)
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw_shared(law, uniform).tolist() == [1, 1, 3, 3, 4, 4]
+    assert draw_shared(3 * law, uniform).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_a_length_is_drawn_before_all_else():
+    """By the number that no run comes to, so that it goes with no draw of the sequence."""
+    seeds, zero = torch.arange(50), torch.zeros(50, dtype=torch.int64)
+    law = torch.ones(1000)
+    expected = (1000 * uniforms(seeds, zero - 1, zero)).long() + 1
+    assert torch.equal(draw_lengths(law, seeds), expected)
+
+
+def test_a_first_number_is_the_first_of_its_seed(ref):
+    """Numbers are (seed, how many were drawn before, position), and where they are asked for does not matter."""
+    seeds, shape = torch.tensor([11, 12]), (2, 3)
+    reverse = Reverse(
+        lambda x, sigma: torch.zeros(*x.shape, 6),
+        ref.StructuredAbsorbing(5),
+        ref.LogLinear(),
+        frozen=torch.zeros(shape, dtype=torch.bool),
+        seeds=seeds,
+    )
+    place = torch.arange(3).expand(shape)
+
+    def at(count):
+        return uniforms(seeds.repeat_interleave(3), torch.full((6,), count), place.flatten()).view(shape)
+
+    everywhere = torch.ones(shape, dtype=torch.bool)
+    assert torch.equal(reverse.uniforms_at(everywhere), at(0))
+    assert torch.equal(reverse.uniform_of(everywhere[:, 0], torch.tensor([2, 1])), at(1)[[0, 1], [2, 1]])
+    assert torch.equal(reverse.uniform_of(everywhere[:, 0]), at(2)[:, 0])
+    assert torch.equal(reverse.uniforms(torch.tensor([1]), torch.tensor([2])), at(3)[1, 2:])
+    some = reverse.positions(torch.tensor([[True, False, True], [False, False, False]]))
+    assert torch.equal(reverse.uniforms_at(some.where, some), at(3)[0, [0, 2]])

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from sedd_samplers import EntropyBoundRenoising, sample
-from sedd_samplers.adapters import from_posterior
-from sedd_samplers.adapters.canvas import canvas_logits
+from sedd_samplers import EntropyBoundRenoising, Tweedie, sample
+from sedd_samplers.adapters import from_hf, from_posterior, to_posterior
+from sedd_samplers.adapters.canvas import canvas_logits, rewrites_a_canvas
+from sedd_samplers.adapters.processes import Proportional, Replacing
 from sedd_samplers.renoising import within_bound
 
 N = 50
@@ -204,3 +205,57 @@ def test_a_canvas_has_a_prompt_for_each_sequence():
     with pytest.raises(ValueError, match="was given 2 prompts, and is asked about sequence 2"):
         net(prompt[:1], torch.ones(1), where, torch.tensor([2]))
     assert math.isfinite(float(net(prompt, torch.ones(2), where.expand(2, 2), torch.arange(2)).sum()))
+
+
+class OnItsOwn(Canvas):
+    """With a head and a generation configuration, as `from_hf` looks for them."""
+
+    def __init__(self, width=7, **config):
+        super().__init__()
+        self.width, self.generation_config = width, SimpleNamespace(**config)
+
+    def get_output_embeddings(self):
+        return SimpleNamespace(out_features=self.width)
+
+    def __call__(  # type: ignore[override]
+        self, input_ids=None, past_key_values=None, decoder_input_ids=None, self_conditioning_logits=None, **further
+    ):
+        return super().__call__(past_key_values, decoder_input_ids, **further)
+
+
+def test_a_canvas_model_is_known_by_its_call_and_samples_by_tweedie():
+    prompt = torch.tensor([[1, 2], [3, 4]])
+    score, graph, noise, options = from_hf(OnItsOwn(), prompt=prompt, banned=[3])
+    assert (graph, noise, options) == (Replacing(7), Proportional(), {"method": Tweedie(), "steps": 48})
+    x = torch.tensor([[0, 1, 2], [4, 5, 6]])
+    p = to_posterior(score, graph)(x, torch.ones(2, dtype=torch.float64))
+    assert (p[..., 3] == 0).all()
+    assert p.shape == (2, 3, 7)
+    with pytest.raises(ValueError, match=r"a OnItsOwn writes after a prompt: prompt= \(B, P\) int64 ids"):
+        from_hf(OnItsOwn())
+    assert not rewrites_a_canvas(Canvas())
+
+
+@pytest.mark.parametrize("stability", [None, 0, 2])
+def test_a_canvas_model_s_own_decoder_is_its_configuration_s(stability):
+    """What it says, and what it leaves out by the defaults; a temperature that falls from t_max to t_min."""
+    config = {
+        "max_denoising_steps": 4,
+        "t_min": 0.5,
+        "t_max": None,
+        "confidence_threshold": 0.25,
+        "stability_threshold": stability,
+        "sampler_config": SimpleNamespace(entropy_bound=0.3),
+        "_get_default_generation_params": lambda: {"t_max": 0.9, "t_min": 7.0},
+    }
+    model, prompt = OnItsOwn(**config), torch.tensor([[1, 2]])
+    score, graph, noise, options = from_hf(model, prompt=prompt, own_decoder=True)
+    confident = None if stability is None else 0.25
+    assert options["method"] == EntropyBoundRenoising(0.3, confident, stability or 0)
+    assert options["times"].tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert options["times"].dtype == torch.float64
+    assert options["denoise"] is False
+    x, sigma = torch.tensor([[0, 1]]), noise(torch.tensor([0.25], dtype=torch.float64))[0]
+    got = to_posterior(score, graph)(x, sigma)
+    right = (torch.nn.functional.one_hot(x, 7) / (0.5 + 0.4 * 0.25)).softmax(-1)
+    torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -272,3 +273,95 @@ def test_the_chi_square_test_alarms_at_its_rate() -> None:
 def test_a_graph_of_many_states_is_refused() -> None:
     with pytest.raises(ValueError, match="at most 8 states, to enumerate pairs, got 9"):
         testing.samples_reach_the_law(Tweedie(), Replacing(9), Proportional())
+
+
+def test_numbers_unless_told_otherwise() -> None:
+    numbers: dict[Any, dict[str, Any]] = {
+        testing.sequences_are_answered_one_by_one: {"length": 6, "tolerance": 1e-4},
+        testing.rows_are_those_of_the_whole: {"length": 6, "tolerance": 1e-4},
+        testing.score_is_consistent: {"length": 4, "tolerance": 1e-3},
+        testing.posterior_is_a_distribution: {"length": 6, "tolerance": 1e-3},
+        testing.score_is_that_of: {"tolerance": 1e-3},
+        testing.samples_follow_the_chain: {"count": 20_000},
+        testing.chain_has_order: {"steps": 16},
+        testing.samples_reach_the_law: {"steps": 100, "t_min": 1e-3, "count": 4000},
+        testing.sampler_reaches_the_law: {"count": 4000},
+        testing.little_is_held: {"batch": 8, "length": 512},
+        scheduled: {"output": torch.log},
+    }
+    for law, expected in numbers.items():
+        given = inspect.signature(law).parameters.values()
+        assert {p.name: p.default for p in given if p.default is not inspect.Parameter.empty} == expected, law
+    assert testing.ALARM == 1e-5
+
+
+def test_memory_is_counted_by_the_byte() -> None:
+    """What is made and let go again, views for nothing, a storage once."""
+    with testing.Peak() as memory:
+        one = torch.zeros(1000)
+        assert memory.peak == 4000
+        view = one[10:].view(-1, 1)
+        two = torch.zeros(300, dtype=torch.float64)
+        assert memory.peak == 6400
+        del one
+        three = torch.zeros(500)
+        assert memory.peak == 8400  # the view holds what it is of
+        del view, two
+        four = torch.zeros(1600)
+        assert memory.peak == 8400
+    assert len(three) + len(four) == 2100
+    assert testing.units_held(lambda: torch.zeros(6, 10), (3, 4, 5)) == 1.0
+    assert testing.units_held(lambda: [torch.zeros(30), torch.zeros(60)], (3, 4, 5)) == 1.5
+
+
+def test_frequencies_of_what_is_rare_are_counted_together() -> None:
+    """100 draws of which two states are due 2 each: ten of either are four too many, and told; at 4 and 0 nothing."""
+    law = torch.tensor([0.48, 0.48, 0.02, 0.02], dtype=torch.float64)
+
+    def draws(*counts: int) -> Tensor:
+        cell = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+        return torch.stack([cell // 2, cell % 2], 1)
+
+    check_frequencies(draws(48, 48, 4, 0), law, "draws")
+    check_frequencies(draws(48, 48, 2, 2), 7 * law, "draws")
+    with pytest.raises(AssertionError, match=r"draws: chi-square 26\.0 on 2 degrees of freedom.* variation 0\.1000 fr"):
+        check_frequencies(draws(43, 43, 14, 0), law, "draws")
+    with pytest.raises(AssertionError, match="on 1 degrees of freedom"):
+        check_frequencies(draws(90, 10, 0, 0), torch.tensor([0.5, 0.5, 0, 0]).double(), "draws")
+
+
+def test_a_law_of_scores_asks_for_what_it_says() -> None:
+    """Two positions of three tokens are 9 states; 4096 are enumerated, and no more."""
+    graph = Replacing(3)
+    pairs = Pairs(graph)
+
+    def too_few(x: Tensor, sigma: Tensor, where: Tensor | None = None) -> Tensor:
+        return torch.zeros(*x.shape, 3) if where is None else torch.zeros(int(where.sum()), 2)
+
+    with pytest.raises(AssertionError, match=r"p0 must have 3 entries an axis, got \(3, 2\)"):
+        testing.score_is_that_of(pairs.p0[:, :2], pairs.score, graph)
+    with pytest.raises(AssertionError, match="p0 has 6561 states, more than the 4096"):
+        testing.score_is_that_of(torch.ones((3,) * 8), pairs.score, graph)
+    with pytest.raises(AssertionError, match="floating point, got torch"):
+        testing.sequences_are_answered_one_by_one(lambda x, sigma: torch.zeros(*x.shape, 3).long(), graph)
+    with pytest.raises(AssertionError, match="an infinite log-score where"):
+        testing.sequences_are_answered_one_by_one(lambda x, sigma: torch.full((*x.shape, 3), torch.inf), graph)
+    with pytest.raises(AssertionError, match=r"expected \(\d+, 3\) rows at where, got \(\d+, 2\)"):
+        testing.rows_are_those_of_the_whole(too_few, graph)
+    narrow = lambda x, sigma: torch.zeros(*x.shape, 3)  # noqa: E731
+    testing.sequences_are_answered_one_by_one(narrow, graph)
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda shape: torch.zeros(shape[0], 3).long(), r"expected samples of shape \(4000, 2\), got \(4000, 3\)"),
+        (lambda shape: torch.zeros(shape), "samples are int64 states, got torch.float32"),
+        (lambda shape: torch.full(shape, 4), r"a sample holds a state outside 0\.\.3"),
+        (lambda shape: torch.full(shape, -1), r"a sample holds a state outside 0\.\.3"),
+        (lambda shape: torch.full(shape, 3), "a mask is left in a sample"),
+    ],
+)
+def test_samples_are_tokens_of_the_shape_that_was_asked_for(made: Any, told: str) -> None:
+    with pytest.raises(AssertionError, match=told):
+        testing.sampler_reaches_the_law(lambda score, graph, shape, generator: made(shape), Masking(4, 3))
