@@ -195,7 +195,15 @@ new Function(code)();
 const look = () => main.children.map(p => p.children.map(s => [s.textContent, [...s.classes].sort().join(" ")]));
 const out = [];
 for (const step of [0, 1, 3, 2, 0]) { elements.step.value = step; elements.step.oninput(); out.push(look()); }
-console.log(JSON.stringify([out, elements.place.textContent]));
+const press = key => {
+  let kept = true;
+  elements.step.onkeydown({ key, preventDefault() { kept = false; } });
+  return kept;
+};
+elements.play.click = () => elements.play.onclick();
+const said = [];
+for (const key of ["ArrowRight", " ", " "]) said.push([press(key), elements.play.textContent]);
+console.log(JSON.stringify([out, elements.place.textContent, elements.step.ariaValueText, said]));
 """
 
 
@@ -208,7 +216,7 @@ def test_the_slider_shows_every_state_forth_and_back(tmp_path):
     run = subprocess.run(
         ["node", "run.js", "page.html"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
     )
-    frames, place = json.loads(run.stdout)
+    frames, place, spoken, pressed = json.loads(run.stdout)
     for step, frame in zip([0, 1, 3, 2, 0], frames, strict=True):
         for b, row in enumerate(course()[step].x.tolist()):
             assert [text for text, _ in frame[b]] == ["░" if token == MASK else TEXT(token) for token in row]
@@ -218,7 +226,9 @@ def test_the_slider_shows_every_state_forth_and_back(tmp_path):
                 x != y for x, y in zip(row, before, strict=True)
             ]
         assert ["given" in classes for _, classes in frame[1]] == [False, True, False]
-    assert place == "step 0 of 3, t = 1.000"
+    assert place == spoken == "step 0 of 3, t = 1.000"
+    # The space bar starts and stops, and does not scroll the page; arrow keys are the browser's own.
+    assert pressed == [[True, "Play"], [False, "Pause"], [False, "Play"]]
 
 
 def test_views_stack_on_a_real_run(ref, tmp_path):

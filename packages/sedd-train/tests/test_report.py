@@ -147,6 +147,29 @@ def test_the_page_needs_no_other_file_and_shows_all(run):
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 2
     assert "http" not in page
     assert "<b>" not in page
+    assert "<meta name=viewport" in page  # else a phone shows it at a desktop's width
+
+
+def test_a_step_that_was_only_measured_counts(run):
+    """Training lines are not written of every step, and the last of a run may have none."""
+    loggers.Log(run / "log.jsonl", step=4).write("valid", step=9, nats_per_token=2.0, standard_error=0.1, sample="",
+                                                 perplexity=7.4, bits_per_character=1.4)  # fmt: skip
+    assert "<td>9 of 10" in report.page(run)
+
+
+def test_the_legend_covers_nothing(run, monkeypatch):
+    """Of the curve and the unigram line both: it stands below the axes."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    plotting.loss_curve(run / "log.jsonl", run / "a.png", title="", unigram_entropy=3.0, characters_per_token=1.0)
+    [figure] = drawn
+    figure.canvas.draw()
+    [legend], [axes] = figure.legends, figure.axes
+    assert axes.get_legend() is None
+    assert legend.get_window_extent().y1 <= axes.get_tightbbox().y0
+    assert "unigram entropy of held-out tokens" in {text.get_text() for text in legend.get_texts()}
 
 
 def test_a_summary_is_of_the_last_measurement(run):
@@ -266,22 +289,23 @@ def test_it_is_known_whether_the_cpu_has_bfloat16():
 def test_cells_are_written_by_their_kind():
     table = report._table(["a & b", "n"], [["<x>", 3], [None, 0.123456], [True, "y"]])
     rows = "<tr><td>&lt;x&gt;<td class=n>3<tr><td>–<td class=n>0.1235<tr><td class=n>True<td>y"
-    assert table == f"<table><tr><th>a &amp; b<th>n{rows}</table>"
+    assert table == f"<div><table><tr><th>a &amp; b<th>n{rows}</table></div>"
+    assert "<th>x<th class=n>y" in report._table(["x", "y"], [["a", 1], ["b", None]])
     assert report._table(["", ""], [["x", 1]]) == "<table><tr><td>x<td class=n>1</table>"
 
 
 def test_what_a_run_is_and_how_far_it_has_come():
     start = {"parameters": 1234567, "training_tokens": 89000, "steps": 5000}
     line = {"step": 1200, "tokens_per_second": 4567, "memory_gb": 1.239, "mfu": 0.4567}
-    facts = report._facts(start, [{"step": 1}, line], [{}, {}])
+    facts = report._facts(start, 1200, [{"step": 1}, line], [{}, {}])
     for part in (
         *("<td>parameters<td>1,234,567", "<td>training tokens<td>89,000", "<td>step<td>1,200 of 5,000"),
         *("<td>tokens a second<td>4,567", "<td>memory of a rank<td>1.24 GB at most", "(MFU)<td>45.7%"),
         "<td>steps skipped<td>2",
     ):
         assert part in facts
-    assert "MFU" not in report._facts(start, [line | {"mfu": None}], [])
-    assert "tokens a second" not in report._facts(start, [], [])
+    assert "MFU" not in report._facts(start, 1200, [line | {"mfu": None}], [])
+    assert "tokens a second" not in report._facts(start, 0, [], [])
 
 
 def test_what_a_run_runs_on_is_told():

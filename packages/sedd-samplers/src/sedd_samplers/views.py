@@ -227,23 +227,26 @@ _PAGE = """<!doctype html>
   :root { color-scheme: light dark; font: 16px/1.6 system-ui, sans-serif; }
   body { max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
   h1 { font-size: 1.2rem; font-weight: 600; }
-  nav { display: flex; gap: .8rem; align-items: center; padding: .6rem 0;
+  nav { display: flex; flex-wrap: wrap; gap: .2rem .8rem; align-items: center; padding: .6rem 0;
         position: sticky; top: 0; background: Canvas; }
-  input[type=range] { flex: 1; }
-  output { min-width: 12rem; text-align: right; font-variant-numeric: tabular-nums; }
-  p { font-family: ui-monospace, monospace; white-space: pre-wrap; word-break: break-all; border-top: 1px solid #8886;
-      padding-top: .8rem; }
-  .mask { opacity: .3; }
+  button { font: inherit; min-width: 4.5rem; }
+  input[type=range] { flex: 1 1 12rem; min-height: 1.8rem; }
+  output { min-width: 13rem; font-variant-numeric: tabular-nums; }
+  p { font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+      border-top: 1px solid #8886; padding-top: .8rem; }
+  footer { color: GrayText; font-size: .85rem; }
+  .mask { display: inline-block; opacity: .4; }
   .given { text-decoration: underline; text-underline-offset: .25em; text-decoration-color: #888; }
   .fresh { background: #ffd54a; color: #000; border-radius: .2em; }
 </style>
 <h1>{title}</h1>
 <nav>
   <button type="button" id="play">Play</button>
-  <input type="range" id="step" min="0" value="0" aria-label="step">
+  <input type="range" id="step" min="0" value="0" aria-label="step" autofocus>
   <output id="place" for="step"></output>
 </nav>
 <main></main>
+<footer>Arrow keys step, Home and End go to noise and text, the space bar plays.</footer>
 <script type="application/json" id="data">{data}</script>
 <script>
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -281,7 +284,9 @@ _PAGE = """<!doctype html>
       rows.forEach((b, k) => spans[b][positions[k]].classList.add("fresh"));
     }
     slider.value = step;
-    document.getElementById("place").textContent = `step ${step} of ${steps}, t = ${data.t[step].toFixed(3)}`;
+    const said = `step ${step} of ${steps}, t = ${data.t[step].toFixed(3)}`;
+    document.getElementById("place").textContent = said;
+    slider.ariaValueText = said;
   }
   let timer = null;
   const stop = () => { clearInterval(timer); timer = null; play.textContent = "Play"; };
@@ -293,6 +298,11 @@ _PAGE = """<!doctype html>
     timer = setInterval(next, Math.max(30, 8000 / (steps + 1)));
   };
   slider.oninput = () => { stop(); show(+slider.value); };
+  slider.onkeydown = event => {
+    if (event.key !== " ") return;
+    event.preventDefault();
+    play.click();
+  };
   show(0);
 </script>
 </html>

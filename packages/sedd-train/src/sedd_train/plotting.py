@@ -34,11 +34,12 @@ def loss_curve(log: Path, path: Path, *, title: str, unigram_entropy: float, cha
         for line in lines
         if line["kind"] == "valid" and line["nats_per_token"] is not None
     ]
-    figure = Figure(figsize=(8, 4.8), layout="constrained", dpi=150)
+    figure = Figure(figsize=(7, 4.8), layout="constrained", dpi=170)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     levels = [unigram_entropy]
-    axes.axhline(unigram_entropy, color="0.45", linestyle=(0, (5, 4)), linewidth=1)
+    dashes: dict[str, Any] = {"color": "0.45", "linestyle": (0, (5, 4)), "linewidth": 1}
+    axes.axhline(unigram_entropy, label="unigram entropy of held-out tokens", **dashes)
     if train:
         steps, losses = np.array(train).T
         smooth = _smoothed(losses)
@@ -57,17 +58,13 @@ def loss_curve(log: Path, path: Path, *, title: str, unigram_entropy: float, cha
         }
         axes.errorbar(steps, bounds, yerr=errors, label="held-out bound, averaged weights", **style)
         axes.annotate(
-            f"{bounds[-1]:.3f}", (steps[-1], bounds[-1]), xytext=(0, -13), textcoords="offset points", ha="center",
+            f"{bounds[-1]:.3f}", (steps[-1], bounds[-1]), xytext=(0, -15), textcoords="offset points", ha="right",
             color="#c8501e", fontsize=9, annotation_clip=False,
         )  # fmt: skip
         levels += [bounds[-1], min(bounds.max(), 1.15 * unigram_entropy)]
     low, high = min(levels), max(levels)
     axes.set_ylim(low - 0.08 * (high - low) - 0.05, high + 0.05 * (high - low) + 0.05)
     axes.margins(x=0.02)
-    axes.annotate(
-        "unigram entropy of the held-out tokens", (0.99, unigram_entropy), xycoords=("axes fraction", "data"),
-        xytext=(0, -3), textcoords="offset points", ha="right", va="top", color="0.35", fontsize=8.5,
-    )  # fmt: skip
     axes.set(xlabel="step", ylabel="nats a token")
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(color="0.92", linewidth=0.8)
@@ -84,8 +81,7 @@ def loss_curve(log: Path, path: Path, *, title: str, unigram_entropy: float, cha
     bits = axes.secondary_yaxis("right", functions=(scaled, unscaled))
     bits.set_ylabel("bits a character")
     bits.spines["right"].set_color("0.7")
-    if train or valid:
-        axes.legend(frameon=False, loc="upper right", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)  # where it can cover nothing
     figure.savefig(path)
 
 
@@ -104,7 +100,7 @@ def noise_levels(levels: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.8), layout="constrained", dpi=150)
+    figure = Figure(figsize=(7, 3.8), layout="constrained", dpi=170)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     names, last = list(levels), len(levels) - 1
@@ -118,13 +114,13 @@ def noise_levels(levels: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         )  # fmt: skip
     final = levels[names[last]]["nats_per_token"]
     axes.set(xlabel="time t, from clean to noise", ylabel=f"nats a token in each of {len(final)} intervals")
-    axes.set_title(f"Where the held-out loss comes from: {sum(final):.3f} nats a token in all", loc="left", fontsize=11)
+    axes.set_title(f"Where the held-out loss comes from: {sum(final):.3f} nats a token in all", loc="left", fontsize=10)
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path)
 
 

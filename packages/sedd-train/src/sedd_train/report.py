@@ -21,10 +21,14 @@ from sedd_train.loggers import read, to_json
 __all__ = ["write", "page", "environment"]
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222}
-img{width:100%}table{border-collapse:collapse;font-size:13px}td,th{padding:.15em 1em .15em 0;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}pre{white-space:pre-wrap;background:#f6f6f4;padding:1em}
-h2{margin-top:2em;font-size:1.15em;border-bottom:1px solid #ddd}.bad{color:#a11}"""
+STYLE = """:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif}
+body{max-width:860px;margin:2em auto;padding:0 1em;overflow-wrap:anywhere}
+h1{font-size:1.6em}h2{margin-top:2em;font-size:1.15em;border-bottom:1px solid #8886}
+figure{margin:0;overflow-x:auto}img{width:100%;min-width:30rem;background:#fff;border-radius:4px}
+div{overflow-x:auto}table{border-collapse:collapse;font-size:13px}
+td,th{padding:.15em 1em .15em 0;text-align:left;vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+pre{white-space:pre-wrap;background:#8881;padding:1em;font-size:13px}.bad{color:light-dark(#a11,#f88)}"""
 
 
 def write(run: Path, *, title: str, unigram_entropy: float, characters_per_token: float, steps: int) -> str:
@@ -86,7 +90,8 @@ def page(run: Path) -> str:
     levels = plotting.levels_of(run / "log.jsonl")
     trained = [line for line in lines if line["kind"] == "train"]
     skipped = [line for line in lines if line["kind"] == "skipped"]
-    parts = [f"<h1>{escape(run.resolve().name)}</h1>", _facts(start, trained, skipped)]
+    step = max((line["step"] for line in trained + measured), default=0)  # the log does not tell of every step
+    parts = [f"<h1>{escape(run.resolve().name)}</h1>", _facts(start, step, trained, skipped)]
     parts += [
         f"<p class=bad>Stopped: <pre>{escape(line['text'])}</pre>" for line in lines if line["kind"] == "diagnosis"
     ]
@@ -94,7 +99,7 @@ def page(run: Path) -> str:
         names = ["step", "nats_per_token", "standard_error", "perplexity", "bits_per_character"]
         parts += [
             "<h2>Bound on held-out text</h2>",
-            _table(names, [[line[name] for name in names] for line in measured]),
+            _table([name.replace("_", " ") for name in names], [[line[name] for name in names] for line in measured]),
         ]
     with tempfile.TemporaryDirectory() as folder:
         curve, where = Path(folder) / "loss.png", Path(folder) / "levels.png"
@@ -111,16 +116,18 @@ def page(run: Path) -> str:
     parts += ["<h2>Recipe</h2>", f"<pre>{escape((run / 'recipe.toml').read_text())}</pre>"]
     environment = [[name, str(value)] for name, value in start["environment"].items()]
     parts += ["<h2>Environment</h2>", _table(["", ""], environment)]
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(run.resolve().name)}</title>"
-    return f"{head}<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    head = "<!doctype html><html lang=en><meta charset=utf-8>"
+    head += '<meta name=viewport content="width=device-width,initial-scale=1">'
+    head += f"<title>{escape(run.resolve().name)}</title><style>{STYLE}</style>"
+    return f"{head}<body>{''.join(parts)}</body></html>\n"
 
 
-def _facts(start: dict[str, Any], trained: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> str:
+def _facts(start: dict[str, Any], step: int, trained: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> str:
     """What the run is and how far it has come, as a table."""
     facts = [["parameters", f"{start['parameters']:,}"], ["training tokens", f"{start['training_tokens']:,}"]]
     if trained:
         last = trained[-1]
-        facts += [["step", f"{last['step']:,} of {start['steps']:,}"]]
+        facts += [["step", f"{step:,} of {start['steps']:,}"]]
         facts += [["tokens a second", f"{last['tokens_per_second']:,}"]]
         facts += [["memory of a rank", f"{last['memory_gb']:.2f} GB at most"]]
         if last.get("mfu") is not None:
@@ -135,15 +142,16 @@ def _table(names: list[str], rows: list[list[Any]]) -> str:
             return f"<td class=n>{value:.4f}"
         return f"<td class=n>{value}" if isinstance(value, int) else f"<td>{'–' if value is None else escape(value)}"
 
-    head = f"<tr>{''.join(f'<th>{escape(name)}' for name in names)}" if any(names) else ""
+    number = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(names))]
+    heads = [f"<th{' class=n' * right}>{escape(name)}" for name, right in zip(names, number, strict=True)]
+    head = f"<tr>{''.join(heads)}" if any(names) else ""
     body = "".join("<tr>" + "".join(map(cell, row)) for row in rows)
-    return f"<table>{head}{body}</table>"
+    return f"<div><table>{head}{body}</table></div>" if any(names) else f"<table>{body}</table>"
 
 
 def _image(path: Path, description: str) -> str:
-    return (
-        f'<img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-    )
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img alt="{escape(description)}" src="data:image/png;base64,{data}"></figure>'
 
 
 def environment(device: str) -> dict[str, str]:
