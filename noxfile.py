@@ -143,8 +143,10 @@ def docs(session: nox.Session) -> None:
     session.install("torch", *PINNED)
     session.install("./packages/sedd-graphs[plotting]", "mkdocs-material", "mkdocstrings[python]", "ruff", *PINNED)
     session.run("python", "docs/pictures.py")
-    serve = "--serve" in session.posargs
-    session.run("mkdocs", *(["serve", "--dev-addr", "127.0.0.1:8000"] if serve else ["build", "--strict"]))
+    if "--serve" in session.posargs:
+        session.run("mkdocs", "serve", "--dev-addr", "127.0.0.1:8000")
+    session.run("mkdocs", "build", "--strict")
+    session.run("python", "docs/check_site.py", "build/site")
 
 
 @nox.session

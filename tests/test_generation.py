@@ -114,12 +114,47 @@ def test_all_rows_are_there_and_all_files(run: Any, made: dict[str, Path], tmp_p
     assert "absorb: 16 tokens a sample; the judge reads the sampled tokens." in table
     cell = results.cells["absorb | euler | 4"]
     assert f"{math.exp(sum(cell['nats']) / 3):.1f} |" in next(
-        line for line in table.splitlines() if line.startswith("| absorb, euler | 4 | 3 |")
+        line for line in table.splitlines() if line.startswith("| absorb, euler | 1 | 4 | 3 |")
     )
     assert (tmp_path / "out.png").stat().st_size > 10_000
     assert "=== causal | left to right | 16, sample 1" in (tmp_path / "out-samples.txt").read_text()
     text = results.cells["absorb | held-out text"]["texts"][0]
     assert text in made["corpus"].read_text()
+
+
+def test_temperatures_make_a_frontier(run: Any, script: ModuleType, made: dict[str, Path], tmp_path: Path) -> None:
+    cells = run("--num", 3, "--temperatures", 0.5, 1, of=("absorb", "causal")).cells
+    hot = {"absorb | tweedie | 4", "absorb | euler | 4", "absorb | first-hitting | 16", "causal | left to right | 16"}
+    assert {f"{key} | temperature 0.5" for key in hot} | hot <= set(cells)
+    assert cells["absorb | tweedie | 4 | temperature 0.5"]["temperature"] == 0.5
+    table = (tmp_path / "out.md").read_text()
+    assert "| absorb, tweedie | 0.5 | 2 | 3 |" in table
+    line = next(line for line in table.splitlines() if line.startswith("| absorb, tweedie | 0.5 | 2 |"))
+    assert line.endswith("|  |")  # the row above has another temperature, and is nothing to compare with
+    alone = run("--num", 3, "--output", tmp_path / "one").cells["absorb | tweedie | 4"]
+    assert alone == cells["absorb | tweedie | 4"]  # a temperature of 1 is the model itself
+
+
+def test_a_temperature_is_that_of_each_token_s_law(script: ModuleType, made: dict[str, Path]) -> None:
+    """In one step from all masks each token of a score model is drawn from p(x0 | x_t) to the power 1 / temperature."""
+    checkpoint = script.read_checkpoint("absorb", str(made["absorb"]))
+    free = torch.zeros(4000, 1, dtype=torch.bool)
+    x = checkpoint.filler("cpu", "tweedie", 1, heat=0.5)(free.long(), free, range(4000))
+    net, graph, noise, _ = load(made["absorb"])
+    sigma = noise(torch.ones(1))[0]
+    with torch.no_grad():
+        p = net(torch.full((1, 1), graph.mask_id), sigma)[0, 0, :-1].softmax(-1)
+    law = p**2 / (p**2).sum()
+    share = torch.bincount(x[:, 0], minlength=len(law)) / len(x)
+    likeliest = law.argmax()
+    # a binomial (4000, p) within 5 deviations: false alarm 6e-7; at temperature 1 it would be outside
+    deviation = float(law[likeliest] * (1 - law[likeliest]) / 4000) ** 0.5
+    assert abs(share[likeliest] - law[likeliest]) < 5 * deviation < (law - p)[likeliest]
+
+
+def test_a_temperature_of_noised_tokens_is_refused(run: Any) -> None:
+    with pytest.raises(ValueError, match=r"temperature 0\.5 needs a model that masks or writes from left to right"):
+        run("--num", 1, "--temperatures", 0.5, of=("uniform",))
 
 
 def test_a_run_that_was_cut_off_goes_on_and_more_samples_are_added(
@@ -179,7 +214,7 @@ def test_rows_compare_in_pairs(script: ModuleType, run: Any, tmp_path: Path) -> 
     cells = run("--num", 5, "--methods", "tweedie").cells
     pairs = zip(cells["absorb | tweedie | 4"]["nats"], cells["absorb | tweedie | 2"]["nats"], strict=True)
     differences = torch.tensor([after - before for after, before in pairs])
-    line = next(line for line in (tmp_path / "out.md").read_text().splitlines() if "tweedie | 4 |" in line)
+    line = next(line for line in (tmp_path / "out.md").read_text().splitlines() if "tweedie | 1 | 4 |" in line)
     assert line.endswith(f"| {float(differences.mean()):.3f} ± {float(differences.std()) / math.sqrt(5):.3f} |")
 
 
@@ -189,13 +224,23 @@ def test_another_tokenizer_is_given_the_text(run: Any, made: dict[str, Path], tm
     cell = results.cells["characters | tweedie | 4"]
     coder = tokenizers.load_tokenizer(str(made["other judge"]))
     judge = GPT2LMHeadModel.from_pretrained(made["other judge"]).eval()
-    for text, bits in zip(cell["texts"], cell["bits"], strict=True):
+    for text, bits, byte_bits in zip(cell["texts"], cell["bits"], cell["byte_bits"], strict=True):
         assert len(text) == LENGTH
         ids = torch.tensor([coder.encode(text, add_special_tokens=False)])
         with torch.no_grad():
             total = float(judge(ids, labels=ids).loss) * (ids.shape[1] - 1)
         characters = len(text) - len(coder.decode(ids[0, :1]))
         assert bits == pytest.approx(total / math.log(2) / characters, abs=1e-4)
+        assert byte_bits == bits  # of ASCII
+
+
+def test_a_byte_is_less_than_a_character(script: ModuleType, made: dict[str, Path]) -> None:
+    judge = script.load_judge(str(made["other judge"]))
+    ids = judge.tokenizer.encode("the café, naïve", add_special_tokens=False)
+    [verdict] = judge.judge([ids])
+    read = judge.tokenizer.decode(ids[1:])
+    assert verdict.bits * len(read) == pytest.approx(verdict.byte_bits * len(read.encode()))
+    assert verdict.byte_bits < verdict.bits
 
 
 def test_texts_longer_than_the_judge_s_context_are_counted(run: Any, tmp_path: Path) -> None:
@@ -230,7 +275,11 @@ def test_a_judge_that_cannot_be_had_is_refused_with_what_to_do(
 def test_what_makes_no_sense_is_refused(run: Any, made: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(ValueError, match="--length 17: absorb takes 2 to 16 tokens"):
         run("--length", 17)
-    for options, said in [(("--num", 0), "--num must be at least 1"), (("--steps", 0), "--steps must be at least 1")]:
+    for options, said in [
+        (("--num", 0), "--num must be at least 1"),
+        (("--steps", 0), "--steps must be at least 1"),
+        (("--temperatures", 0), "must be positive and finite"),
+    ]:
         with pytest.raises(SystemExit):
             run(*options)
         assert said in capsys.readouterr().err
