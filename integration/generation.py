@@ -344,12 +344,11 @@ def draw_frontiers(axes: Any, frontiers: dict[str, list[dict[str, Any]]], charac
         cells = sorted(cells, key=lambda cell: cell["temperature"])
         points = [(*mean_and_error(cell["entropy"]), *mean_and_error(likely(cell, characters))) for cell in cells]
         x, wide, y, high = zip(*points, strict=True)
-        style = (
-            {"color": "0.2", "marker": "*", "markersize": 9} if cells[0]["steps"] is None else {"color": f"C{number}"}
-        )
-        style = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.4, **style}
+        text = cells[0]["steps"] is None
+        style: dict[str, Any] = {"marker": "*" if text else "o", "markersize": 9 if text else 4, "capsize": 2}
+        style |= {"color": "0.2" if text else f"C{number}", "linewidth": 1.4}
         axes.errorbar(x, y, xerr=wide, yerr=high, label=label, **style)
-        if cells[0]["steps"] is not None and len(cells) > 1:
+        if len(cells) > 1:
             for cell, at in zip(cells, zip(x, y, strict=True), strict=True):
                 named = f"{cell['temperature']:g}"
                 axes.annotate(named, at, xytext=(5, -9), textcoords="offset points", fontsize=6.5, color="0.4")

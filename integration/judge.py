@@ -87,14 +87,14 @@ class Judge:
     def judge(self, texts: Sequence[Sequence[int]]) -> list[Verdict]:
         """What it says of texts, given in its own tokens."""
         verdicts = []
-        for part, ids in self._batches(texts):
+        for batch, ids in self._batches(texts):
             logits = self.model(input_ids=ids).logits[:, :-1]
             nats = torch.nn.functional.cross_entropy(logits.float().mT, ids[:, 1:], reduction="none")
-            for row, text in zip(nats.double().cpu(), part, strict=True):
+            for row, text in zip(nats.double().cpu(), batch, strict=True):
                 counted = min(len(text), self.context)
                 total, read = float(row[: counted - 1].sum()), to_text(self.tokenizer, text[1:counted])
-                bits = [total / math.log(2) / max(1, size) for size in (len(read), len(read.encode()))]
-                verdicts.append(Verdict(total / (counted - 1), *bits, cut=counted < len(text)))
+                bits, byte_bits = (total / math.log(2) / max(1, len(part)) for part in (read, read.encode()))
+                verdicts.append(Verdict(total / (counted - 1), bits, byte_bits, counted < len(text)))
         return verdicts
 
     @torch.no_grad()
