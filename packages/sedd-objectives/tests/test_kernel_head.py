@@ -234,6 +234,14 @@ def test_a_step_reads_back_one_number(mask_id, weighted, generator):
         loss.total.backward()
     assert reads.seen == ["aten.nonzero"]
     assert made["weight"].grad is not None
+    live = ((x == 8) if mask_id else torch.ones_like(x).bool()) & (True if weight is None else weight > 0)
+    positions = live.flatten().nonzero()[:, 0]
+    with Reads() as reads:
+        given = {"weight": weight, "positions": positions, "refuse_nan": False}
+        same = fused_denoising_loss(hidden, head, graph, x, x0, sigma, dsigma, **given)
+        same.total.backward()
+    assert reads.seen == []
+    assert torch.equal(same.per_sequence, loss.per_sequence)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -246,6 +254,33 @@ def test_a_step_of_cross_entropy_reads_back_one_number(generator):
         loss.total.backward()
     assert reads.seen == ["aten.nonzero"]
     assert made["weight"].grad is not None
+    positions = (x == 8).flatten().nonzero()[:, 0]
+    with Reads() as reads:
+        how = {"positions": positions, "refuse_nan": False}
+        same = fused_cross_entropy_loss(hidden, head, graph, x, x0, sigma, dsigma, **how)
+    assert reads.seen == []
+    assert torch.equal(same.per_sequence, loss.per_sequence)
+
+
+def test_positions_must_be_those_that_count(make_graphs, generator):
+    _, arguments = batch(make_graphs(5)["absorbing"], generator)
+    mask, x = arguments[2].mask_id, arguments[3]
+    right = (x == mask).flatten().nonzero()[:, 0]
+    assert len(right) > 2
+    loss = fused_denoising_loss(*arguments)
+    assert torch.equal(fused_denoising_loss(*arguments, positions=right).per_sequence, loss.per_sequence)
+    others = (x != mask).flatten().nonzero()[:, 0]
+    for wrong in (
+        right[1:],
+        right.flip(0),
+        torch.cat([right[:-1], others[-1:]]).sort().values,
+        right[[0, *range(len(right) - 1)]],
+    ):
+        with pytest.raises(ValueError, match=r"positions must be all places of x.flatten\(\) that can move"):
+            fused_denoising_loss(*arguments, positions=wrong)
+    for shape in (right.float(), right[None]):
+        with pytest.raises(ValueError, match=r"positions must be \(M,\) int64, got torch"):
+            fused_denoising_loss(*arguments, positions=shape)
 
 
 def test_reads_are_seen(make_graphs, generator):

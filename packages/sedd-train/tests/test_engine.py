@@ -114,7 +114,7 @@ def told_to_deepspeed(monkeypatch, **how):
 
     def initialize(*, model, optimizer, config):
         told.update(config | {"optimizer": optimizer})
-        return SimpleNamespace(), None
+        return SimpleNamespace(device="cpu"), None
 
     monkeypatch.setattr(deepspeed, "initialize", initialize)
     loss = Loss(network(), ScoreEntropy(GRAPH, NOISE))
@@ -134,6 +134,7 @@ def test_deepspeed_is_told_what_the_recipe_says(monkeypatch, stage, offload):
     assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     assert told["zero_allow_untested_optimizer"] is True
     assert told["zero_force_ds_cpu_optimizer"] is False
+    assert told["timers"] == {"throughput": {"enabled": False}}  # which would wait for the device
     zero = told["zero_optimization"]
     assert (zero["stage"], zero["reduce_bucket_size"]) == (stage, 1 << 16)
     assert ("offload_optimizer" in zero) is (offload and stage > 0)
@@ -151,9 +152,10 @@ def test_options_of_deepspeed_are_added_and_replace_what_is_there(monkeypatch):
     assert told["train_batch_size"] == 12
     assert "overlap_comm" not in zero
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert zero_options(1, 10**9, offload=False) == {
-        "stage": 1, "reduce_bucket_size": 1 << 26, "allgather_bucket_size": 1 << 26, "overlap_comm": True,
-    }  # fmt: skip
+    for ranks, overlap in ((2, True), (1, False)):
+        assert zero_options(1, 10**9, offload=False, ranks=ranks) == {
+            "stage": 1, "reduce_bucket_size": 1 << 26, "allgather_bucket_size": 1 << 26, "overlap_comm": overlap,
+        }  # fmt: skip
 
 
 def test_deepspeed_itself_takes_the_options():

@@ -63,7 +63,7 @@ def test_steps_are_those_of_float32_within_rounding(stage, objective):
 def test_a_scale_that_is_too_large_costs_steps_and_nothing_else(stage):
     engine, same = engine_of("fp16", stage), engine_of("fp16", stage)
     before = zero_shards.gather(engine)
-    engine.loss_scale_of_ours.value = 2.0**40
+    engine.loss_scale_of_ours.value.fill_(2.0**40)
     scales = []
     while not (done := train_step(engine, [batch(0), batch(1)], 1e-2)).applied:
         assert done.forgiven
@@ -88,7 +88,7 @@ def test_what_is_not_finite_itself_is_not_forgiven():
     assert not done.applied
     assert not done.forgiven
     engine = engine_of("fp16", 1)
-    engine.loss_scale_of_ours.value = 1.0
+    engine.loss_scale_of_ours.value.fill_(1.0)
     next(engine.module.net.parameters()).register_hook(lambda gradient: gradient * math.nan)
     done = train_step(engine, [batch(0), batch(1)], 1e-2)
     assert (done.applied, done.forgiven, done.scale) == (False, False, 1.0)  # nothing less is left to try
@@ -121,24 +121,27 @@ def test_small_gradients_survive_by_the_scale():
 
 def test_the_scale_grows_after_steps_that_went_well_and_is_kept(monkeypatch):
     monkeypatch.setattr(half, "GROWTH", 3)
-    scale = LossScale(Faint())
+    scale, well, overflowed = LossScale(Faint()), torch.tensor(False), torch.tensor(True)
     for _ in range(3):
-        assert not scale.step(overflowed=False)
+        assert not scale.step(overflowed=well)
     assert scale.state == [2 * half.FIRST, 0]
-    scale.step(overflowed=False)
-    assert scale.step(overflowed=True)
+    scale.step(overflowed=well)
+    assert scale.step(overflowed=overflowed)
     assert scale.state == [half.FIRST, 0]
-    scale.step(overflowed=False)
+    scale.step(overflowed=well)
     other = LossScale(Faint())
     other.restore(scale.state)
     assert other.state == scale.state == [half.FIRST, 1]
-    scale.value = half.LARGEST
+    scale.value.fill_(half.LARGEST)
     for _ in range(6):
-        scale.step(overflowed=False)
+        scale.step(overflowed=well)
     assert scale.value == half.LARGEST
+    scale.restore([1.0, 1])
+    assert not scale.step(overflowed=overflowed)  # nothing less is left to try
+    assert scale.state == [1.0, 1]
     fixed = LossScale()
     fixed.restore([64.0, 2])
-    assert (fixed.state, fixed.step(overflowed=True)) == ([1.0, 0], False)
+    assert (fixed.state, bool(fixed.step(overflowed=overflowed))) == ([1.0, 0], False)
     for bad in (None, [1.0], [0.5, 0], [1.0, -1], ["x", 0], [math.nan, 0], {"a": 1}):
         with pytest.raises(ValueError, match="loss_scale must be"):
             scale.restore(bad)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from sedd_graphs import Absorbing, LogLinear
-from sedd_train import loading, randomness, recipes
+from sedd_train import randomness, recipes
 from sedd_train.loading import Batches, order
-from sedd_train.objectives import ScoreEntropy
+from sedd_train.objectives import Autoregressive, ScoreEntropy
 from sedd_train.tokens import Tokens
 
 ENDS = np.cumsum([3, 9, 1, 5, 30, 2, 8, 4, 6, 12])
@@ -88,17 +88,28 @@ def test_times_are_of_the_recipe_s_seed_and_least_time():
     assert torch.equal(t, randomness.times(5, 3, range(4), 4, 0.5))
 
 
-def test_batches_are_pinned_where_there_is_a_gpu(monkeypatch):
-    pinned: list[torch.Size] = []
-    batch = (torch.zeros(2, 3), torch.ones(2))
+def test_where_there_is_a_gpu_batches_are_pinned_and_say_which_positions_count(monkeypatch):
+    """Those that are masks and, of rows, no padding; an objective of another kind is not asked."""
+    plain = [batches(end=end, packing=end is None, micro_batch_size=4).make(3)[0] for end in (None, 99)]
+    assert [len(batch) for batch in plain] == [4, 5]
+    pinned: list[torch.Tensor] = []
 
     def pin(tensor):
-        pinned.append(tensor.shape)
-        return tensor + 1
+        pinned.append(tensor)
+        return tensor
 
-    assert loading.pinned([batch])[0][0] is batch[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    (found,) = loading.pinned([batch])
-    assert [float(part.sum()) for part in found] == [6.0, 4.0]
-    assert pinned == [(2, 3), (2,)]
+    for end, before in ((None, plain[0]), (99, plain[1])):
+        pinned.clear()
+        (batch,) = batches(end=end, packing=end is None, micro_batch_size=4).make(3)
+        *others, lengths, positions = batch
+        assert all(torch.equal(one, other) for one, other in zip(others, before[:4], strict=True))
+        assert (lengths is None) if end is None else torch.equal(lengths, before[4])
+        live = others[1] == OBJECTIVE.graph.mask_id
+        live &= True if lengths is None else torch.arange(8) < lengths[:, None]
+        assert torch.equal(positions, live.flatten().nonzero()[:, 0])
+        assert 0 < len(positions) < 32
+        assert len(pinned) == 5 + (end is not None)
+    other = Batches(TOKENS, recipes.override(recipes.Recipe(), {"length": 8}), Autoregressive(99), 0, 1, None)
+    assert len(other.make(0)[0]) == 4

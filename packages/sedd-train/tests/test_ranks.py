@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from sedd_train import distributed, recipes, train
-from sedd_train.engine import train_step
+from sedd_train.engine import launch_step
 
 pytestmark = pytest.mark.filterwarnings("default")  # DeepSpeed warns
 STEPS = 12
@@ -38,13 +38,13 @@ def runs(tmp_path_factory, text, cache, world, values):
         taken.append(None)
         if len(taken) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*args, **given)
+        return launch_step(*args, **given)
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in world.items():
             patch.setenv(name, value)
         train(recipe, output=folder / "alone", cache=cache, tensorboard=False)
-        patch.setattr("sedd_train.training.train_step", left)
+        patch.setattr("sedd_train.training.launch_step", left)
         without = recipes.override(recipe, {"zero_stage": 0})
         found = train(without, output=folder / "other", cache=cache, tensorboard=False)
     assert (found.step, found.stopped) == (4, True)

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from sedd_train import Result, distributed, recipes, train
-from sedd_train.engine import train_step
+from sedd_train.engine import launch_step
 
 source, runs, cache = [given for given in sys.argv[1:] if not given.startswith("--")]  # a launcher adds its own
 folder = Path(runs)
@@ -30,10 +30,10 @@ def run(name: str, *, resume: bool = False, signal_at: int = 0, **values: Any) -
         taken += 1
         if taken == signal_at and distributed.place()[0] == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*args, **given)
+        return launch_step(*args, **given)
 
     recipe = recipes.for_run(folder / name, source, values, resume=resume)
-    with mock.patch("sedd_train.training.train_step", counted):
+    with mock.patch("sedd_train.training.launch_step", counted):
         return train(recipe, output=folder / name, resume=resume, cache=cache, tensorboard=False)
 
 

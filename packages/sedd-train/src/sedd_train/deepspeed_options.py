@@ -46,10 +46,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"[deepspeed] {name} = {value!r}: the trainer needs it as it is, for torch's own AdamW")
 
 
-def zero_options(stage: int, size: int, *, offload: bool) -> dict[str, Any]:
+def zero_options(stage: int, size: int, *, offload: bool, ranks: int = 1) -> dict[str, Any]:
     """The `zero_optimization` of a stage, for `size` parameters.
 
-    On a GPU gradients are reduced while the backward pass goes on (`overlap_comm`). Buckets hold 64 million numbers at
+    Several GPUs reduce gradients while the backward pass goes on (`overlap_comm`), at the end of which DeepSpeed waits
+    for them; one has nothing to reduce, and does not wait. Buckets hold 64 million numbers at
     most: DeepSpeed's own half a billion are allocated up front.
     """
     bucket = max(1 << 16, min(size, 1 << 26))
@@ -59,7 +60,7 @@ def zero_options(stage: int, size: int, *, offload: bool) -> dict[str, Any]:
         "allgather_bucket_size": bucket + bucket % 2,  # it must be even
     }
     if torch.cuda.is_available():
-        options["overlap_comm"] = True
+        options["overlap_comm"] = ranks > 1
     in_memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if offload:
         options["offload_optimizer"] = in_memory

@@ -4,12 +4,16 @@ The loss and the network meet inside one module's forward, because ZeRO 3 gather
 runs and at no other time. Head and score entropy are one operation, which makes the gradients of the head's weights on
 its way forward: ZeRO 3 is told that these weights are that module's, too. bfloat16 is autocast over float32 weights;
 the loss switches autocast off for everything after the network's head. Of float16 see `sedd_train.half`.
+
+Nothing of a step is read back before the optimiser's update is on its way: whether it changes the weights is decided on
+the device, by the flag that torch's fused AdamW takes, and its numbers come to the host when they are asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +23,19 @@ from sedd_nets.layers import Block
 from sedd_nets.transformer import Transformer
 from torch import Tensor, nn
 
+from sedd_train import zero_shards
 from sedd_train.deepspeed_options import with_options, zero_options
 from sedd_train.half import LossScale, in_half
 from sedd_train.objectives import Objective, has_head
 
-__all__ = ["Batch", "Loss", "compile_network", "start_engine", "learning_rate", "Step", "train_step"]
+__all__ = [
+    *("Batch", "Loss", "compile_network", "start_engine", "learning_rate"),
+    *("Step", "Launched", "launch_step", "train_step", "on"),
+]
 
 LINEAR = nn.functional.linear  # torch's own
-Batch = tuple[Tensor, ...]
-"""A micro-batch: the arguments of `Loss.forward`."""
+Batch = tuple[Any, ...]
+"""A micro-batch: the arguments of `Loss.forward`, tensors, or None for what there is not."""
 
 
 class Loss(nn.Module):
@@ -43,15 +51,22 @@ class Loss(nn.Module):
         self.net, self.objective, self.in_float16 = net, objective, False
 
     def forward(
-        self, x0: Tensor, xt: Tensor, t: Tensor, dropout_seeds: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        x0: Tensor,
+        xt: Tensor,
+        t: Tensor,
+        dropout_seeds: Tensor | None = None,
+        lengths: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The objective's loss, nats a sequence; x0, xt (B, L), the others (B,).
+        """The objective's loss, nats a sequence; x0, xt (B, L), positions (M,) or None, the others (B,).
 
         Returns:
             The mean over the batch, (), and, without a gradient, the loss of each sequence, (B,).
         """
         net = in_half(self.net) if self.in_float16 else self.net
-        total, each = self.objective.losses(net, x0, xt, t, lengths=lengths, dropout_seeds=dropout_seeds)
+        more = {} if positions is None else {"positions": positions}
+        total, each = self.objective.losses(net, x0, xt, t, lengths=lengths, dropout_seeds=dropout_seeds, **more)
         # ZeRO skips a step by its gradient: this factor is 1, or NaN where the loss is infinite.
         finite = 1 + 0 * total.detach()
         return total * finite / len(x0), each
@@ -98,11 +113,12 @@ def start_engine(
     config: dict[str, Any] = {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size // micro_batches,
-        "gradient_clipping": clip if stage else 0.0,  # without ZeRO it fails on a step that is skipped: see _apply
+        "gradient_clipping": clip if stage else 0.0,  # without ZeRO it does not tell the norm: see _update
         "steps_per_print": 1 << 62,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its own AdamW for offloaded masters compiles itself, too
-        "zero_optimization": zero_options(stage, size, offload=offload),
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
+        "zero_optimization": zero_options(stage, size, offload=offload, ranks=dist.get_world_size()),
     }
     if stage == 3:
         net: Any = loss.net
@@ -115,7 +131,7 @@ def start_engine(
     loss.in_float16 = precision == "fp16"
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=with_options(config, options or {}))
     engine.clip_without_zero = clip
-    engine.loss_scale_of_ours = LossScale(loss.net if loss.in_float16 else None)
+    engine.loss_scale_of_ours = LossScale(loss.net if loss.in_float16 else None, engine.device)
     return engine
 
 
@@ -178,42 +194,133 @@ class Step:
     forgiven: bool = False
 
 
+def on(device: torch.device, batch: Batch) -> Batch:
+    """A micro-batch on a device."""
+    return tuple(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in batch)
+
+
+class Launched:
+    """A step on its way.
+
+    Args:
+        numbers: (6,) float64 on the device: those of a `Step`, from `loss` to `forgiven`.
+        losses: as `Step.losses`.
+
+    Attributes:
+        late: whether to read it at once would wait for the device.
+    """
+
+    def __init__(self, numbers: Tensor, losses: Tensor) -> None:
+        self.losses, self.late = losses, reading_waits(numbers)
+        self._numbers, self._there = numbers, None
+        if numbers.is_cuda:  # on its way to the host behind this step, and before what is launched after it
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._there.record()
+
+    def read(self) -> Step:
+        """What it came to; waits for this step, and for nothing that was launched since."""
+        if self._there is not None:
+            self._there.synchronize()
+        loss, norm, applied, stop, scale, forgiven = self._numbers.tolist()
+        return Step(loss, norm, bool(applied), bool(stop), self.losses, scale, bool(forgiven))
+
+
+def reading_waits(tensor: Tensor) -> bool:
+    """Whether to read a tensor's values is to wait for what was launched before."""
+    return tensor.device.type != "cpu"
+
+
 def train_step(engine: Any, batches: Iterable[Batch], lr: float, stop: bool = False) -> Step:
+    """`launch_step`, and what it came to. Collective."""
+    return launch_step(engine, batches, lr, stop).read()
+
+
+def launch_step(
+    engine: Any,
+    batches: Iterable[Batch],
+    lr: float,
+    stop: bool = False,
+    before_update: Callable[[], None] = lambda: None,
+) -> Launched:
     """One optimiser step over this rank's micro-batches. Collective.
 
     A step whose loss or gradient is not finite leaves the weights and AdamW's moments as they were.
+
+    Args:
+        engine: as `start_engine` gives it.
+        batches: the micro-batches.
+        lr: the learning rate.
+        stop: whether this rank was asked to stop.
+        before_update: called when the gradient is on its way and the weights are still those of the step before, which
+            may be read there while the device has work.
     """
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = lr
     mine, scale = [], engine.loss_scale_of_ours
     for batch in batches:
-        mean, losses = engine(*(tensor.to(engine.device, non_blocking=True) for tensor in batch))
-        engine.backward(mean * scale.value if scale.value != 1 else mean)
+        mean, losses = engine(*on(engine.device, batch))
+        engine.backward(scale.times(mean))
         mine.append(losses.double())
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
-    # Left on the device until the optimiser's step is on its way: to read a number is to wait for all before it.
     each = torch.cat(mine)
     sums = [each.sum(), *(torch.full_like(each[0], number) for number in (len(each), float(stop)))]
     total = torch.stack(sums)
     dist.all_reduce(total)
-    applied, norm = _apply(engine)
-    loss, sequences, stops = total.tolist()
-    used = scale.value
-    forgiven = scale.step(overflowed=not applied and math.isfinite(loss))
-    return Step(loss / sequences, norm, applied and math.isfinite(loss), stops > 0, each, used, forgiven)
+    before_update()
+    loss, used = total[0] / total[1], scale.value
+    norm = _update(engine, loss)
+    applied = norm.isfinite() & loss.isfinite()
+    forgiven = scale.step(overflowed=loss.isfinite() & ~applied)
+    return Launched(torch.stack([loss, norm, applied, total[2] > 0, used, forgiven]).double(), each)
 
 
-def _apply(engine: Any) -> tuple[bool, float]:
-    """Take the optimiser's step: whether it was applied, and the gradient's norm."""
+def _update(engine: Any, loss: Tensor) -> Tensor:
+    """Take the optimiser's step, which changes nothing where loss or gradient are not finite; the gradient's norm.
+
+    No value is read: AdamW looks at `found_inf` on the device.
+    """
+    optimizer = engine.basic_optimizer
+    optimizer.found_inf = (~loss.isfinite()).to(zero_shards.owned(engine)[0].device, torch.float32)
+
+    def note(norm: Tensor) -> None:
+        refused = (~norm.isfinite() | (norm < 0)).to(optimizer.found_inf)
+        optimizer.found_inf = torch.maximum(optimizer.found_inf, refused)
+
     if engine.zero_optimization_stage() == 0:  # alone in neither reporting the norm nor refusing a gradient of nan
         parameters = [p for p in engine.module.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, engine.clip_without_zero or math.inf)
-        finite = math.isfinite(float(norm))
-        if not finite:
-            engine.zero_grad()  # to None: AdamW leaves such parameters alone
+        note(norm)
         engine.step()
-        return finite, float(norm)
-    engine.step()
-    norm = engine.get_global_grad_norm()
-    return bool(engine.was_step_applied()), float("nan") if norm is None else float(norm)
+        return norm
+    with _norms_judged_by(note):
+        engine.step()
+    told = engine.get_global_grad_norm() if engine.was_step_applied() else math.inf
+    return told if isinstance(told, Tensor) else torch.full_like(loss, math.nan if told is None else told)
+
+
+@contextmanager
+def _norms_judged_by(note: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, DeepSpeed hands every norm of gradients to `note`, and reads none itself.
+
+    It has no option for that: two of its functions, which look whether a norm is finite and wait for the answer, are
+    replaced for as long as its step takes.
+    """
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    def left(norm: Any, *_: object, **__: object) -> bool:
+        note(torch.as_tensor(norm))
+        return False
+
+    names = ("is_invalid_grad_norm", "mask_nan_or_inf_with_val_inplace")
+    before = [(module, name, getattr(module, name, None)) for module in (stage_1_and_2, stage3) for name in names]
+    known = [(module, name, function) for module, name, function in before if function is not None]
+    for module, name, _ in known:
+        setattr(module, name, left)
+    try:
+        yield
+    finally:
+        for module, name, function in known:
+            setattr(module, name, function)

@@ -33,13 +33,20 @@ class LossScale:
 
     Args:
         net: the network whose weights' gradients are divided by it; None for a scale of 1 that stays.
+        device: where it lives: steps adapt it without a word to the host.
     """
 
-    def __init__(self, net: nn.Module | None = None) -> None:
-        self.value, self.good, self.fixed = 1.0 if net is None else FIRST, 0, net is None
+    def __init__(self, net: nn.Module | None = None, device: torch.device | str | None = None) -> None:
+        self.fixed = net is None
+        self.value = torch.full((), 1.0 if net is None else FIRST, device=device)
+        self.good = torch.zeros((), dtype=torch.int64, device=device)
         for parameter in () if net is None else net.parameters():
             hooked: Any = parameter
             hooked.register_hook(self._unscaled)
+
+    def times(self, loss: Tensor) -> Tensor:
+        """The loss whose gradients are to be taken."""
+        return loss if self.fixed else loss * self.value
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
         return gradient / self.value
@@ -47,7 +54,7 @@ class LossScale:
     @property
     def state(self) -> list[float]:
         """What `restore` takes."""
-        return [self.value, self.good]
+        return [float(self.value), int(self.good)]
 
     def restore(self, state: Any) -> None:
         """Go on as another one did.
@@ -59,21 +66,21 @@ class LossScale:
         if not numbers or not 1 <= state[0] <= LARGEST or not 0 <= state[1] < GROWTH:
             raise ValueError(f"loss_scale must be a scale and a number of steps, got {state!r:.100}")
         if not self.fixed:
-            self.value, self.good = float(state[0]), int(state[1])
+            self.value, self.good = torch.full_like(self.value, state[0]), torch.full_like(self.good, int(state[1]))
 
-    def step(self, *, overflowed: bool) -> bool:
-        """Note a step, and adapt: whether it is to be forgiven, as the scale was at fault and can be less."""
+    def step(self, *, overflowed: Tensor) -> Tensor:
+        """Note a step, and adapt: whether it is to be forgiven, as the scale was at fault and can be less.
+
+        Nothing is read: `overflowed` and the answer are () bool on the device.
+        """
         if self.fixed:
-            return False
-        if not overflowed:
-            self.good += 1
-            if self.good == GROWTH:
-                self.value, self.good = min(LARGEST, 2 * self.value), 0
-            return False
-        if self.value <= 1.0:
-            return False
-        self.value, self.good = self.value / 2, 0
-        return True
+            return torch.zeros_like(overflowed)
+        forgiven, good = overflowed & (self.value > 1), torch.where(overflowed, self.good, self.good + 1)
+        grown = good == GROWTH
+        doubled = torch.where(grown, (2 * self.value).clamp(max=LARGEST), self.value)
+        self.value = torch.where(forgiven, self.value / 2, doubled)
+        self.good = good.masked_fill(forgiven | grown, 0)
+        return forgiven
 
 
 def in_half(net: Any) -> Any:

@@ -94,7 +94,16 @@ class Batches:
 
     def make(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step: arguments of `Loss.forward`."""
-        return pinned([self._micro_batch(step, j) for j in range(self.rank, self.micro_batches, self.world_size)])
+        made = [self._micro_batch(step, j) for j in range(self.rank, self.micro_batches, self.world_size)]
+        return [pinned(self.with_positions(batch)) for batch in made] if torch.cuda.is_available() else made
+
+    def with_positions(self, batch: Batch) -> Batch:
+        """The same, and which of its positions count, if the objective can say that: a GPU would be waited for."""
+        find = getattr(self.objective, "positions", None)
+        if find is None:
+            return batch
+        x0, xt, t, seeds, *lengths = batch
+        return x0, xt, t, seeds, lengths[0] if lengths else None, find(xt, *lengths)
 
     def _micro_batch(self, step: int, number: int) -> Batch:
         recipe, tokens = self.recipe, self.tokens
@@ -107,11 +116,9 @@ class Batches:
         return (x0, xt, t, randomness.dropout_seeds(recipe.seed, step, numbers), *lengths)
 
 
-def pinned(batches: list[Batch]) -> list[Batch]:
-    """Micro-batches in memory that a GPU can copy from while the host goes on; without one as they are."""
-    if not torch.cuda.is_available():
-        return batches
-    return [tuple(tensor.pin_memory() for tensor in batch) for batch in batches]
+def pinned(batch: Batch) -> Batch:
+    """A micro-batch in memory that a GPU can copy from while the host goes on."""
+    return tuple(None if tensor is None else tensor.pin_memory() for tensor in batch)
 
 
 def ahead(make: Callable[[int], Made], steps: Iterable[int]) -> Iterator[Made]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sedd_train import zero_shards
-from sedd_train.engine import Batch
+from sedd_train.engine import Batch, on
 
 __all__ = ["not_finite", "diagnose"]
 
@@ -55,7 +55,7 @@ def diagnose(engine: Any, batches: Iterable[Batch], samples: Sequence[int]) -> s
     losses, times = [], []
     try:
         for batch in batches:
-            mean, loss = engine(*(tensor.to(engine.device) for tensor in batch))
+            mean, loss = engine(*on(engine.device, batch))
             engine.backward(mean)
             losses += loss.tolist()
             times += batch[2].tolist()

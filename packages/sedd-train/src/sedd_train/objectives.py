@@ -32,6 +32,7 @@ from sedd_objectives import (
     fused_denoising_loss,
     likelihood_bound,
 )
+from sedd_objectives.jumps import RatesInto
 from sedd_samplers import Ancestral, sample
 from sedd_samplers.adapters import from_logits
 from sedd_samplers.autoregressive import sample_left_to_right
@@ -93,6 +94,13 @@ class ScoreEntropy:
         """x_t ~ p(. | x0) at the times given."""
         return randomness.noised(self.graph, x0, self.noise(t)[0], seed, step, samples), t
 
+    def positions(self, xt: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(M,) int64: the places in xt.flatten() that the loss is a sum over: they can move, and are no padding."""
+        live = RatesInto.of(self.graph, xt).can_move(xt, self.graph.num_states)
+        if lengths is not None:
+            live = live & (inside(lengths, xt.shape[1]) > 0)
+        return live.flatten().nonzero()[:, 0]
+
     def losses(
         self,
         net: Any,
@@ -102,21 +110,24 @@ class ScoreEntropy:
         *,
         lengths: Tensor | None = None,
         dropout_seeds: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Losses:
-        """The integrand of eq. 10 at times t; of a network with `hidden` and `head`, as one operation with its head."""
+        """The integrand of eq. 10 at times t; of a network with `hidden` and `head`, as one operation with its head.
+
+        `positions`, as that method gives them, spare a GPU the question how many they are.
+        """
         sigma, dsigma = self.noise(t)
         if not has_head(net):
             loss = denoising_loss(net, self.graph, self.noise, x0, t, xt=xt, refuse_nan=False)
             return loss.sum(), loss.detach()
         hidden = net.hidden(xt, sigma, documents=_documents(lengths, x0), dropout_seeds=dropout_seeds)
-        weight = _inside(lengths, x0)
+        given: dict[str, Any] = {"weight": _inside(lengths, x0), "positions": positions, "refuse_nan": False}
         if hidden.is_cuda and hasattr(net, "posterior_head"):  # the same number of a normalised network, by one kernel
-            given = hidden, net.posterior_head(), self.graph, xt, x0, sigma, dsigma
-            return fused_cross_entropy_loss(*given, weight=weight, refuse_nan=False)
+            return fused_cross_entropy_loss(hidden, net.posterior_head(), self.graph, xt, x0, sigma, dsigma, **given)
         head = net.linear_head(xt, sigma) if hasattr(net, "linear_head") else None
         if head is None:
             head = net.head
-        return fused_denoising_loss(hidden, head, self.graph, xt, x0, sigma, dsigma, weight=weight, refuse_nan=False)
+        return fused_denoising_loss(hidden, head, self.graph, xt, x0, sigma, dsigma, **given)
 
     def loss(self, net: Any, x0: Tensor, t: Tensor, *, generator: Generator, lengths: Tensor | None = None) -> Tensor:
         """The integrand of eq. 10 at times t (B,), with noise of the generator's; refuses NaN. For measuring."""

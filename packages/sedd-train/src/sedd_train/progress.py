@@ -67,7 +67,6 @@ class Progress:
             total=recipe.steps, initial=first, unit="step", disable=rank != 0, smoothing=0.05, mininterval=calm
         )
         self.loss = self.seconds = math.nan  # smoothed
-        self.waited = 0.0
         self.restart_clock()
 
     def write(self, kind: str, *, copy: bool = True, **values: Any) -> None:
@@ -79,15 +78,25 @@ class Progress:
 
     def restart_clock(self) -> None:
         """A step begins now: what came before it, such as measuring and saving, is not counted."""
-        self.clock = time.perf_counter()
+        self.clock = self.asked = time.perf_counter()
+        self.waited = 0.0
+
+    def data_asked(self) -> None:
+        """All that can be done without the next step's data is done."""
+        self.asked = time.perf_counter()
 
     def data_arrived(self) -> None:
-        """The step's data are there: what passed since the clock was restarted was spent waiting for them."""
-        self.waited = time.perf_counter() - self.clock
+        """They are there: what passed since they were asked for was spent waiting for them."""
+        self.waited += time.perf_counter() - self.asked
 
     def step_taken(self, step: int, done: Step, lr: float, loss: float) -> None:
-        """Move the bar by a step, whose loss is in nats a token of text, and log it if its turn has come."""
-        seconds = time.perf_counter() - self.clock
+        """Move the bar by a step, whose loss is in nats a token of text, and log it if its turn has come.
+
+        It is told when its numbers are there: from one step's to the next one's is what a step takes.
+        """
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        waited, self.waited = self.waited, 0.0
         self.seconds = seconds if math.isnan(self.seconds) else 0.95 * self.seconds + 0.05 * seconds
         if math.isnan(self.loss):
             self.loss = loss
@@ -109,7 +118,7 @@ class Progress:
                 lr=lr,
                 tokens_per_second=round(self.tokens_a_step / seconds),
                 mfu=used,
-                waited_for_data=self.waited / seconds,
+                waited_for_data=waited / seconds,
                 memory_gb=flops.memory() / 1e9,
                 eta_seconds=round(self.seconds * (self.steps - step - 1)),
             )

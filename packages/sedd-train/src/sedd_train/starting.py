@@ -112,9 +112,11 @@ def check_net(net: nn.Module, objective: Objective, batches: Batches) -> None:
     Raises:
         ValueError: it does not.
     """
-    (x0, xt, t, seeds, *lengths), *_ = batches.make(0)
+    (x0, xt, t, seeds, *rest), *_ = batches.make(0)
+    lengths = rest[0] if rest else None
     device = next(net.parameters()).device
     given: list[Tensor] = [tensor[:1].to(device) for tensor in (x0, xt, t)]
-    more = {"dropout_seeds": seeds[:1].to(device)} | ({"lengths": lengths[0][:1].to(device)} if lengths else {})
+    more = {"dropout_seeds": seeds[:1].to(device)}
+    more |= {} if lengths is None else {"lengths": lengths[:1].to(device)}
     with torch.no_grad(), torch.random.fork_rng():
         objective.losses(net, *given, **more)

@@ -24,7 +24,6 @@ from sedd_train import (
     distributed,
     finetuning,
     flops,
-    nonfinite,
     pretrained,
     provenance,
     randomness,
@@ -37,26 +36,23 @@ from sedd_train.checkpoint import CheckpointError
 from sedd_train.corpora import Texts
 from sedd_train.distributed import say
 from sedd_train.ema import EMA
-from sedd_train.engine import Loss, compile_network, learning_rate, start_engine, train_step
+from sedd_train.engine import Loss, compile_network, launch_step, learning_rate, start_engine
 from sedd_train.evaluation import Evaluation
 from sedd_train.launchers import Preemption
 from sedd_train.loading import Batches, ahead
 from sedd_train.objectives import Objective, has_head
-from sedd_train.progress import Progress, introduce, measure_and_sample, tell_scale, tell_skipped
+from sedd_train.progress import Progress, introduce, measure_and_sample
 from sedd_train.recipes import Recipe
+from sedd_train.settling import Account, Open, TrainingError
 from sedd_train.token_cache import Corpus
 from sedd_train.tokenizers import num_tokens
 from sedd_train.tokens import unigram_entropy
 
-__all__ = ["train", "Result", "SetupError", "TrainingError"]
+__all__ = ["train", "Result", "SetupError"]
 
 
 class SetupError(ValueError):
     """Something about the run is wrong, and the message says what to do; nothing has been trained or overwritten."""
-
-
-class TrainingError(RuntimeError):
-    """A run ended before its last step; the message says why, and what is left."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,8 @@ def train(
         )
         introduce(progress, recipe, batches, text, parameters, saved, device)
 
-        measured, skipped, steps = None, 0, range(first, recipe.steps)
+        measured, steps = None, range(first, recipe.steps)
+        account = Account(engine, ema, progress, recipe, batches)
         for step, micro_batches in zip(steps, ahead(batches.make, steps), strict=True):
             progress.data_arrived()
             lr = learning_rate(
@@ -212,37 +209,28 @@ def train(
             )
             if not has_head(net):  # what it drops is torch's to draw: of the step and the rank alone
                 torch.manual_seed(randomness.derived_seed(recipe.seed, randomness.DROPOUT, step, rank))
-            done = train_step(engine, micro_batches, lr, stop=preemption.requested)
-            if done.applied:
-                ema.update()
-            progress.step_taken(step, done, lr, done.loss * recipe.batch_size / batches.text_tokens(step))
-
-            skipped = 0 if done.applied or done.forgiven else skipped + 1
-            if done.forgiven:
-                tell_scale(progress, step, done)
-            elif not done.applied:
-                tell_skipped(progress, step, done, batches, skipped)
-            if skipped >= recipe.max_skipped:
-                diagnosis = nonfinite.diagnose(engine, micro_batches, batches.samples(step))
-                progress.write("diagnosis", copy=False, step=step + 1, text=diagnosis)
-                raise TrainingError(
-                    f"{skipped} steps in a row had a loss or gradient that is not finite: training stops, and the "
-                    "weights are as they were before them. Try a lower --learning-rate than "
-                    f"{recipe.learning_rate}, or --precision fp32.\n{diagnosis}"
-                )
-
+            launched = launch_step(engine, micro_batches, lr, preemption.requested, before_update=account.settle)
+            account.open = Open(step, launched, micro_batches, lr)
             last = step + 1 == recipe.steps
+            evaluates = (step + 1) % recipe.evaluate_every == 0 or last
+            saves = (step + 1) % recipe.checkpoint_every == 0 or last
+            if evaluates or saves or account.stop or not launched.late:
+                account.settle()
+            if not (evaluates or saves or account.stop):
+                progress.data_asked()
+                continue
+
             bound = None
-            if (step + 1) % recipe.evaluate_every == 0 or last:
+            if evaluates:
                 checkpoint.set_weights(averaged, ema.gather())
                 try:
                     measured = measure_and_sample(averaged, objective, text, recipe, step + 1, progress, device)
                 except ValueError as error:
                     raise TrainingError(f"the averaged weights cannot be measured: {error}") from error
                 bound = measured.nats_per_token
-            if (step + 1) % recipe.checkpoint_every == 0 or last or done.stop:
+            if saves or account.stop:
                 _save(output, engine, ema, text, recipe, sections, step + 1, bound)
-            if done.stop and not last:
+            if account.stop and not last:
                 say(f"stopped by a signal after step {step + 1}, and saved; --resume continues from there")
                 progress.close()
                 return Result(output, step + 1, True, measured)

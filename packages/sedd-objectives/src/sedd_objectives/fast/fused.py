@@ -29,6 +29,7 @@ from ..checks import (
     check_sigma,
     check_states,
     expand_leading,
+    require,
 )
 from ..cross_entropy import rate_back
 from ..denoising import denoising_jumps
@@ -67,6 +68,7 @@ def fused_denoising_loss(
     *,
     weight: Tensor | None = None,
     given: Tensor | None = None,
+    positions: Tensor | None = None,
     refuse_nan: bool = True,
 ) -> FusedLoss:
     """`denoising_loss` from the hidden states on: the same number and gradients, one chunk of log-scores at a time.
@@ -91,6 +93,8 @@ def fused_denoising_loss(
             reaches the head. Weights (B,) also serve times that were not drawn uniformly.
         given: (B, L) bool, positions that stay clean, are seen by the model and do not count: the loss is that of the
             others given them.
+        positions: (M,) int64, in order: the places in x.flatten() that can move and whose loss counts, from a caller
+            that knows them, as whoever noised x on the host does. To find them is to wait for a GPU.
         refuse_nan: whether to raise where a loss is NaN. False returns it: for a caller that counts such sequences, and
             that cannot raise on one of several ranks while the others go on to their next exchange.
 
@@ -115,7 +119,7 @@ def fused_denoising_loss(
     if weight is not None:
         factor, live = factor * weight, live & (weight > 0)
     dtype = arithmetic_dtype(hidden, sigma)
-    positions = live.flatten().nonzero()[:, 0]  # the one time that a GPU is waited for
+    positions = _where(live, positions)
     rows, states, clean, levels, factors = (
         value.flatten(0, 1).index_select(0, positions) for value in (hidden, x, x0, sigma, factor.to(dtype))
     )
@@ -149,6 +153,7 @@ def fused_cross_entropy_loss(
     *,
     weight: Tensor | None = None,
     given: Tensor | None = None,
+    positions: Tensor | None = None,
     refuse_nan: bool = True,
 ) -> FusedLoss:
     """`cross_entropy_loss` from the hidden states on: the same number and gradients, one chunk of logits at a time.
@@ -166,6 +171,7 @@ def fused_cross_entropy_loss(
         dsigma: (B,) or (B, L), its derivative by time.
         weight: (B,) or (B, L) factor >= 0 of each position's loss, as for `fused_denoising_loss`.
         given: (B, L) bool, positions that stay clean and do not count, as there.
+        positions: (M,) int64, the places that count, as there.
         refuse_nan: whether to raise where a loss is NaN.
 
     Returns:
@@ -188,7 +194,7 @@ def fused_cross_entropy_loss(
     if weight is not None:
         factor, live = factor * weight, live & (weight > 0)
     dtype = arithmetic_dtype(hidden)
-    positions = live.flatten().nonzero()[:, 0]  # the one time that a GPU is waited for
+    positions = _where(live, positions)
     rows, states, clean, levels, factors = (
         value.flatten(0, 1).index_select(0, positions) for value in (hidden, x, x0, sigma.detach(), factor)
     )
@@ -199,6 +205,22 @@ def fused_cross_entropy_loss(
         check_not_nan(loss, rows)
     per_position = loss.new_zeros(live.numel()).index_copy(0, positions, loss)
     return FusedLoss(total, per_position.view(live.shape).sum(-1))
+
+
+def _where(live: Tensor, positions: Tensor | None) -> Tensor:
+    """The places (M,) in live.flatten() where it holds: those given, if they are these, or else found."""
+    if positions is None:
+        return live.flatten().nonzero()[:, 0]  # the one time that a GPU is waited for
+    if positions.dtype != torch.int64 or positions.ndim != 1:
+        raise ValueError(f"positions must be (M,) int64, got {positions.dtype} of shape {tuple(positions.shape)}")
+    right = live.flatten().index_select(0, positions).all() & (live.sum() == len(positions))
+    right = right & (positions.diff() > 0).all()
+    require(
+        right,
+        "positions must be all places of x.flatten() that can move and count, in order",
+        lambda: f"got {len(positions)}, and there are {int(live.sum())}",
+    )
+    return positions
 
 
 def _shift(head: LinearHead, x: Tensor) -> Tensor:
