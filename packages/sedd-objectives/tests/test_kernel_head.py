@@ -237,7 +237,7 @@ def test_a_step_reads_back_one_number(mask_id, weighted, generator):
     live = ((x == 8) if mask_id else torch.ones_like(x).bool()) & (True if weight is None else weight > 0)
     positions = live.flatten().nonzero()[:, 0]
     with Reads() as reads:
-        given = {"weight": weight, "positions": positions, "refuse_nan": False}
+        given: dict[str, Any] = {"weight": weight, "positions": positions, "refuse_nan": False}
         same = fused_denoising_loss(hidden, head, graph, x, x0, sigma, dsigma, **given)
         same.total.backward()
     assert reads.seen == []
@@ -256,7 +256,7 @@ def test_a_step_of_cross_entropy_reads_back_one_number(generator):
     assert made["weight"].grad is not None
     positions = (x == 8).flatten().nonzero()[:, 0]
     with Reads() as reads:
-        how = {"positions": positions, "refuse_nan": False}
+        how: dict[str, Any] = {"positions": positions, "refuse_nan": False}
         same = fused_cross_entropy_loss(hidden, head, graph, x, x0, sigma, dsigma, **how)
     assert reads.seen == []
     assert torch.equal(same.per_sequence, loss.per_sequence)

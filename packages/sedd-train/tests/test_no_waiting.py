@@ -50,7 +50,7 @@ class Reads(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.found: list[str] = []
         self.lists = Lists(self.found)
 
     def __enter__(self):
@@ -95,7 +95,8 @@ def summed_scores(part, logits, factor):
     return scores.sum(1)
 
 
-def batches(graph, noise, step):
+def batches(kind, step):
+    graph, noise = CASES[kind]
     generator = torch.Generator().manual_seed(step)
     for _ in range(2):
         x0 = torch.randint(11, (2, 8), generator=generator)
@@ -120,7 +121,7 @@ def test_a_step_reads_nothing(stage):
     for kind, how in (("absorbing", {"weight_decay": 0.1}), ("uniform", {"precision": "bf16"})):
         ours = engine_of(kind, stage, **how)
         for step in range(3):
-            made = list(batches(*CASES[kind], step))
+            made = list(batches(kind, step))
             with Reads() as reads:
                 launched = launch_step(ours, made, 1e-3)
             if step:
@@ -136,7 +137,7 @@ def test_float16_adapts_its_scale_without_a_read():
     ours = engine_of("absorbing", 1, precision="fp16")
     ours.loss_scale_of_ours.value.fill_(2.0**40)
     for step in range(3):
-        made = list(batches(*CASES["absorbing"], step))
+        made = list(batches("absorbing", step))
         with Reads() as reads:
             launched = launch_step(ours, made, 1e-3)
         assert step == 0 or reads.found == []
@@ -147,7 +148,7 @@ def test_float16_adapts_its_scale_without_a_read():
 def test_reads_are_found(process):
     """At once, as on the CPU, values are looked at where they arise."""
     with Reads() as reads:
-        launch_step(engine_of("absorbing", 1), batches(*CASES["absorbing"], 0), 1e-3)
+        launch_step(engine_of("absorbing", 1), batches("absorbing", 0), 1e-3)
         torch.tensor(1.0, device="cpu")
         torch.ones(2)[torch.ones(2).bool()]
     assert {"_local_scalar_dense", "tensor", "index"} <= set(reads.found)
@@ -163,7 +164,7 @@ def test_what_comes_before_the_update_sees_the_weights_of_the_step_before(stage)
 
     for step in range(2):
         before = weights()
-        launch_step(ours, batches(*CASES["absorbing"], step), 1e-2, before_update=lambda: seen.append(weights()))
+        launch_step(ours, batches("absorbing", step), 1e-2, before_update=lambda: seen.append(weights()))
         assert torch.equal(seen[-1], before)
         assert not torch.equal(weights(), before)
     assert len(seen) == 2
