@@ -359,7 +359,8 @@ def test_a_page_shows_the_first_the_middle_and_the_last_sample(tmp_path, monkeyp
     assert "second" in page
     assert "first" not in page.split("Environment")[1]
     assert "<p class=bad>Stopped: <pre>a &lt; b</pre>" in page
-    assert page.startswith(f"<!doctype html><html lang=en><meta charset=utf-8><title>{tmp_path.resolve().name}</title>")
+    assert page.startswith("<!doctype html><html lang=en><meta charset=utf-8>")
+    assert f"<title>{tmp_path.resolve().name}</title>" in page
     (tmp_path / "recipe.toml").unlink()
     with pytest.raises(ValueError, match=r"holds no run: expected its recipe.toml and a log.jsonl with a start"):
         report.page(tmp_path)
