@@ -147,7 +147,8 @@ def test_what_is_offloaded_in_each_stage(gpu, monkeypatch):
         found = zero_options(stage, 10, offload=True)
         offloaded = {name: value for name, value in found.items() if name.startswith("offload")}
         assert offloaded == {"offload_optimizer": where} | ({"offload_param": where} if stage == 3 else {})
-        assert found.get("overlap_comm", False) is gpu
+        assert found.get("overlap_comm") is (False if gpu else None)  # alone there is nothing to reduce
+        assert zero_options(stage, 10, offload=True, ranks=2).get("overlap_comm") is (True if gpu else None)
 
 
 def test_options_are_put_together_section_by_section_and_neither_is_changed():
@@ -195,20 +196,38 @@ def test_what_the_trainer_needs_stays_as_it_is(option):
 # float16
 
 
+def stepped(scale: LossScale, *, overflowed: bool) -> bool:
+    """One step noted: whether it is forgiven."""
+    found = scale.step(overflowed=torch.tensor(overflowed))
+    assert (found.shape, found.dtype) == ((), torch.bool)
+    return bool(found)
+
+
 def test_the_scale_begins_grows_and_ends_at_its_numbers():
     assert (half.FIRST, half.LARGEST, half.GROWTH) == (1024.0, 16777216.0, 1000)
     scale = LossScale(nn.Linear(1, 1))
     assert scale.state == [1024.0, 0]
     for _ in range(999):
-        assert scale.step(overflowed=False) is False
+        assert stepped(scale, overflowed=False) is False
     assert scale.state == [1024.0, 999]
-    scale.step(overflowed=False)
+    assert stepped(scale, overflowed=False) is False
     assert scale.state == [2048.0, 0]
-    assert scale.step(overflowed=True) is True
+    stepped(scale, overflowed=False)
+    assert stepped(scale, overflowed=True) is True
     assert scale.state == [1024.0, 0]
-    scale.value = 1.0
-    assert scale.step(overflowed=True) is False  # nothing less is left to try
-    assert scale.value == 1.0
+    scale.restore([1.0, 7])
+    assert stepped(scale, overflowed=True) is False  # nothing less is left to try
+    assert scale.state == [1.0, 7]
+    scale.restore([half.LARGEST, 999])
+    stepped(scale, overflowed=False)
+    assert scale.state == [half.LARGEST, 0]
+    fixed = LossScale()
+    assert [stepped(fixed, overflowed=overflowed) for overflowed in (True, False)] == [False, False]
+    assert fixed.state == [1.0, 0]
+    loss = torch.tensor(3.0)
+    assert fixed.times(loss) is loss
+    scale.restore([4.0, 0])
+    assert float(scale.times(loss)) == 12.0
 
 
 def test_a_scale_is_restored_within_its_ends():
@@ -216,7 +235,7 @@ def test_a_scale_is_restored_within_its_ends():
     for state in ([1, 0], [half.LARGEST, half.GROWTH - 1], [2.5, 3]):
         scale.restore(state)
         assert scale.state == state
-        assert (type(scale.value), type(scale.good)) == (float, int)
+        assert (scale.value.dtype, scale.good.dtype) == (torch.float32, torch.int64)
     for bad in ([half.LARGEST * 2, 0], [1.0, half.GROWTH], [0.99, 0], [1.0, -1], [1.0, 0, 0], (1.0, 0), [1.0, None]):
         with pytest.raises(ValueError, match="loss_scale must be a scale and a number of steps, got"):
             scale.restore(bad)
@@ -227,11 +246,11 @@ def test_gradients_are_divided_by_the_scale_that_there_is_then():
     net = linear(1.0, 2.0)
     scale = LossScale(net)
     for value in (4.0, 16.0):
-        scale.value = value
+        scale.restore([value, 0])
         (slope,) = torch.autograd.grad(net(torch.tensor([[3.0, 5.0]])).sum(), [net.weight])
         assert slope.tolist() == [[3 / value, 5 / value]]
     plain = linear(1.0, 2.0)
-    assert LossScale(None).value == 1.0
+    assert LossScale(None).state == [1.0, 0]
     plain(torch.tensor([[3.0, 5.0]])).sum().backward()
     assert plain.weight.grad is not None
     assert plain.weight.grad.tolist() == [[3.0, 5.0]]
