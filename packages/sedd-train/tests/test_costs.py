@@ -227,8 +227,10 @@ def test_levels_are_drawn_at_the_first_the_middle_and_the_last_measurement(drawn
         plotting.noise_levels(some, tmp_path / "a.png")
         axes = drawn[-1]
         assert legend(axes) == [list(levels)[index] for index in shown]
-        assert axes.containers[-1].lines[0].get_ydata().tolist() == list(some.values())[-1]["nats_per_token"]
-        assert axes.containers[-1].lines[0].get_color() == "#c8501e"
+        curves = [container.lines[0] for container in axes.containers]
+        assert [curve.get_ydata().tolist() for curve in curves] == [[(index + 1) / 2, 1.0] for index in shown]
+        assert [curve.get_xdata().tolist() for curve in curves] == [[0.25, 0.75]] * len(shown)
+        assert [curve.get_color() for curve in curves] == ["#b9c9dd", "#6d93c1", "#c8501e"][-len(shown) :]
     assert (axes.get_ylabel(), axes.get_xlim(), axes.get_ylim()[0]) == (
         "nats a token in each of 2 intervals",
         (0, 1),

@@ -276,3 +276,27 @@ def test_what_cannot_be_measured_is_said_before_anything_is_trained(words, told,
     assert ended.value.code == 2
     assert told.format(texts) in capsys.readouterr().err
     assert not (tmp_path / "table").exists()
+
+
+def test_the_picture_s_points_are_the_rows_and_the_published_numbers(tmp_path, monkeypatch):
+    drawn: list[Any] = []
+    monkeypatch.setattr(command, "save_picture", lambda figure, path: drawn.append(figure))
+    nats = {"SEDD absorb": [2.0, 4.0], "D3PM absorb": [6.0, 6.0], "Other": [1.0, 2.0]}
+    lengths = torch.tensor([2, 2])
+    command.picture(tmp_path / "a.png", nats, lengths, command.TABLES["text8"], "bits")
+    ours, theirs = drawn[0].axes
+    found = {name: command.number(values, lengths, command.TABLES["text8"]) for name, values in nats.items()}
+    names = ["D3PM absorb", "SEDD absorb", "Other"]  # the largest first, at the bottom
+    assert [text.get_text() for text in ours.get_yticklabels()] == names
+    assert [text.get_text() for text in theirs.get_yticklabels()] == [""] * 3
+    points = [container.lines[0] for container in ours.containers]
+    assert [(*point.get_xdata(), *point.get_ydata()) for point in points] == [
+        (found[name][0], y) for y, name in enumerate(names)
+    ]
+    assert [point.get_color() for point in points] == ["#1f4e8c", "#c8501e", "#1f4e8c"]
+    (spread,) = ours.containers[1].lines[2]
+    ends = [x for x, _ in spread.get_segments()[0]]
+    mean, error = found["SEDD absorb"]
+    assert ends == pytest.approx([mean - 2 * error, mean + 2 * error])
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in theirs.lines] == [(1.45, 0), (1.39, 1)]
+    assert (ours.get_xlabel(), ours.get_ylim()) == ("bits", (-0.6, 2.6))

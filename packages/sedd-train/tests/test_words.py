@@ -16,7 +16,18 @@ import sedd_train
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import Model, commands, corpora, distributed, evaluation, plotting, provenance, recipes, token_cache
+from sedd_train import (
+    Model,
+    commands,
+    conditional,
+    corpora,
+    distributed,
+    evaluation,
+    plotting,
+    provenance,
+    recipes,
+    token_cache,
+)
 from sedd_train import plan as planning
 from sedd_train import report as pages
 from sedd_train.commands import evaluate, export, finetune, infill, lm_eval, plan, report, sample, train
@@ -406,3 +417,100 @@ def test_without_the_harness_it_is_said_what_to_install(monkeypatch, capsys):
     assert ended(lm_eval.main, ["--checkpoint", "it", "--tasks", "a"]) == 2
     told = "sedd lm-eval: error: this needs lm-evaluation-harness: pip install 'sedd-train[eval]'\n"
     assert capsys.readouterr().err == told
+
+
+def test_the_harness_is_asked_as_told_and_its_errors_are_told(monkeypatch, tmp_path, capsys):
+    """Over a harness made up: two likelihoods with errors 0.3 and 0.4, whose root mean square is 0.3536."""
+    asked: dict[str, Any] = {}
+    model_made = SimpleNamespace(
+        measured=[SimpleNamespace(standard_error=[0.3]), SimpleNamespace(standard_error=[0.4])]
+    )
+
+    def made(checkpoint, **how):
+        asked["model"] = (checkpoint, how)
+        return model_made
+
+    def simple_evaluate(**how):
+        asked["evaluate"] = how
+        return {"results": {"acc": math.nan}, "n-samples": 3, "other": 4}
+
+    class TaskManager:
+        def __init__(self, include_path):
+            asked["include"] = include_path
+
+        def match_tasks(self, names):
+            return [name for name in names if name != "unknown"]
+
+    modules: dict[str, Any] = {
+        "lm_eval": SimpleNamespace(simple_evaluate=simple_evaluate),
+        "lm_eval.tasks": SimpleNamespace(TaskManager=TaskManager),
+        "lm_eval.utils": SimpleNamespace(make_table=lambda found: f"table of {found['n-samples']}"),
+        "sedd_train.harness": SimpleNamespace(SeddLM=made),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(lm_eval, "find_spec", lambda name: True)
+    output = tmp_path / "found.json"
+    words = ["--checkpoint", "it", "--tasks", "a", "b", "--include-path", "here", "--num-times", "6", "--seed", "2"]
+    more = ["--batch-size", "3", "--device", "cpu", "--num-fewshot", "1", "--limit", "9", "--output", str(output)]
+    lm_eval.main([*words, *more])
+    assert asked["model"] == ("it", {"num_times": 6, "batch_size": 3, "seed": 2, "device": "cpu"})
+    managed = asked["evaluate"].pop("task_manager")
+    assert isinstance(managed, TaskManager)
+    assert asked["include"] == "here"
+    assert asked["evaluate"] == {
+        **{"model": model_made, "tasks": ["a", "b"], "num_fewshot": 1, "limit": 9.0, "log_samples": False}
+    }
+    assert json.loads(output.read_text()) == {"results": {"acc": None}, "n-samples": 3}
+    line = "measurement error of a log-likelihood, from noise: 0.354 nats, 0.4 at most\n"
+    assert capsys.readouterr().out == f"table of 3\n{line}\n"
+    model_made.measured = []
+    lm_eval.main(words)
+    assert capsys.readouterr().out == "table of 3\n\n"
+    assert ended(lm_eval.main, ["--checkpoint", "it", "--tasks", "a", "unknown"]) == 2
+    assert "there is no task unknown; those of your own are found by --include-path" in capsys.readouterr().err
+    assert ended(lm_eval.main, [*words, "--output", str(tmp_path / "none" / "x.json")]) == 2
+
+
+def test_what_follows_a_text_is_measured_as_told(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(evaluate, "load", lambda name: model(16))
+    monkeypatch.setattr(evaluate, "_documents", lambda args, tokenizer: ["a bc", "  ", "de f", "g hi"])
+    asked: list[Any] = []
+
+    def bound(net, graph, noise, *, num_times, estimator):
+        asked.append((num_times, estimator))
+        return "the bound"
+
+    def measured(bound, pairs, **how):
+        asked.append((bound, pairs, how))
+        tokens = torch.tensor([len(rest) for _, rest in pairs])
+        return conditional.Conditional(2.0 * tokens, torch.full((len(pairs),), 0.5), tokens)
+
+    monkeypatch.setattr(conditional, "score_bound", bound)
+    monkeypatch.setattr(conditional, "conditional", measured)
+    words = ["--checkpoint", "it", "--corpus", "texts", "--device", "cpu", "--num-times", "4", "--batch-size", "2"]
+    evaluate.main([*words, "--last-word", "--seed", "3", "--length", "9", "--json"])
+    assert asked[0] == (4, "masks")
+    given, pairs, how = asked[1]
+    assert given == "the bound"
+    assert pairs == [([1], [0, 2, 3]), ([4, 5], [0, 6]), ([7], [0, 8, 9])]
+    assert how == {"length": 9, "device": "cpu", "seed": 3, "chunk": 2, "progress": True}
+    found = json.loads(capsys.readouterr().out)
+    assert found["nats_per_word"] == pytest.approx(16 / 3)
+    assert found["nats_per_token"] == pytest.approx(2.0)
+    assert found["measurement_error"] == pytest.approx(0.5 * math.sqrt(3) / 3)
+    assert found["standard_error"] == pytest.approx(torch.tensor([6.0, 4.0, 6.0]).std().item() / math.sqrt(3))
+    assert (found["words"], found["num_times"], found["estimator"]) == (3, 4, "masks")
+    evaluate.main([*words, "--last-word", "--blocks", "2", "--estimator", "times"])
+    assert asked[2] == (4, "times")
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "the last words of 2 documents of texts, given what comes before them, 4 noise levels each"
+    )
+    assert f"perplexity {math.exp(5.0):.2f} ± {math.exp(5.0) * 0.5 * math.sqrt(2) / 2:.2f} a word" in printed
+    questions = [{"context": "a", "choices": ["b", "cd"], "answer": answer} for answer in (0, 1)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    evaluate.main([*words, "--choices", str(tmp_path / "q.jsonl"), "--json"])
+    assert asked[-1][1] == [([1], [0, 2]), ([1], [0, 3, 4])] * 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["accuracy"], found["number"], found["num_times"], found["estimator"]) == (0.5, 2, 4, "masks")
