@@ -297,8 +297,8 @@ def picture(results: Results, path: Path) -> None:
         label = f"{cell['checkpoint']}, {cell['method']}" if several else cell["method"]
         hot = f", temperature {cell['temperature']:g}" if cell["temperature"] != 1 else ""
         curves.setdefault(label + hot, []).append(cell)
-        steps = f", {cell['steps']} steps" if cell["steps"] else ""
-        frontiers.setdefault(label + steps, []).append(cell)
+        taken = f", {cell['steps']} steps" if cell["steps"] else ""
+        frontiers.setdefault(label + taken, []).append(cell)
     tempered = len({cell["temperature"] for cell in results.cells.values()}) > 1
     figure, (left, right, *frontier) = panels(3 if tempered else 2)
     levels: list[float] = []  # of the samples' lines; real text may be far below, and is named with its number
