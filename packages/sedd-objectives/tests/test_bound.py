@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -180,3 +182,96 @@ def test_bad_input_of_the_reconstruction_is_named(change, message, make_graphs, 
     score, x0, t = (arguments.pop(name) for name in ("score", "x0", "t"))
     with pytest.raises(ValueError, match=message):
         reconstruction_loss(score, make_graphs(5)["uniform"], log_linear, x0, t, **arguments)
+
+
+@pytest.fixture
+def made_of(monkeypatch, log_linear):
+    """(graph, losses, **how) -> the bound of 64 sequences whose loss at the times t is losses(t)."""
+    module = importlib.import_module("sedd_objectives.bound")
+
+    def bound(graph, losses, **how):
+        monkeypatch.setattr(module, "denoising_loss", lambda s, g, n, x0, t, **_: losses(t))
+        monkeypatch.setattr(module, "reconstruction_loss", lambda *_, **__: torch.zeros(64, dtype=torch.float64))
+        options: dict[str, Any] = {"num_times": 8, "num_reconstructions": 2} | how
+        x0, generator = torch.zeros(64, 2, dtype=torch.int64), torch.Generator().manual_seed(0)
+        return likelihood_bound(lambda x, s: None, graph, log_linear, x0, generator=generator, **options)
+
+    return bound
+
+
+def rare(t):
+    """Losses of which nearly all the variance is at small times."""
+    return torch.where(t < 0.02, 1 / t, 0)
+
+
+def even(t):
+    return t
+
+
+def test_rare_losses_at_small_noise_are_warned_of_where_there_are_enough(made_of, make_graphs):
+    """512 draws can tell; not where times are drawn by the noise already, nor where the spread is even."""
+    graph = make_graphs(5)["uniform"]
+    with pytest.warns(UserWarning, match=r"small_noise_share=0: times even in t leave about \d+ times .*share=0.5, or"):
+        made_of(graph, rare)
+    made_of(graph, rare, num_times=6)  # 384 are too few
+    made_of(graph, rare, small_noise_share=0.1)
+    made_of(graph, even)
+
+
+@pytest.mark.parametrize(("ratio", "warned"), [(8.0, False), (8.1, True), (12.4, True)])
+def test_the_ratio_of_variances_is_told(ratio, warned, recwarn):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        importlib.import_module("sedd_objectives.bound")._warn_of_rare_losses(torch.tensor(ratio))
+    assert [f"leave about {ratio:.0f} times" in str(told.message) for told in recwarn] == [True] * warned
+
+
+def test_the_ratio_is_of_the_draws_variances(made_of, make_graphs, monkeypatch):
+    """Of squared differences to the same over the other density at the time of the larger loss."""
+    module = importlib.import_module("sedd_objectives.bound")
+    told: list[torch.Tensor] = []
+    monkeypatch.setattr(module, "_warn_of_rare_losses", told.append)
+    seen = []
+
+    def losses(t):
+        seen.append(t)
+        return rare(t) + t
+
+    made_of(make_graphs(5)["uniform"], losses)
+    by_noise = module.NoiseTimes(lambda t: (-torch.log1p(-0.999 * t), t), 0.5, t_min=1e-3)
+    squares, otherwise = [], []
+    for one, other in zip(seen[::2], seen[1::2], strict=True):
+        square = (rare(one) + one - rare(other) - other).double().square()
+        larger = torch.where(rare(one) + one > rare(other) + other, one, other)
+        squares.append(square)
+        otherwise.append(square / by_noise.density(larger))
+    want = torch.stack(squares).sum() / torch.stack(otherwise).sum()
+    assert float(told[0]) == pytest.approx(float(want), rel=1e-6)
+    assert float(want) > 8
+
+
+def test_a_late_start_is_warned_of_and_an_earlier_one_named(made_of, make_graphs):
+    """Of uniform jumps at rate 4/5: at t = 0.6 a share 0.52 has moved, at 0.06 0.048."""
+    graph = make_graphs(5)["uniform"]
+    with pytest.warns(UserWarning, match=r"t_min=0.6: by then 52% of the tokens have moved .*take t_min=6e-02"):
+        made_of(graph, even, t_min=0.6)
+    made_of(graph, even, t_min=0.55)  # 47 %
+    graph.a = 1.2
+    with pytest.warns(UserWarning, match=r"t_min=0.58: by then 56% of the tokens .*take t_min=6e-03"):  # 5.8e-2: 5.6 %
+        made_of(graph, even, t_min=0.58)
+
+
+def test_a_late_start_is_that_of_the_tokens_that_count(make_graphs, log_linear, recwarn):
+    """Token 0 leaves at rate 2, token 1 at 1/10; what does not count is not asked."""
+    warn = importlib.import_module("sedd_objectives.bound")._warn_of_a_late_start
+    graph = make_graphs(2)["dense"]
+    graph.matrix = torch.tensor([[-2.0, 0.1], [2.0, -0.1]], dtype=torch.float64)
+    x0, factor = torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0.5, 0, 0, 0.1]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warn(graph, log_linear, x0, None, 0.6)  # rate 0.575
+        assert not recwarn.list
+        warn(graph, log_linear, x0, factor, 0.6)  # rate 1.05
+        assert "by then 62% of the tokens" in str(recwarn.pop().message)
+        warn(graph, lambda t: (torch.full_like(t, 9.0), t), x0, factor, 0.6)  # an earlier one changes nothing
+        assert not recwarn.list

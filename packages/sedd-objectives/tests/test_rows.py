@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from sedd_objectives import (
@@ -11,7 +13,9 @@ from sedd_objectives import (
     d3pm_loss,
     implicit_score_entropy_loss,
 )
-from sedd_objectives.fast.rows import each_row
+from sedd_objectives.fast.rows import chunks_of, each_row, equal_parts, sum_over_jumps
+from sedd_objectives.jumps import Jumps
+from sedd_objectives.score_entropy import constant
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -102,3 +106,95 @@ def test_forward_makes_nothing_of_the_logits_size_and_backward_their_gradient(
     assert len(backward.made) <= {"implicit": 4}.get(name, 1)  # it calls the model twice: two gradients, and their sum
     assert logits.grad is not None
     assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "at_least", "ends"),
+    [
+        (10, 4, 1, [0, 3, 6, 10]),
+        (8, 4, 1, [0, 4, 8]),
+        (9, 4, 1, [0, 3, 6, 9]),
+        (3, 4, 1, [0, 3]),
+        (0, 4, 1, [0, 0]),
+        (0, 4, 3, [0, 0, 0, 0]),
+        (3, 4, 3, [0, 3, 3, 3]),
+        (9, 4, 2, [0, 3, 6, 9]),
+        (9, 1, 1, list(range(10))),
+    ],
+)
+def test_equal_parts_are_few_and_as_long_as_each_other(count, size, at_least, ends):
+    parts = equal_parts(count, size, at_least=at_least)
+    assert [part.start for part in parts] + [parts[-1].stop] == ends
+    assert all(one.stop == other.start for one, other in itertools.pairwise(parts))
+
+
+def test_chunks_hold_what_they_may_and_a_row_at_least(monkeypatch):
+    monkeypatch.setattr("sedd_objectives.fast.rows.CHUNK_ELEMENTS", 12)
+    assert chunks_of(7, 5) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
+    assert chunks_of(3, 4) == [slice(0, 3)]
+    assert chunks_of(4, 4) == [slice(0, 3), slice(3, 4)]
+    assert chunks_of(2, 100) == [slice(0, 1), slice(1, 2)]
+    assert chunks_of(13, 0) == [slice(0, 12), slice(12, 13)]
+    assert chunks_of(0, 5) == []
+
+
+@pytest.mark.parametrize(("width", "most"), [(None, 2), (3, 4), (13, 1)])
+def test_a_formula_is_given_rows_by_the_numbers_it_makes_in_the_arithmetic_s_dtype(width, most, monkeypatch):
+    """Forward and backward, autocast off; each row's fields beside it."""
+    monkeypatch.setattr("sedd_objectives.fast.rows.CHUNK_ELEMENTS", 12)
+    seen = []
+
+    def shown(rows, field):
+        seen.append((len(rows), rows.dtype, field.tolist(), torch.is_autocast_enabled("cpu")))
+        return (rows.sum(-1) * field).to(torch.float64)
+
+    rows = torch.ones(6, 5, dtype=torch.bfloat16).requires_grad_()
+    positions, field = torch.tensor([5, 1, 0, 4, 2]), torch.arange(5.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = each_row(shown, rows, positions, field, dtype=torch.float32, width=width)
+        assert value.dtype == torch.float32
+        assert value.tolist() == [0.0, 5, 10, 15, 20]
+        (slope,) = torch.autograd.grad(value.sum(), rows)
+    assert slope.dtype == torch.bfloat16
+    assert slope[:, 0].tolist() == [2.0, 1, 4, 0, 3, 0]
+    assert {dtype for _, dtype, *_ in seen} == {torch.float32}
+    assert max(count for count, *_ in seen) == most
+    assert not any(on for *_, on in seen)
+    assert [number for *_, part, _ in seen for number in part] == 2 * field.tolist()
+
+
+@pytest.mark.parametrize(
+    "learns", [("score",), ("ratio",), ("score", "weight"), ("base_weight", "base_ratio", "ratio")]
+)
+@pytest.mark.parametrize("chosen", [True, False])
+@pytest.mark.parametrize("size", [1 << 22, 14])
+def test_score_entropy_of_chosen_rows_has_the_slopes_of_its_formula(size, chosen, learns, generator, monkeypatch):
+    """By whatever learns, and by nothing else; the jumps' inputs are those of the chunk."""
+    monkeypatch.setattr("sedd_objectives.fast.rows.CHUNK_ELEMENTS", size)
+    positions = torch.tensor([3, 0, 4]) if chosen else None
+    count = 3 if chosen else 5
+    made = {
+        "score": torch.randn(5, 7, generator=generator, dtype=torch.float64),
+        "base_weight": torch.rand(count, generator=generator, dtype=torch.float64),
+        "base_ratio": torch.rand(count, generator=generator, dtype=torch.float64),
+        "weight": torch.rand(count, 2, generator=generator, dtype=torch.float64),
+        "ratio": torch.rand(count, 2, generator=generator, dtype=torch.float64),
+    }
+    for name in learns:
+        made[name].requires_grad_()
+    index = torch.stack([torch.randperm(7, generator=generator)[:2] for _ in range(count)])
+    score, base_weight, base_ratio, weight, ratio = made.values()
+    found = sum_over_jumps(score, positions, Jumps(base_weight, base_ratio, index, weight, ratio))
+    rows = score if positions is None else score[positions]
+    weights = base_weight[:, None].expand(count, 7).scatter(-1, index, weight)
+    ratios = base_ratio[:, None].expand(count, 7).scatter(-1, index, ratio)
+    want = (weights * (rows.exp() - ratios * rows + constant(ratios))).sum(-1)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    scale = torch.rand(count, generator=generator, dtype=torch.float64)
+    leaves = [made[name] for name in learns]
+    for one, other in zip(
+        torch.autograd.grad((scale * found).sum(), leaves),
+        torch.autograd.grad((scale * want).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
