@@ -17,6 +17,7 @@ from sedd_objectives import (
     denoising_score_entropy,
     lambda_cross_entropy_loss,
 )
+from sedd_objectives.cross_entropy import rate_back
 from torch import nn
 
 LENGTH, TOKENS = 3, 3
@@ -336,3 +337,79 @@ def test_any_order_needs_a_mask_and_lambda_a_probability(make_graphs):
         )
     with pytest.raises(ValueError, match="logits must have shape"):
         denoising_cross_entropy(torch.zeros(2, 3, 5), make_graphs(TOKENS)["absorbing"], x0, x0, torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_any_order_the_factor_has_the_loss_s_digits(dtype, make_graphs):
+    """7 / 3 of three times log 3, with a weight on one position."""
+    x0, weight = torch.zeros(1, 7, dtype=torch.int64), torch.full((1, 7), 0.1, dtype=torch.float64)
+    model = lambda x, s: torch.zeros(1, 7, TOKENS + 1, dtype=dtype)  # noqa: E731
+    how: dict[str, Any] = {"num_masked": torch.tensor([3])}
+    found = any_order_loss(model, make_graphs(TOKENS)["absorbing"], x0, weight=weight, **how)
+    assert found.dtype == dtype
+    assert float(found) == pytest.approx(0.7 * math.log(3), rel=1e-14 if dtype == torch.float64 else 1e-6)
+
+
+def test_the_rate_back_is_that_of_the_clean_token(hybrid_graph, make_graphs):
+    """Under masking at rate 2: 2 / (e^(2 sigma) - 1) from a mask; rates are one to 1e-4."""
+    sigma, x0 = torch.tensor([0.1, 0.7, 2.0], dtype=torch.float64), torch.tensor([0, 1, 2])
+    found = rate_back(hybrid_graph(3, 0.0, 2.0), torch.full((3,), 3), x0, sigma)
+    torch.testing.assert_close(found, 2 / torch.expm1(2 * sigma), rtol=1e-6, atol=0)
+    graph = make_graphs(3)["dense absorbing"]
+    even = graph.matrix.clone()
+    for off, right in ((0.9e-4, True), (1.1e-4, False), (-0.9e-4, True), (-1.1e-4, False)):
+        graph.matrix = even * torch.tensor([1.0, 1.0, 1 + off, 1.0])
+        if right:
+            rate_back(graph, torch.tensor([3]), torch.tensor([0]), sigma[:1])
+            continue
+        with pytest.raises(
+            ValueError, match="in the reverse process x may become a state other than x0, at 2 of 2 pos"
+        ):
+            rate_back(graph, torch.tensor([3, 3]), torch.tensor([0, 2]), sigma[:2])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "moves"),
+    [
+        ([[-1.1, 0, 0], [0.1, -1, 0], [1, 1, 0]], False),  # a token that may become another one
+        ([[-1, 0, 0.5], [0, -1, 0], [1, 1, -0.5]], False),  # a mask that becomes a token again
+        ([[-1, 0, 0], [0, -1, 0], [1, 1, 0]], True),
+        ([[-3, 0, 0], [0, -3, 0], [3, 3, 0]], True),
+    ],
+)
+def test_a_state_to_which_there_is_another_way_is_not_absorbed(matrix, moves, graph_of):
+    graph = graph_of(torch.tensor(matrix, dtype=torch.float64))
+    at = torch.tensor([2, 2]), torch.tensor([0, 1]), torch.tensor([0.5, 0.5], dtype=torch.float64)
+    if moves:
+        speed = matrix[2][0]
+        torch.testing.assert_close(rate_back(graph, *at), speed / torch.expm1(speed * at[2]), rtol=1e-9, atol=0)
+    else:
+        with pytest.raises(ValueError, match="the graph is not one that absorbs every token at one rate"):
+            rate_back(graph, *at)
+
+
+@pytest.mark.parametrize("how", [{}, {"given": torch.tensor([[True, False, False, False]])}])
+def test_numbers_of_masks_reach_from_one_to_all_that_count(how, make_graphs):
+    """Without a word on it they are spread over 1..L of what is not given, whatever the weights."""
+    seen = []
+
+    def model(x, sigma):
+        seen.append((x == TOKENS).sum(-1))
+        return torch.zeros(*x.shape, TOKENS + 1)
+
+    how = {name: value.expand(12, 4) for name, value in how.items()}
+    x0, weight = torch.zeros(12, 4, dtype=torch.int64), torch.tensor([1.0, 1, 0, 1])
+    any_order_loss(model, make_graphs(TOKENS)["absorbing"], x0, weight=weight.expand(12, 4), **how)
+    length = 3 if how else 4
+    assert sorted(seen[0].tolist()) == [k for k in range(1, length + 1) for _ in range(12 // length)]
+
+
+def test_levels_of_masks_are_stratified_from_zero_on(make_graphs):
+    told = []
+
+    def model(x, sigma):
+        told.append(-torch.expm1(-sigma))
+        return torch.zeros(*x.shape, TOKENS + 1)
+
+    lambda_cross_entropy_loss(model, make_graphs(TOKENS)["absorbing"], torch.zeros(100, 2, dtype=torch.int64))
+    assert torch.equal((told[0] * 100).floor().sort().values, torch.arange(100.0))

@@ -95,3 +95,23 @@ def test_the_doubt_is_twice_the_share_of_the_inverse_that_is_below_zero(graph_of
         expected = torch.tensor([own, 1 - own, 1 - own, own], dtype=torch.float64)
         expected = ((1 - EVEN_SHARE) * expected + EVEN_SHARE / 2).log()
         torch.testing.assert_close(log_decoder(score.log(), graph, x, x0, sigma), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [-2000.0, -100.0, 100.0, 2000.0])
+def test_scores_of_any_size_make_a_distribution(level, dtype, graph, generator):
+    """No power of e overflows. Of a mask under absorption it is the same at every level that has a power; own
+    entries do not count.
+    """
+    tokens = graph.num_states - (graph.mask_id is not None)
+    x0, sigma = torch.arange(tokens), torch.full((tokens,), 0.4, dtype=torch.float64)
+    log_score = torch.randn(1, graph.num_states, generator=generator, dtype=torch.float64)
+    for state in range(graph.num_states):
+        x = torch.full((tokens,), state)
+        spoilt = (log_score + level).scatter(-1, x[:1, None], torch.nan).expand(tokens, -1).to(dtype)
+        found = log_decoder(spoilt, graph, x, x0, sigma)
+        assert float(found.exp().sum()) == pytest.approx(1, abs=1e-6 if dtype == torch.float32 else 1e-12)
+    if getattr(graph, "a", None) == 0 and dtype == torch.float64 and level > -700:
+        torch.testing.assert_close(
+            found, log_decoder(log_score.expand(tokens, -1), graph, x, x0, sigma).to(found.dtype)
+        )

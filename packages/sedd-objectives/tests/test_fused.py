@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 fused_module = importlib.import_module("sedd_objectives.fast.fused")
+linear_module = importlib.import_module("sedd_objectives.fast.linear_head")
 EXACTLY: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -426,3 +427,73 @@ def test_the_plain_loss_leaves_a_nan_to_its_caller_too(make_graphs, log_linear):
         denoising_loss(score, make_graphs(5)["uniform"], log_linear, x0, t, xt=x0)
     loss = denoising_loss(score, make_graphs(5)["uniform"], log_linear, x0, t, xt=x0, refuse_nan=False)
     assert loss.isnan().tolist() == [False, True, False]
+
+
+def test_a_chunk_is_128_mib_of_float32_and_holds_a_position_at_least(make_graphs, monkeypatch):
+    assert fused_module.CHUNK_ELEMENTS * 4 == 128 * 2**20
+    monkeypatch.setattr(fused_module, "CHUNK_ELEMENTS", 3)  # fewer than states
+    x0, sigma, net = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1), Net(5)
+    hidden = torch.randn(1, 4, 6)
+    fused_denoising_loss(hidden, net.head, make_graphs(5)["uniform"], x0, x0, sigma, sigma)
+    assert net.rows[-4:] == [1] * 4
+
+
+@pytest.mark.parametrize("shift", [torch.tensor([0.5, -1.0]), torch.tensor([[0.5, 0.0, 1.0], [-1.0, 2.0, 0.25]])])
+def test_a_shift_a_sequence_or_a_position_is_added_to_every_log_score(shift, graph, generator):
+    """With its gradient, of whatever shape and dtype; autocast changes none of it."""
+    x0 = torch.randint(5, (2, 3), generator=generator)
+    sigma, factor = torch.tensor([0.3, 1.0]).double(), torch.tensor([1.0, 0.5]).double()
+    x = graph.sample(x0, sigma, generator=generator)
+    hidden = torch.randn(2, 3, graph.num_states, generator=generator, dtype=torch.float64)
+    leaf = shift.double().requires_grad_()
+    head = LinearHead(torch.eye(graph.num_states, dtype=torch.float64), None, leaf)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fused_denoising_loss(hidden, head, graph, x, x0, sigma, factor)
+    spread = leaf.reshape(*shift.shape, *[1] * (3 - shift.ndim))
+    want = (factor[:, None] * denoising_score_entropy(hidden + spread, graph, x, x0, sigma)).sum(-1)
+    torch.testing.assert_close(found.per_sequence, want.detach(), **EXACTLY)
+    torch.testing.assert_close(found.total, want.sum(), **EXACTLY)
+    slopes = [torch.autograd.grad(loss, leaf)[0] for loss in (found.total, want.sum())]
+    torch.testing.assert_close(*slopes, **EXACTLY)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_factor_s_gradient_is_the_loss_of_its_position(linear, graph, generator):
+    """By weights and by dsigma, a position and a sequence."""
+    x0 = torch.randint(5, (2, 3), generator=generator)
+    sigma = torch.tensor([0.3, 1.0], dtype=torch.float64)
+    x = graph.sample(x0, sigma, generator=generator)
+    hidden = torch.randn(2, 3, graph.num_states, generator=generator, dtype=torch.float64)
+    dsigma = torch.rand(2, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.rand(2, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    head: Any = LinearHead(torch.eye(graph.num_states).double(), None, None) if linear else lambda h, x, s: h
+    total = fused_denoising_loss(hidden, head, graph, x, x0, sigma, dsigma, weight=weight).total
+    each = denoising_score_entropy(hidden, graph, x, x0, sigma)
+    by_dsigma, by_weight = torch.autograd.grad(3 * total, (dsigma, weight))
+    torch.testing.assert_close(by_weight, 3 * dsigma.detach()[:, None] * each, **EXACTLY)
+    torch.testing.assert_close(by_dsigma, 3 * (weight.detach() * each).sum(-1), **EXACTLY)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products_are_in_autocast_s_dtype_but_float64_s(dtype, autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = linear_module.product_dtype(torch.zeros(1, dtype=dtype))
+    assert found == (torch.bfloat16 if autocast and dtype != torch.float64 else dtype)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_products_are_added_in_the_total_s_dtype(wide, generator):
+    one, other = torch.randn(3, 5, generator=generator), torch.randn(5, 2, generator=generator)
+    total = torch.full((3, 2), 2.0)
+    if wide:
+        one, other = one.bfloat16(), other.bfloat16()
+    linear_module.add_product(total, one, other)
+    torch.testing.assert_close(
+        total, 2 + one.float() @ other.float(), rtol=1e-2 if wide else 1e-6, atol=2e-2 if wide else 1e-6
+    )
+    rows, out = torch.randn(4, 5, generator=generator), torch.empty(4, 3)
+    weight, bias = torch.randn(3, 5, generator=generator), torch.randn(3, generator=generator)
+    assert linear_module.linear(rows, weight, None, out=out) is out
+    torch.testing.assert_close(out, rows @ weight.T)
+    torch.testing.assert_close(linear_module.linear(rows, weight, bias, out=out), rows @ weight.T + bias)

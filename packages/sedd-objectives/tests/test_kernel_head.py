@@ -365,3 +365,27 @@ def test_chunks_follow_the_card(monkeypatch):
         card = SimpleNamespace(total_memory=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
         assert rows(torch.device("cuda"), 50_258, torch.bfloat16) == expected
+
+
+def test_a_kernel_needs_triton_and_a_schedule_learns_only_with_gradients(monkeypatch):
+    on_gpu, learning = SimpleNamespace(is_cuda=True), torch.zeros(2, requires_grad=True)
+    with torch.no_grad():
+        assert kernel_head.kernel_serves(on_gpu, torch.float32, learning)
+    assert not kernel_head.kernel_serves(on_gpu, torch.float32, torch.zeros(2), learning)
+    monkeypatch.setattr(kernel_head.importlib.util, "find_spec", lambda name: None)
+    assert not kernel_head.kernel_serves(on_gpu, torch.float32)
+
+
+@pytest.mark.parametrize(("states", "rows"), [(1, 64), (63, 64), (64, 64), (65, 128), (50_258, 50_304)])
+def test_weights_are_padded_with_zeros_to_a_multiple_of_64(states, rows):
+    assert kernel_head.aligned(states) == rows
+    if states > 100:
+        return
+    weight = torch.rand(states, 3, requires_grad=True)
+    for value in (weight, weight[:, 0]):
+        padded = kernel_head._padded(value, torch.bfloat16)
+        assert padded.shape == (rows, *value.shape[1:])
+        assert padded.dtype == torch.bfloat16
+        assert not padded.requires_grad
+        assert torch.equal(padded[:states], value.detach().bfloat16())
+        assert not padded[states:].any()

@@ -5,13 +5,21 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sedd_objectives import denoising_score_entropy, likelihood_bound, masked_likelihood_bound, reconstruction_loss
+from sedd_objectives import (
+    denoising_score_entropy,
+    likelihood_bound,
+    masked_likelihood_bound,
+    masks_evenly,
+    reconstruction_loss,
+)
 
+module = importlib.import_module("sedd_objectives.masked_bound")
 TOKENS, LENGTH, T_MIN = 3, 3, 0.02
 
 
@@ -120,7 +128,6 @@ def test_assembly_is_exact_where_nothing_is_random(make_graphs, log_linear):
 
 def test_the_error_has_that_of_the_reconstructions(make_graphs, log_linear, monkeypatch):
     """Where nothing else is random: of draws that are 1 and 3 with any mask, times the probability of one."""
-    module = importlib.import_module("sedd_objectives.masked_bound")
     draws = itertools.cycle([1.0, 3.0])
     drawn = lambda *_, **__: torch.full((2,), next(draws), dtype=torch.float64)  # noqa: E731
     monkeypatch.setattr(module, "reconstruction_loss", drawn)
@@ -224,3 +231,102 @@ def test_bad_input_is_named(change, message, make_graphs, log_linear):
     score, x0 = arguments.pop("score"), arguments.pop("x0")
     with pytest.raises(ValueError, match=message):
         masked_likelihood_bound(score, make_graphs(TOKENS)["absorbing"], log_linear, x0, **arguments)
+
+
+def binomial(n, k, p):
+    return math.comb(n, k) * p**k * (1 - p) ** (n - k) if k <= n else 0.0
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.02, 0.9), (1e-3, 0.999), (0.0, 0.5)])
+def test_levels_have_the_law_given_the_number_of_masks(low, high, generator):
+    """Sequences of 4, 1 and 0 free positions, out of 5: P_k, the distribution function and its inverse."""
+    lengths = torch.tensor([4, 1, 0])
+    levels = module._Levels(lengths, 5, *torch.tensor([low, high], dtype=torch.float64))
+    want = [
+        [sum(binomial(n, j, high) - binomial(n, j, low) for j in range(k, n + 1)) for k in range(1, 6)]
+        for n in lengths.tolist()
+    ]
+    torch.testing.assert_close(levels.probabilities(), torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    middle = (low + high) / 2
+    for k in (0, 1, 3, 4):
+        found = levels.at_least(torch.full((3,), k), torch.full((3,), middle, dtype=torch.float64))
+        due = [sum(binomial(n, j, middle) for j in range(k, n + 1)) for n in lengths.tolist()]
+        assert found.tolist() == pytest.approx(due, rel=1e-9, abs=1e-15)
+    count = torch.tensor([2, 1, 1])
+    level, probability = levels.draw(count, generator)
+    assert probability.tolist() == pytest.approx([row[k - 1] for row, k in zip(want, count.tolist(), strict=True)])
+    assert ((level >= low) & (level <= high)).all()
+
+
+def test_levels_of_a_thousand_tokens_have_their_digits():
+    """The number of ways to choose k of L has hundreds of them."""
+    length, low, high = 1000, 0.25, 0.625
+    levels = module._Levels(torch.tensor([length]), length, *torch.tensor([low, high], dtype=torch.float64))
+    for k in (1, 280, 450, 620, 1000):
+        due = sum(
+            math.comb(length, j) * Fraction(high) ** j * Fraction(1 - high) ** (length - j) for j in range(k, 1001)
+        )
+        found = levels.at_least(torch.tensor([k]), torch.tensor([high], dtype=torch.float64))
+        assert float(found) == pytest.approx(float(due), rel=1e-10)
+    below, above = (levels.at_least(torch.tensor([450]), end[None]) for end in (levels.low, levels.high))
+    assert float(levels.probabilities()[0, 449]) == pytest.approx(float(above - below), rel=1e-12)
+
+
+def test_a_level_is_the_quantile_of_its_uniform_number(monkeypatch):
+    """Beta(2, 3) within [0.1, 0.8] at 0, 1/4 and 1."""
+    levels = module._Levels(torch.tensor([4, 4, 4]), 4, *torch.tensor([0.1, 0.8], dtype=torch.float64))
+    unit = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: unit)
+    level, _ = levels.draw(torch.full((3,), 2), None)
+    assert level[[0, 2]].tolist() == pytest.approx([0.1, 0.8], abs=1e-12)
+    below, at, above = (sum(binomial(4, j, p) for j in (2, 3, 4)) for p in (0.1, float(level[1]), 0.8))
+    assert (at - below) / (above - below) == pytest.approx(0.25, abs=1e-12)
+
+
+def test_a_guess_and_its_mean_over_all_sets_of_masks(generator):
+    """b(M) by its formula, and the P-weighted mean of b / k over every set of k, with given positions between."""
+    free = torch.tensor([[True, True, False, True, True]])
+    alone, right, left, of_all = torch.rand(4, 1, 5, generator=generator, dtype=torch.float64) * free
+    right, left = right * torch.tensor([1, 0, 0, 1, 0]), left * torch.tensor([0, 1, 0, 0, 1])
+    guess = module._Guess(free, alone, right, left, of_all)
+    probability = torch.rand(1, 5, generator=generator, dtype=torch.float64)
+    places, total = [0, 1, 3, 4], 0.0
+    for k in range(1, 5):
+        values = []
+        for chosen in itertools.combinations(places, k):
+            masked = torch.zeros(1, 5, dtype=torch.bool)
+            masked[0, list(chosen)] = True
+            few = sum(
+                float(alone[0, i] + (i + 1 in chosen) * right[0, i] + (i - 1 in chosen) * left[0, i]) for i in chosen
+            )
+            want = (1 - k / 4) * few + k / 4 * sum(float(of_all[0, i]) for i in chosen)
+            assert float(guess.at(masked)) == pytest.approx(want, rel=1e-12)
+            values.append(want / k)
+        total += float(probability[0, k - 1]) * sum(values) / len(values)
+    assert float(guess.total(probability.clone().index_fill(1, torch.tensor(4), 0))) == pytest.approx(total, rel=1e-12)
+
+
+def test_masks_are_told_from_other_processes_by_their_rows(make_graphs, hybrid_graph):
+    """Every token to the mask at one rate, known to 1e-4, and nowhere else; the mask itself does not count."""
+    x0 = torch.tensor([[0, 2, 3]])
+    evenly = {kind: masks_evenly(graph, x0.clamp_max(2)) for kind, graph in make_graphs(3).items()}
+    assert evenly == {
+        "uniform": False, "absorbing": True, "hybrid": False, "dense": False, "dense absorbing": True,
+    }  # fmt: skip
+    assert masks_evenly(hybrid_graph(3, 0.0, 2.0), x0)
+    assert masks_evenly(hybrid_graph(3, 0.5, 2.0), torch.tensor([3, 3]))  # no token is there
+    graph = make_graphs(3)["dense absorbing"]
+    even = graph.matrix.clone()
+    for off, right in ((0.9e-4, True), (2.2e-4, False)):
+        graph.matrix = even * torch.tensor([1.0, 1.0, 1 + off, 1.0])
+        assert masks_evenly(graph, torch.tensor([0, 1, 2])) is right
+        assert masks_evenly(graph, torch.tensor([0, 1]))
+    graph.matrix = even.clone()
+    graph.matrix[:, 1] = torch.tensor([0.5, -0.5, 0, 0])  # one that turns into another token alone
+    assert not masks_evenly(graph, torch.tensor([1]))
+    graph.matrix = even.clone()
+    graph.matrix[:, 3] = torch.tensor([0.5, 0, 0, -0.5])  # a mask that becomes a token again
+    assert not masks_evenly(graph, torch.tensor([1]))
+    graph.matrix = even.clone()
+    graph.matrix[:, 1] = torch.tensor([0.1, -1.1, 0, 1.0])  # one that may become another token
+    assert not masks_evenly(graph, torch.tensor([1]))

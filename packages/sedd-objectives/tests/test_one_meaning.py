@@ -195,3 +195,43 @@ def test_what_is_left_to_count_is_asked_for_by_one_rule(name, measure):
         measure(name, Model(), weight=torch.zeros(SIZE))
     with pytest.raises(ValueError, match="weight must be >= 0"):
         measure(name, Model(), weight=-torch.ones(SIZE))
+
+
+RULED_OUT = {
+    name: LOSSES[name]
+    for name in (
+        *("cross_entropy_loss", "lambda_cross_entropy_loss", "any_order_loss", "posterior_loss", "leave_one_out_loss"),
+        *("time_varying_loss", "snapshot_loss", "d3pm_loss", "autoregressive_loss", "denoising_loss"),
+    )
+}
+
+
+@pytest.mark.parametrize("never", [False, True])
+@pytest.mark.parametrize("name", RULED_OUT)
+def test_what_a_model_rules_out_and_happens_costs_without_end(name, never, measure):
+    """Token 1, in half of the sequences at every position; where it does not occur, to rule it out costs nothing."""
+    x0 = X0.clone()
+    x0[:200] = x0[:200].clamp_max(0)
+    x0[200:] = 2 if never else 1
+
+    def model(x, sigma):
+        return Model()(x, sigma).index_fill(-1, torch.tensor([1]), -torch.inf)
+
+    found = measure(name, model, x0=x0)
+    assert found[:200].isfinite().all()
+    if never:
+        assert found.isfinite().all()
+        assert (found > 0).any()
+        return
+    assert found[200:].isinf().double().mean() > 0.5
+    assert ((found[200:] == 0) | (found[200:] == torch.inf)).all()
+
+
+def test_so_it_does_at_a_position(make_graphs):
+    logits = torch.zeros(1, 2, 4).index_fill(-1, torch.tensor([1]), -torch.inf)
+    x, x0, sigma = torch.tensor([[MASK, MASK]]), torch.tensor([[1, 2]]), torch.ones(1)
+    graph = make_graphs(3)["absorbing"]
+    for loss in (o.posterior_score_entropy, o.leave_one_out_score_entropy):
+        found = loss(logits, graph, x, x0, sigma)
+        assert found[0, 0] == torch.inf
+        assert float(found[0, 1]) == pytest.approx(float(torch.tensor(2.0).log() / sigma.expm1()), rel=1e-5)

@@ -416,3 +416,75 @@ def test_the_laws_integral_runs_over_log_sigma_and_the_data(make_graphs, log_lin
     assert problem.integral(problem.score(), log_linear, 0.01) == pytest.approx(mean * math.log(high / low), rel=1e-6)
     monkeypatch.setattr(problem, "integrand", lambda score, x0, sigma: 1.0)
     assert problem.integral(problem.score(), log_linear, 0.01) == pytest.approx(high - low, rel=2e-3)
+
+
+def test_an_audit_gives_the_ends_away_where_they_are(make_graphs, log_linear, monkeypatch):
+    """What is noised, counted and shown for the mistake at ends; none where there are no ends, or nothing else."""
+    module = importlib.import_module("sedd_objectives.testing.audit")
+    handed = []
+
+    def loss(score, graph, noise, x0, t, *, xt, weight, refuse_nan):
+        handed.append((xt, weight, refuse_nan, t))
+        return torch.full((2,), 10.0 if len(handed) % 3 else 4.0, dtype=torch.float64)
+
+    monkeypatch.setattr(module, "denoising_loss", loss)
+    monkeypatch.setattr(module, "reconstruction_loss", lambda *_, **__: torch.zeros(2).double())
+    graph, x0 = make_graphs(5)["absorbing"], torch.tensor([[0, 2, 5], [1, 3, 2]])
+    monkeypatch.setattr(graph, "sample", lambda x0, sigma, *, generator=None: torch.full_like(x0, 5))
+    audit = lambda end_id: audit_bound(  # noqa: E731
+        lambda x, s: torch.zeros(2, 3, 6), graph, log_linear, x0, num_times=4, end_id=end_id, t_min=0.5
+    )
+    found = audit(2)
+    changes = {m.name: m.change for m in found.mistakes}
+    assert changes["ends never noised"] == -3.0  # half the interval of 10 - 4
+    assert changes["noise never seen"] == 0.0
+    assert len(handed) == 12
+    for xt, weight, refuse_nan, t in handed[2::3]:
+        assert xt.tolist() == [[5, 2, 5], [5, 5, 2]]
+        assert weight.tolist() == [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
+        assert refuse_nan is False
+        assert ((t >= 0.5) & (t < 1)).all()
+    assert all((xt == 5).all() for xt, *_ in handed[0::3])
+    strata = [((t - 0.5) / 0.5 * 2).floor().tolist() for *_, t in handed[::3]]
+    assert strata == [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+    for end_id in (None, 4):
+        handed.clear()
+        assert "ends never noised" not in {m.name for m in audit(end_id).mistakes}
+        assert len(handed) == 8
+
+
+def test_an_audit_says_what_is_no_number(make_graphs, log_linear):
+    graph, x0 = make_graphs(5)["absorbing"], torch.zeros(2, 3, dtype=torch.int64)
+    graph.prior_kl = lambda x0, sigma: torch.full(x0.shape, math.inf)
+    score = lambda x, s: torch.zeros(*x.shape, 6)  # noqa: E731
+    found = audit_bound(score, graph, log_linear, x0, num_times=2)
+    assert found.problems == ("the prior's term is infinite: the prior rules out what the process can end in",)
+    assert not found.is_bound
+    found = audit_bound(lambda x, s: torch.full((2, 3, 6), -math.inf), make_graphs(5)["absorbing"], log_linear, x0)
+    assert found.problems == (
+        "the model's score is NaN, or rules out jumps that happen: the diffusion term is no number",
+    )
+    assert found.bound.reconstruction.isnan().all()
+    one = audit_bound(score, make_graphs(5)["absorbing"], log_linear, x0[:1], num_times=2)
+    assert all(math.isnan(m.standard_error) for m in one.mistakes)
+    for wrong in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"num_times must be even and at least 2, got {wrong}"):
+            audit_bound(score, make_graphs(5)["absorbing"], log_linear, x0, num_times=wrong)
+
+
+def test_problems_of_single_tokens_have_scores_and_laws_too(make_graphs, enumerated):
+    for kind in ("uniform", "absorbing", "dense"):
+        graph = make_graphs(TOKENS)[kind]
+        problem, data = Problem(graph, length=1), enumerated(graph, length=1)
+        data.probability = problem.probability
+        level = torch.tensor([0.4, 0.4, 1.1], dtype=torch.float64)
+        x = torch.tensor([[0], [2], [1]])
+        torch.testing.assert_close(problem.score()(x, level), data.log_ratios(x, level), rtol=1e-5, atol=1e-6)
+        off = problem.score(2.0)(x, level) - problem.score()(x, level)
+        torch.testing.assert_close(off, 2 * problem.error[x[:, 0]], rtol=1e-6, atol=1e-9)
+        drawn = problem.draw(20_000)[:, 0]
+        for token, p in enumerate(problem.probability.tolist()):
+            share = float((drawn == token).double().mean())
+            assert abs(share - p) < 5 * (p * (1 - p) / 20_000) ** 0.5  # a false alarm in 1.7 million
+        assert problem.probability.min() > 0
+        assert float(problem.probability.sum()) == pytest.approx(1)

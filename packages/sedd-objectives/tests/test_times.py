@@ -312,3 +312,127 @@ def test_importance_sampling_unless_told_otherwise():
     state = times.state_dict()
     state["square"].zero_()
     assert times.square[0] == 4
+
+
+def five(t):
+    return 5 * t, torch.full_like(t, 5.0)
+
+
+def test_the_density_of_times_by_noise_is_that_of_their_quantiles():
+    """At times of any shape, the ends included; its mean is 1, and a time's weight is its inverse."""
+    times = NoiseTimes(five, 0.5, t_min=0.01)
+    unit = ((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000).view(40, 50)
+    t, weight = times.at(unit)
+    torch.testing.assert_close(times.density(t), 1 / weight, rtol=1e-9, atol=0)
+    even = 0.01 + 0.99 * (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    assert float(times.density(even).mean()) == pytest.approx(1, rel=1e-4)
+    ends = times.density(torch.tensor([0.01, 1.0]))
+    assert ends.dtype == torch.float64
+    assert ends[0] > 10 > 1 > ends[1] > 0.5
+    assert float(NoiseTimes(five, 0.0, t_min=0.01).density(t).sub(1).abs().max()) < 1e-9
+
+
+def test_quantiles_at_the_ends_are_the_ends():
+    times = NoiseTimes(five, 0.5, t_min=0.01)
+    for dtype in (torch.float32, torch.float64):
+        t, weight = times.at(torch.tensor([0.0, 1.0], dtype=dtype))
+        assert t.dtype == dtype
+        assert t.tolist() == pytest.approx([0.01, 1.0])
+        assert weight.dtype == torch.float64
+    unit = torch.tensor([0.0, 0.25], dtype=torch.float32)
+    t, weight = NoiseTimes(five, 0.0, t_min=0.2).at(unit)
+    assert t.tolist() == pytest.approx([0.2, 0.4])
+    assert weight.dtype == t.dtype == torch.float32
+    assert times.knots[0] == 0.01
+    assert times.knots[-1] == 1
+    assert len(times.knots) > 500
+
+
+def test_a_schedule_that_learns_draws_times_without_its_gradient():
+    rate = torch.tensor(5.0, requires_grad=True)
+    t, weight = NoiseTimes(lambda t: (rate * t, rate.expand(t.shape)), 0.5, t_min=0.01).at(torch.rand(4))
+    assert not t.requires_grad
+    assert not weight.requires_grad
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_batch_of_any_size_from_t_min_zero_on_its_own_generator(sampler):
+    """The same seed, the same times, whatever the global one; one sequence's time is anywhere."""
+    one, other = (sampler(7, generator=torch.Generator().manual_seed(5), t_min=0.0) for _ in range(2))
+    assert torch.equal(one, other)
+    assert one.shape == (7,)
+    assert sampler(1).shape == (1,)
+    state = torch.get_rng_state()
+    sampler(3, generator=torch.Generator())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sampler(2, device="meta").device.type == "meta"
+    assert sampler(1, t_min=0.0, generator=torch.Generator().manual_seed(0)) < 1
+    least = min(float(sampler(1, t_min=0.7).min()) for _ in range(50))
+    assert 0.7 <= least < 0.8
+
+
+def test_low_discrepancy_times_are_in_order_but_for_one_step(generator):
+    t = low_discrepancy_times(5, generator=generator, t_min=0.0)
+    assert int((t.diff() < 0).sum()) <= 1
+    assert not torch.equal(t, t.sort().values) or float(t[0]) < 0.2
+
+
+def test_importance_sampling_draws_by_the_given_profile():
+    """Probabilities 0.9 q + 0.1 / 4 of q = (1, 2, 0, 1) / 4: 1,000 stratified draws come as often, with 1 / (4 p)."""
+    times = ImportanceTimes(4, t_min=0.2)
+    times.square, times.count = torch.tensor([1.0, 4, 0, 1]).double() * 3, torch.full((4,), 3.0).double()
+    p = 0.9 * torch.tensor([1.0, 2, 0, 1]).double() / 4 + 0.025
+    torch.testing.assert_close(times.probability(), p)
+    t, weight = times.draw(1000, generator=torch.Generator().manual_seed(0))
+    assert t.dtype == weight.dtype == torch.float32
+    k = ((t.double() - 0.2) / 0.8 * 4).long().clamp(0, 3)
+    assert (torch.bincount(k, minlength=4) - 1000 * p).abs().max() < 2
+    torch.testing.assert_close(weight.double(), 1 / (4 * p[k]), rtol=1e-6, atol=0)
+    for bin in range(4):
+        within = (t[k == bin].double() - 0.2) / 0.8 * 4 - bin
+        assert float(within.mean()) == pytest.approx(0.5, abs=0.05)  # evenly within a bin
+    assert not torch.equal(t, t.sort().values)
+
+
+def test_importance_sampling_takes_in_losses_by_their_bins():
+    times = ImportanceTimes(2, decay=0.25, t_min=0.5)
+    times.update(torch.tensor([0.5, 0.74, 0.75, 0.99, 0.6]), torch.tensor([1.0, 2.0, 3.0, 4.0, math.inf]))
+    assert times.square.tolist() == [5.0, 25.0]
+    assert times.count.tolist() == [2.0, 2.0]
+    times.update(torch.zeros(0), torch.zeros(0))
+    assert times.square.tolist() == [1.25, 6.25]
+    with pytest.raises(ValueError, match=r"t must lie in \[0.5, 1\], got times in \[0.4\d*, 0.4\d*\]"):
+        times.update(torch.tensor([0.49]), torch.ones(1))
+    with pytest.raises(ValueError, match=r"of one shape \(B,\), got \(2, 1\) and \(2, 1\)"):
+        times.update(torch.ones(2, 1), torch.ones(2, 1))
+    state = {name: value.float() for name, value in times.state_dict().items()}
+    times.load_state_dict(state)
+    assert times.square.dtype == torch.float64
+    state["square"].zero_()
+    assert times.square.tolist() == [1.25, 6.25]
+    with pytest.raises(ValueError, match="state must have 2 bins, got 3"):
+        times.load_state_dict({"square": torch.zeros(2), "count": torch.zeros(3)})
+    with pytest.raises(ValueError, match="state must have 2 bins"):
+        times.load_state_dict({"square": torch.zeros(3), "count": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    "edge", [{"decay": 0.0}, {"decay": 1.0}, {"uniform_share": 1.0}, {"num_bins": 1}, {"t_min": 0}]
+)
+def test_importance_sampling_at_the_edges_of_its_numbers(edge):
+    times = ImportanceTimes(**edge)
+    times.update(torch.tensor([0.2, 0.9]), torch.tensor([1.0, 5.0]))
+    p = times.probability()
+    assert float(p.sum()) == pytest.approx(1)
+    if "uniform_share" in edge:
+        assert p.tolist() == pytest.approx([1 / 16] * 16)
+    beyond: list[dict[str, Any]] = [{"decay": -0.01}, {"uniform_share": 1.01}, {"t_min": -0.01}]
+    for wrong in beyond:
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must lie in"):
+            ImportanceTimes(**wrong)
+
+
+def test_losses_of_zero_alone_leave_the_draws_uniform():
+    times = ImportanceTimes(4)
+    times.update(torch.tensor([0.1, 0.9]), torch.zeros(2))
+    assert times.probability().tolist() == [0.25] * 4

@@ -215,7 +215,7 @@ def any_order_loss(
     asked = masked if factor is None else masked & (factor > 0)
     logits, positions = logit_rows(model, xt, -torch.log1p(-level), asked, graph.num_states)
     surprise = _surprise(logits.reshape(-1, graph.num_states), positions, xt[asked], x0[asked])
-    per_position = (length / num_masked.clamp_min(1))[:, None].expand(x0.shape)
+    per_position = (length.to(surprise.dtype) / num_masked.clamp_min(1))[:, None].expand(x0.shape)
     if factor is not None:
         per_position = per_position * factor
     return spread(surprise * per_position[asked].to(surprise.dtype), asked).sum(-1)

@@ -216,13 +216,13 @@ class _Guess(NamedTuple):
         neighbours = nn.functional.pad(masked, (1, 1))
         before, after = neighbours[:, :-2], neighbours[:, 2:]
         few = self.alone + self.right * after + self.left * before
-        share = masked.sum(-1) / self.free.sum(-1).clamp_min(1)
+        share = masked.sum(-1).to(self.all.dtype) / self.free.sum(-1).clamp_min(1)
         return ((1 - share) * (few * masked).sum(-1)) + share * (self.all * masked).sum(-1)
 
     def total(self, probability: Tensor) -> Tensor:
         """sum_k P_k E 1/k b(M), (B,), given the P_k (B, L), k = 1 .. L."""
         length = self.free.sum(-1, keepdim=True)
-        count = torch.arange(1, probability.shape[1] + 1, device=length.device)
+        count = torch.arange(1, probability.shape[1] + 1, dtype=probability.dtype, device=length.device)
         share = count / length.clamp_min(1)
         alone, right, left, of_all = (part.sum(-1, keepdim=True) for part in self[1:])
         few = alone + (count - 1) / (length - 1).clamp_min(1) * (right + left)
@@ -237,7 +237,8 @@ class _Levels:
         self.count = torch.arange(longest + 1, device=length.device)
         total = length[:, None].to(low.dtype)
         self.others = total - self.count
-        self.log_ways = torch.lgamma(total + 1) - torch.lgamma(self.count + 1.0) - torch.lgamma(self.others + 1)
+        chosen = self.count.to(low.dtype)
+        self.log_ways = torch.lgamma(total + 1) - torch.lgamma(chosen + 1) - torch.lgamma(self.others + 1)
         self.log_ways = self.log_ways.masked_fill(self.others < 0, -torch.inf)
         self.others = self.others.clamp_min(0)
 
