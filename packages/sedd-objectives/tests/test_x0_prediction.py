@@ -410,3 +410,27 @@ def test_tokens_that_cannot_have_become_x_are_left_out_of_the_posterior(loss, gr
     other[0, 2:] += torch.tensor([5.0, -3.0])
     other[1, :2] += torch.tensor([-1.0, 40.0])
     torch.testing.assert_close(loss(other, graph, x, x0, sigma), loss(logits, graph, x, x0, sigma), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("loss", [posterior_score_entropy, leave_one_out_score_entropy])
+@pytest.mark.parametrize("kept", [0.0, 1e-3, 2.0])
+def test_a_score_is_no_less_than_what_the_clean_token_alone_adds_to_it(
+    loss, kept, make_graphs, generator, float64_rates
+):
+    """Where a graph's propagation loses most of a sum, or all of it, x0's share of (T v)_x times its ratio is left."""
+    graph = make_graphs(TOKENS)["uniform"]
+    x, x0 = torch.tensor([0, 1, 1]), torch.tensor([3, 1, 2])
+    sigma = torch.tensor([0.3, 0.3, 2.0], dtype=torch.float64)
+    logits = torch.randn(3, TOKENS, generator=generator, dtype=torch.float64)
+    p, rows = logits.softmax(-1), torch.stack([transitions(graph, float(s)) for s in sigma])  # (m, y, c)
+    at_x = rows[torch.arange(3), x]
+    v = p if loss is leave_one_out_score_entropy else p / at_x
+    total = (at_x * v).sum(-1, keepdim=True)
+    least = (at_x * v).gather(-1, x0[:, None]) / total * rows[torch.arange(3), :, x0] / at_x.gather(-1, x0[:, None])
+    exact = (rows @ v[..., None])[..., 0] / total
+    score = torch.maximum(kept * exact, least)
+    whole = graph.propagate
+    graph.propagate = lambda v, sigma: kept * whole(v, sigma)
+    want = denoising_score_entropy(score.log(), graph, x, x0, sigma)
+    torch.testing.assert_close(loss(logits, graph, x, x0, sigma), want, rtol=1e-9, atol=1e-12)
+    assert (score > kept * exact).any() == (kept < 1)
