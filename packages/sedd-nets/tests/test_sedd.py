@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from sedd_nets import SEDD
+from sedd_nets import BD3LM, SEDD, Documents
 from torch import nn
 
 
@@ -310,3 +310,34 @@ def test_published_names():
         "output_layer.norm_final.weight",
         *(f"output_layer.{part}.{kind}" for part in ("linear", "adaLN_modulation") for kind in ("weight", "bias")),
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64])
+def test_noise_is_a_floating_number_of_whatever_width(make_sedd, batch, dtype):
+    x, net = batch[0], make_sedd()
+    with pytest.raises(TypeError, match=f"sigma is the total noise and must be floating point; got {dtype}"):
+        net(x, torch.ones(3, dtype=dtype))
+    expected = net(x, torch.full((3,), 0.5))
+    for width in (torch.bfloat16, torch.float16, torch.float64):
+        torch.testing.assert_close(net(x, torch.full((3,), 0.5, dtype=width)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float32])
+def test_what_is_counted_comes_in_int64_and_what_is_chosen_in_bool(make_sedd, batch, dtype):
+    """Never cast in silence: a uint8 mask taken for indices would answer something."""
+    x, sigma = batch
+    net, other = make_sedd(), torch.ones(3, 7).to(dtype)
+    with pytest.raises(TypeError, match=f"x holds token ids and must be int64; got {dtype}"):
+        net(other, sigma)
+    with pytest.raises(ValueError, match=rf"indices \(M,\) int64 into x.flatten\(\).* got {dtype}"):
+        net(x, sigma, positions=other[0])
+    with pytest.raises(ValueError, match=f"dropout_seeds must be int64 of shape .*; got {dtype}"):
+        net(x, sigma, dropout_seeds=other[:, 0])
+    with pytest.raises(ValueError, match=rf"document ids must be \(B, L\) int64; got {dtype}"):
+        Documents(other)
+    if dtype != torch.bool:
+        with pytest.raises(ValueError, match=rf"where must be a bool mask of x's shape \(3, 7\); got {dtype}"):
+            net(x, sigma, where=other)
+    one_block = BD3LM(11, width=8, depth=1, heads=1, cond_dim=4, length=12, block_size=4)
+    with pytest.raises(ValueError, match=rf"clean must be \(3, 7\) int64, as x; got {dtype}"):
+        one_block(x, sigma, clean=other)
