@@ -311,7 +311,7 @@ def test_what_is_kept_of_a_cache(tmp_path):
     ]  # fmt: skip
     assert np.fromfile(found.folder / "train.bin.counts", np.int64).tolist() == [1, 1, 1, 1, 0, 1]
     assert (found.train.characters, found.test.flat.tolist()) == (4, [2, 2, 5])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [found.folder.name, f"{found.folder.name}.lock"]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == [found.folder.name]
 
 
 def test_a_cache_s_name_is_of_text_tokenizer_end_and_what_is_held_out(tmp_path, monkeypatch):
@@ -363,7 +363,7 @@ def test_a_journal_is_written_every_quarter_of_a_minute_and_at_the_end(seconds, 
     assert token_build.scratch(tmp_path / "abc") == tmp_path / "abc.part"
 
 
-@pytest.mark.parametrize(("age", "left"), [(259_190, True), (259_210, False)])
+@pytest.mark.parametrize(("age", "left"), [(258_600, True), (259_800, False)])
 def test_what_was_left_three_days_ago_is_removed(age, left, tmp_path):
     part = tmp_path / "0123.part"
     part.mkdir()
