@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from sedd_samplers.adapters import (
     to_reverse,
     to_velocity,
 )
+from sedd_samplers.adapters.heads import logits_of, path_of_head, with_head_at
 from sedd_samplers.controls import controlled, temperature
 from sedd_samplers.guidance import classifier_free
 from sedd_samplers.steps import tweedie_probs, tweedie_score
@@ -467,3 +469,58 @@ def test_heads_are_as_wide_as_the_vocabulary_or_padded_to_a_multiple_of_128_at_m
     for width in (4, 134, 1000):
         with pytest.raises(ValueError, match=r"must return a float tensor of shape \(1, 2, 6\)"):
             answer(width)
+
+
+class Scaled(torch.nn.Module):
+    """A head that is called with more than its input, and looked into by its model."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+        self.seen = []
+
+    def forward(self, h, scale):
+        self.seen.append(tuple(h.shape))
+        return scale * h @ self.weight
+
+
+class Inside(torch.nn.Module):
+    def __init__(self, flat):
+        super().__init__()
+        self.trunk: Any = torch.nn.Module()
+        self.trunk.last = Scaled()
+        self.flat = flat
+
+    def get_output_embeddings(self):
+        return self.trunk.last
+
+    def forward(self, h):
+        h = h.flatten(0, 1)[:2] if self.flat else h
+        return self.trunk.last(h, 3.0) + self.trunk.last.weight.sum()
+
+
+def test_a_head_anywhere_sees_some_positions_and_is_called_as_it_was():
+    """With all that it is given; its attributes stand; what is no longer (B, L, D) goes through as it is."""
+    h, positions = torch.arange(12.0).view(2, 3, 2), torch.tensor([0, 4])
+    model = Inside(flat=False)
+    path = path_of_head(model)
+    assert path == "trunk.last"
+    some = with_head_at(model, path, positions)
+    torch.testing.assert_close(some(h), model(h).flatten(0, 1)[positions])
+    assert model.trunk.last.seen == [(2, 2), (2, 3, 2)]
+    assert some.trunk is not model.trunk
+    assert model.get_output_embeddings() is model.trunk.last
+    flat = Inside(flat=True)
+    torch.testing.assert_close(with_head_at(flat, path, positions)(h), flat(h))
+    assert path_of_head(torch.nn.Linear(2, 2)) is None
+    assert path_of_head(SimpleNamespace(get_output_embeddings=lambda: model.trunk.last)) is None
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(1, 1, 1, 1), (), {"logits": torch.zeros(1, 2, 3)}])
+def test_logits_are_rows_or_sequences_of_rows(wrong):
+    three, two = torch.zeros(1, 2, 3), torch.zeros(2, 3)
+    for right in (three, two):
+        for answer in (right, [right], (right, 1), SimpleNamespace(logits=right)):
+            assert logits_of(answer) is right
+    with pytest.raises(ValueError, match=r"must return logits \(B, L, N\), alone, as \.logits or first, got"):
+        logits_of(wrong)

@@ -316,6 +316,7 @@ def test_a_posterior_that_rounding_has_eaten_is_refused(ref):
         (lambda: allowed_tokens(torch.ones(3, 5).bool())(ROW, NOWHERE, NOWHERE + 3), "too small for .* position 3"),
         (lambda: pad_prompts([[1, 2], [1]], [4]), "one length for each prompt, got 1 for 2 prompts"),
         (lambda: pad_prompts([[1, 2, 3]], 2), "prompt 0 has 3 tokens, which do not fit into a sequence of length 2"),
+        (lambda: pad_prompts([[1, 2], []], [1, 4], pad_id=0), "prompt 0 has 2 tokens, .* a sequence of length 1"),
         (lambda: pad_prompts([[1], [2]], [4, 5]), "lengths differ, from 4 to 5: name the token that pads"),
         (lambda: pad_prompts([], 4), "one length for each prompt"),
     ],

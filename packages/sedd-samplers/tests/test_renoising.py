@@ -182,6 +182,7 @@ def test_a_canvas_is_given_its_prompt_once_and_its_own_last_answer():
     assert "self_conditioning_logits" not in model.told[0]
     assert model.told[0]["decoder_attention_mask"].tolist() == [[False, True, True, True], [True] * 4, [True] * 4]
     assert torch.equal(model.told[1]["keys"], prompt[some])
+    assert model.told[1]["decoder_attention_mask"].tolist() == [[True] * 4, [False, True, True, True]]
     assert torch.equal(model.told[1]["self_conditioning_logits"], first[some])
     assert model.told[1]["self_conditioning_mask"].tolist() == [
         False,
