@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import json
+import math
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +26,8 @@ from transformers import PreTrainedTokenizerFast
 pytest.importorskip("lm_eval", reason="the harness: pip install 'sedd-train[eval]'")
 pytestmark = pytest.mark.filterwarnings("default")  # it warns
 
+from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 from sedd_train.harness import SeddLM  # noqa: E402
 
 TOKENS = 4  # a, b, c and the end of text
@@ -187,6 +196,80 @@ target_delimiter: ""
 metric_list: [{{metric: acc}}]
 """
     )
+
+
+def logged(samples: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """Each context with each continuation, and the log-likelihood that the harness wrote down for it."""
+    found = {}
+    for sample in samples:
+        pairs = sample["arguments"]  # in a file these are {"gen_args_0": {"arg_0": ..., "arg_1": ...}, ...}
+        if isinstance(pairs, dict):
+            pairs = [tuple(pair.values()) for pair in pairs.values()]
+        for pair, [[value, _]] in zip(pairs, sample["resps"], strict=True):
+            found[pair] = float(value)
+    return found
+
+
+@pytest.mark.parametrize("exact", [6, 0])
+def test_the_harness_finds_the_model_by_its_name_and_logs_enumerated_likelihoods(tmp_path, monkeypatch, exact):
+    """`simple_evaluate(model="sedd")`, nothing of it replaced. Nine numbers at 4.5 standard errors, a fixed seed."""
+    made: list[SeddLM] = []
+    ready = SeddLM.__init__
+    monkeypatch.setattr("sedd_train.harness.load", lambda name: chain("timely" if exact == 0 else "timeless"))
+    monkeypatch.setattr(SeddLM, "__init__", lambda self, *args, **more: made.append(self) or ready(self, *args, **more))
+    task(tmp_path)
+    found = simple_evaluate(
+        model="sedd",
+        model_args={"pretrained": "here", "exact": exact, "num_times": 32},
+        tasks=["chain"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        device="cpu",
+        batch_size=3,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    measured = logged(found["samples"]["chain"])
+    assert len(measured) == 9
+    [error] = [part.standard_error.max().item() for part in made[0].measured]
+    assert error == 0 if exact else 0 < error < 0.5
+    for pair, value in measured.items():
+        assert abs(value - truth(*pair)) <= 4.5 * error + 1e-5, pair
+    assert found["results"]["chain"]["acc,none"] == 0.75
+
+
+def test_the_harness_own_command_measures_a_folder(tmp_path):
+    """`lm_eval run --model sedd`, in a process, on a saved network whose law of a token is the same everywhere.
+
+    Its likelihoods are sums over tokens, also when sampled: log p(continuation) is exact, the error it states is kept.
+    """
+    net = SEDD(5, **SIZES, cond_dim=4, scale_by_sigma=True)
+    with torch.no_grad():  # log s(x)_y = log p(y) - log(e^sigma - 1)
+        net.output_layer.linear.weight.zero_()
+        net.output_layer.linear.bias[:TOKENS] = FIRST.log() + math.log(4)
+    Model(net, Absorbing(TOKENS), LogLinear(1e-7), letters()).save_pretrained(tmp_path / "model")
+    task(tmp_path)
+    options = f"pretrained={tmp_path / 'model'},num_times=64"
+    words = ["run", "--model", "sedd", "--model_args", options, "--tasks", "chain", "--include_path", str(tmp_path)]
+    words += ["--device", "cpu", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sedd_train", "lm-eval", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "|chain" in done.stdout
+    [stated] = re.findall(r"from noise: \S+ nats, (\S+) at most", done.stderr)
+    [written] = (tmp_path / "out").rglob("samples_chain_*.jsonl")
+    measured = logged([json.loads(line) for line in written.read_text().splitlines()])
+    assert len(measured) == 9
+    for (_, rest), value in measured.items():
+        tokens = [letters().get_vocab()[letter] for letter in rest]
+        assert abs(value - float(FIRST[tokens].log().sum())) <= 4.5 * float(stated) + 1e-5, rest
+
+
+def test_newer_harnesses_look_for_the_model_by_an_entry_point():
+    """Of the group that they search; the tree's own pyproject.toml, for the installed wheel is tested elsewhere."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["lm_eval.models"]["sedd"].partition(":")
+    assert getattr(importlib.import_module(module), name) is SeddLM
 
 
 def test_a_local_task_by_the_command(tmp_path, capsys, monkeypatch):

@@ -1,12 +1,13 @@
-"""EleutherAI's lm-evaluation-harness with a model of ours: `sedd lm-eval`, or `--model sedd` once this is imported.
+"""EleutherAI's lm-evaluation-harness with a model of ours: `sedd lm-eval`, or its own `--model sedd`.
 
     loglikelihood           -log p(continuation | context), whose context is given and does not move: the bound of eq. 9
     loglikelihood_rolling   of a whole text, in windows of the model's length; each follows the half of a window before
     generate_until          what follows the context: masks filled in, cut where the task says so
 
-A bound is a number with an error, and the harness takes numbers alone: the errors are in `SeddLM.measured` and in what
-`sedd lm-eval` prints. Where the network looks at the unmasked tokens alone and masks are all the noise (RADD, MDLM),
-the bound is a mean over orders, and of n <= 6 tokens (`exact`) it is the sum over all sets of masks, without an error,
+A bound is a number with an error, and the harness takes numbers alone: the errors are in `SeddLM.measured`, in its log
+and in what `sedd lm-eval` prints. Where the network looks at the unmasked tokens alone and masks are all the noise
+(RADD, MDLM), the bound is a mean over orders, and of n <= 6 tokens (`exact`) the sum over all sets of masks, without an
+error,
 
     bound = sum over M != {} of  1 / (|M| binom(n, |M|))  sum_{i in M} -log p(x_i | the tokens outside M).
 
@@ -16,6 +17,7 @@ the bound is a mean over orders, and of n <= 6 tokens (`exact`) it is the sum ov
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from typing import Any
 
@@ -36,6 +38,8 @@ from sedd_train.evaluation import bound_by, choose_estimator
 from sedd_train.pretrained import Model, load
 
 __all__ = ["SeddLM", "subsets_bound"]
+
+log = logging.getLogger("lm_eval.sedd")  # beneath the harness's own, and shown where that is
 
 
 def subsets_bound(net: Any, x0: Tensor, given: Tensor, mask_id: int) -> Tensor:
@@ -133,6 +137,7 @@ class SeddLM(TemplateLM):  # type: ignore[misc]
         pairs = [(list(context), list(rest)) for _, context, rest in requests]
         greedy = [self._is_greedy(*pair) for pair in tqdm(pairs, desc="greedy?", disable=disable_tqdm)]
         nats = self._nats(pairs, disable_tqdm).value
+        log.info(self.stated_error())
         return list(zip((-nats).tolist(), greedy, strict=True))
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -145,6 +150,7 @@ class SeddLM(TemplateLM):  # type: ignore[misc]
             for start in range(self.net.length, len(tokens), half):
                 pairs.append((tokens[:start], tokens[start : start + half]))
             found.append(-float(self._nats(pairs, disable_tqdm).value.sum()) if tokens else 0.0)
+        log.info(self.stated_error())
         return found
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
@@ -184,6 +190,14 @@ class SeddLM(TemplateLM):  # type: ignore[misc]
         found = conditional.conditional(bound, pairs, length=self.net.length, progress=not quiet, **given)
         self.measured.append(found)
         return found
+
+    def stated_error(self) -> str:
+        """How well the log-likelihoods of `measured` are known, in words."""
+        errors = [float(error) for part in self.measured for error in part.standard_error]
+        if not any(errors):
+            return "no measurement error: sums over all sets of masks" if errors else "no log-likelihood was measured"
+        rms = math.sqrt(sum(error**2 for error in errors) / len(errors))
+        return f"measurement error of a log-likelihood, from noise: {rms:.3g} nats, {max(errors):.3g} at most"
 
     def _looks_at_tokens_alone(self) -> bool:
         """Whether the network's law of clean tokens is of the unmasked ones, whatever the noise."""

@@ -3,12 +3,13 @@
 sedd lm-eval --checkpoint runs/tiny --tasks my_task --include-path my-tasks/
 sedd lm-eval --checkpoint louaaron/sedd-small --tasks lambada_openai arc_easy --limit 200 --num-times 64
 sedd lm-eval --checkpoint runs/owt --tasks wikitext --output results.json
+sedd lm-eval run --model sedd --model_args pretrained=runs/owt --tasks wikitext     # the harness's own command
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ from sedd_train import loggers
 
 __all__ = ["parser", "main"]
 
+ITS_OWN = ("run", "ls", "validate")  # words of the harness's own command
+
 EPILOG = """\
 what is measured
   Likelihoods are the bound of equation 9 with the context given: what a model can be shown to reach, with a measurement
@@ -25,8 +28,10 @@ what is measured
   at unmasked tokens alone (RADD, MDLM), answers of up to six tokens have none. Texts to generate are masks filled in
   after the prompt, one token a step.
 
-the harness's own command knows the model too, where this package is imported first:
-  python -c "import sedd_train.harness; from lm_eval.__main__ import cli_evaluate; cli_evaluate()" run --model sedd ...
+the harness's own command
+  `sedd lm-eval run`, `ls` and `validate` are those of `lm_eval`, with all their options and with `--model sedd`, whose
+  --model_args are pretrained, num_times, exact, steps and seed. Versions after 0.4.13 find the model by themselves, so
+  that `lm_eval run --model sedd ...` is the same.
 """
 
 
@@ -51,13 +56,27 @@ def parser(prog: str = "sedd lm-eval") -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, *, prog: str = "sedd lm-eval") -> None:
     """Run the tasks, and print the harness's table and the error of its numbers."""
     options = parser(prog)
-    args = options.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    its_own = words[:1] and words[0] in ITS_OWN
+    args = None if its_own else options.parse_args(words)
     if find_spec("lm_eval") is None:
         options.exit(2, f"{prog}: error: this needs lm-evaluation-harness: pip install 'sedd-train[eval]'\n")
+    if args is None:
+        return of_the_harness(words)
     try:
         print(measured(args))
     except (ValueError, OSError, KeyError) as error:
         options.exit(2, f"{prog}: error: {error}\n")
+
+
+def of_the_harness(words: Sequence[str]) -> None:
+    """Run `lm_eval` with these words, and with the model `sedd` for it to find."""
+    from lm_eval.__main__ import cli_evaluate
+
+    import sedd_train.harness  # noqa: F401 (registers the model, which 0.4.13 does not look for in other packages)
+
+    sys.argv = ["lm_eval", *words]  # it reads no other
+    cli_evaluate()
 
 
 def measured(args: argparse.Namespace) -> str:
@@ -86,9 +105,4 @@ def measured(args: argparse.Namespace) -> str:
     )
     if args.output:
         args.output.write_text(loggers.to_json({name: found[name] for name in ("results", "n-samples")}, indent=1))
-    errors = [float(error) for part in model.measured for error in part.standard_error]
-    line = ""
-    if errors:
-        rms = math.sqrt(sum(error**2 for error in errors) / len(errors))
-        line = f"measurement error of a log-likelihood, from noise: {rms:.3g} nats, {max(errors):.3g} at most\n"
-    return f"{make_table(found)}\n{line}"
+    return f"{make_table(found)}\n{model.stated_error()}\n"
