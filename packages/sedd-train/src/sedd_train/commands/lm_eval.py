@@ -57,12 +57,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd lm-eval") -> No
     """Run the tasks, and print the harness's table and the error of its numbers."""
     options = parser(prog)
     words = list(sys.argv[1:] if argv is None else argv)
-    its_own = words[:1] and words[0] in ITS_OWN
+    its_own = bool(words) and words[0] in ITS_OWN
     args = None if its_own else options.parse_args(words)
     if find_spec("lm_eval") is None:
         options.exit(2, f"{prog}: error: this needs lm-evaluation-harness: pip install 'sedd-train[eval]'\n")
     if args is None:
-        return of_the_harness(words)
+        of_the_harness(words)
+        return
     try:
         print(measured(args))
     except (ValueError, OSError, KeyError) as error:
