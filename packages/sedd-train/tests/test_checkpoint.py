@@ -362,7 +362,7 @@ def test_adamw_counts_on_from_the_steps_that_it_made(monkeypatch):
     monkeypatch.setattr(zero_shards, "scatter", lambda engine, values: [values["w"]])
     monkeypatch.setattr(zero_shards, "owned", lambda engine: [master])
     engine: Any = SimpleNamespace(
-        basic_optimizer=SimpleNamespace(state={}),
+        basic_optimizer=SimpleNamespace(state={}, param_groups=[]),
         loss_scale_of_ours=SimpleNamespace(restore=scales.append),
         module=SimpleNamespace(net=SimpleNamespace()),
     )

@@ -243,7 +243,7 @@ def test_a_network_that_publishes_other_names_restores_by_its_own(moments, monke
     monkeypatch.setattr(zero_shards, "owned", lambda engine: [torch.zeros(2)])
     net = SimpleNamespace(own_keys=lambda average: {f"own.{name}": value for name, value in average.items()})
     engine: Any = SimpleNamespace(
-        basic_optimizer=SimpleNamespace(state={}),
+        basic_optimizer=SimpleNamespace(state={}, param_groups=[]),
         loss_scale_of_ours=SimpleNamespace(restore=done.append),
         module=SimpleNamespace(net=net),
     )

@@ -19,7 +19,8 @@ from sedd_train.commands import evaluate, export, infill, plan, report, sample, 
 from sedd_train.text8 import character_tokenizer
 
 SMALL = (
-    *("--recipe", "tiny", "--tokenizer", "bpe:300", "--length", "32", "--width", "32", "--depth", "1", "--heads", "2"),
+    *("--recipe", "tiny", "--network", "sedd", "--optimizer", "adamw", "--zero-stage", "1"),
+    *("--tokenizer", "bpe:300", "--length", "32", "--width", "32", "--depth", "1", "--heads", "2"),
     *(
         "--cond-dim",
         "16",

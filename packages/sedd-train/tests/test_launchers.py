@@ -246,11 +246,13 @@ def test_advice_on_a_batch_that_cannot_be_divided(values, ranks, advice):
 
 def test_what_depends_on_the_graph_follows_it():
     tiny = recipes.read_recipe("tiny")
-    assert (tiny.scale_by_sigma, tiny.informed_start) == (True, True)
+    assert (tiny.network, tiny.scale_by_sigma, tiny.informed_start) == ("mdlm", True, True)
     uniform = recipes.override(tiny, {"graph": "uniform"})
-    assert (uniform.scale_by_sigma, uniform.informed_start) == (False, False)
+    assert (uniform.network, uniform.scale_by_sigma, uniform.informed_start) == ("sedd", False, False)
     back = recipes.override(uniform, {"graph": "absorb"})
-    assert back.scale_by_sigma
+    assert (back.network, back.scale_by_sigma) == ("sedd", True)
+    with pytest.raises(ValueError, match="graph = 'uniform': expected absorb for mdlm"):
+        recipes.override(tiny, {"graph": "uniform", "network": "mdlm"})
     with pytest.raises(ValueError, match="scale_by_sigma = True: expected false for the graph uniform"):
         recipes.override(tiny, {"graph": "uniform", "scale_by_sigma": True})
     with pytest.raises(ValueError, match="informed_start = True"):

@@ -18,7 +18,9 @@ from sedd_train import checkpoint
 pytestmark = pytest.mark.slow
 
 TINY = (
-    *("--recipe", "tiny", "--steps", "50", "--warmup", "10", "--log-every", "1", "--evaluate-blocks", "2"),
+    *("--recipe", "tiny", "--network", "sedd", "--optimizer", "adamw", "--zero-stage", "1"),
+    *("--learning-rate", "1.5e-3"),
+    *("--steps", "50", "--warmup", "10", "--log-every", "1", "--evaluate-blocks", "2"),
     *("--evaluate-times", "2", "--sample-steps", "2", "--evaluate-every", "1000"),
 )
 RESUMED = ("--steps", "24", "--checkpoint-every", "8")

@@ -3,9 +3,9 @@
 A checkpoint is a folder `step-00000500` with
 - `config.json`, `model.safetensors` and the tokenizer's files: the averaged weights in the published format, which
   `sedd_train.load` and `SEDD.from_pretrained` read;
-- `training.safetensors`: the weights and AdamW's two moments, by name and whole. They depend neither on the ZeRO stage
-  nor on the number of ranks, so a run may continue with others. With LoRA, whose matrices are added to the others' in
-  `model.safetensors`, the averages of both are here, too;
+- `training.safetensors`: the weights and AdamW's two moments, or Muon's one, by name and whole. They depend neither on
+  the ZeRO stage nor on the number of ranks, so a run may continue with others. With LoRA, whose matrices are added to
+  the others' in `model.safetensors`, the averages of both are here, too;
 - `manifest.json`: the counters, the recipe, and every file's SHA-256.
 
 It is written under another name, synchronised to the disk, and renamed; then `latest` is replaced in the same way. A
@@ -57,7 +57,8 @@ class Checkpoint:
         folder: where it lies.
         manifest: the counters and whatever `save` was given besides.
         weights: the weights, by name.
-        moments: AdamW's moments, `exp_avg` and `exp_avg_sq`, each by name; empty before the first step.
+        moments: AdamW's moments, `exp_avg` and `exp_avg_sq`, each by name; empty before the first step. What Muon
+            trains has the first alone.
         average: the averaged weights, by name.
     """
 
@@ -105,18 +106,20 @@ def save(
         CheckpointError: on every rank, if it could not be written; the checkpoints before it are intact.
     """
     weights = zero_shards.frozen(engine) | zero_shards.gather(engine)
-    tensors = {f"weights/{name}": value for name, value in weights.items()}
+    tensors = _named("weights", weights)
     states = engine.basic_optimizer.state
     pieces = [states.get(master, {}) for master in zero_shards.owned(engine)]
     adam_steps = 0
     if all("exp_avg" in piece for piece in pieces):
-        adam_steps = max((int(piece["step"]) for piece in pieces), default=0)
-        for moment in MOMENTS:
-            whole = zero_shards.gather(engine, [piece[moment] for piece in pieces])
-            tensors |= {f"{moment}/{name}": value for name, value in whole.items()}
+        adam_steps = max((int(piece.get("step", 0)) for piece in pieces), default=0)
+        first, second = MOMENTS
+        tensors |= _named(first, zero_shards.gather(engine, [piece[first] for piece in pieces]))
+        lacking = _of_muon(engine)
+        whole = zero_shards.gather(engine, [piece.get(second, torch.zeros_like(piece[first])) for piece in pieces])
+        tensors |= _named(second, {name: value for name, value in whole.items() if name not in lacking})
     average = ema.gather()
     if adapters.has_adapters(engine.module.net):
-        tensors |= {f"average/{name}": value for name, value in average.items() if ".lora_" in name}
+        tensors |= _named("average", {name: value for name, value in average.items() if ".lora_" in name})
     folder = run / f"step-{step:08d}"
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
@@ -139,6 +142,18 @@ def save(
             )
         )
     return folder
+
+
+def _named(kind: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}/{name}": value for name, value in values.items()}
+
+
+def _of_muon(engine: Any) -> dict[str, nn.Parameter]:
+    """The weights that Muon trains, by name: whole, for it is without ZeRO, and without a second moment."""
+    groups = engine.basic_optimizer.param_groups
+    taken = {id(weight) for group in groups if "parts" in group for weight in group["params"]}
+    named = engine.module.net.named_parameters() if taken else ()
+    return {name: weight for name, weight in named if id(weight) in taken}
 
 
 def _with_buffers(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -329,12 +344,16 @@ def last(run: Path, fingerprint: str) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, engine: Any, ema: EMA) -> None:
-    """Bring AdamW and the moving average where they were. The engine was started from `checkpoint.weights`."""
+    """Bring the optimiser and the moving average where they were. The engine was started from `checkpoint.weights`."""
     if checkpoint.moments:
-        moments = {name: zero_shards.scatter(engine, values) for name, values in checkpoint.moments.items()}
+        lacking = _of_muon(engine)
+        no_second = {name: torch.zeros_like(weight) for name, weight in lacking.items()}
+        moments = {name: zero_shards.scatter(engine, no_second | values) for name, values in checkpoint.moments.items()}
+        without = {id(weight) for weight in lacking.values()}
         steps = float(checkpoint.manifest["adam_steps"])
         for i, master in enumerate(zero_shards.owned(engine)):
-            state = {name: pieces[i] for name, pieces in moments.items()}
+            kept = MOMENTS[:1] if id(master) in without else MOMENTS
+            state = {name: moments[name][i] for name in kept}
             engine.basic_optimizer.state[master] = {"step": torch.tensor(steps, device=master.device), **state}
     engine.loss_scale_of_ours.restore(checkpoint.manifest.get("loss_scale", [1.0, 0]))
     net = engine.module.net

@@ -21,7 +21,7 @@ DECIDED = {
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "micro_batch_size",
     "gradient_clipping": "clip",
-    "optimizer": "learning_rate, beta1, beta2, eps and weight_decay",
+    "optimizer": "optimizer, learning_rate, beta1, beta2, eps and weight_decay",
     "scheduler": "learning_rate, warmup and decay_to",
     "torch_autocast": "precision",
     "bf16": "precision",
@@ -43,7 +43,9 @@ def check_options(options: Mapping[str, Any]) -> None:
             if name == decided or name.startswith(f"{decided}."):
                 raise ValueError(f"[deepspeed] {name} = {value!r}: a recipe says that by {by}; leave it out here")
         if name in NEEDED:
-            raise ValueError(f"[deepspeed] {name} = {value!r}: the trainer needs it as it is, for torch's own AdamW")
+            raise ValueError(
+                f"[deepspeed] {name} = {value!r}: the trainer needs it as it is, for torch's own AdamW and for Muon"
+            )
 
 
 def zero_options(stage: int, size: int, *, offload: bool, ranks: int = 1) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO 0 to 3, AdamW, clipping, accumulation, the precision, and one step of it.
+"""The DeepSpeed engine: ZeRO 0 to 3, AdamW or Muon, clipping, accumulation, the precision, and one step of it.
 
 The loss and the network meet inside one module's forward, because ZeRO 3 gathers a module's weights when its forward
 runs and at no other time. Head and score entropy are one operation, which makes the gradients of the head's weights on
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sedd_train import zero_shards
 from sedd_train.deepspeed_options import with_options, zero_options
 from sedd_train.half import LossScale, in_half
+from sedd_train.muon import Muon, matrices_of
 from sedd_train.objectives import Objective, has_head
 
 __all__ = [
@@ -84,6 +85,7 @@ def start_engine(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    optimizer: str = "adamw",
     options: Mapping[str, Any] | None = None,
 ) -> Any:
     """A DeepSpeed engine over the loss's network, every rank's with the weights of rank 0.
@@ -99,7 +101,9 @@ def start_engine(
         clip: largest norm of the gradient, 0 for none.
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
-        weight_decay: AdamW's weight decay, of matrices; biases and the scales of normalisations do not decay.
+        weight_decay: decoupled weight decay, of matrices; biases and the scales of normalisations do not decay.
+        optimizer: "adamw", or "muon" for the matrices of the blocks and AdamW for the rest. Muon needs whole matrices,
+            which ZeRO does not give: stage 0.
         options: more of DeepSpeed's config, which replace what is there; see `sedd_train.deepspeed_options`.
     """
     import deepspeed
@@ -108,7 +112,9 @@ def start_engine(
         nn.functional.linear = LINEAR
     # torch's own AdamW: DeepSpeed's compiles itself at first use. Fused, because ZeRO hands it one flat tensor of all
     # weights, and each operation on that makes another of its size. The learning rate is set before every step.
-    optimizer = torch.optim.AdamW(_decayed(loss, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
+    kind = Muon if optimizer == "muon" else torch.optim.AdamW
+    groups = _groups(loss, weight_decay, muon=optimizer == "muon")
+    made = kind(groups, lr=0.0, betas=betas, eps=eps, fused=True)
     size = sum(p.numel() for p in loss.parameters() if p.requires_grad)
     config: dict[str, Any] = {
         "train_batch_size": batch_size,
@@ -129,20 +135,26 @@ def start_engine(
         # No module's gradients are averaged in bfloat16, which those of nn.Linear are unless DeepSpeed is told so.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     loss.in_float16 = precision == "fp16"
-    engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=with_options(config, options or {}))
+    engine, *_ = deepspeed.initialize(model=loss, optimizer=made, config=with_options(config, options or {}))
     engine.clip_without_zero = clip
     engine.loss_scale_of_ours = LossScale(loss.net if loss.in_float16 else None, engine.device)
     return engine
 
 
-def _decayed(loss: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that are trained in groups: those that decay, and those that do not."""
-    parameters = [p for p in loss.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
+def _groups(loss: Loss, weight_decay: float, *, muon: bool) -> list[dict[str, Any]]:
+    """The parameters that are trained in groups: Muon's matrices, what else decays, and what does not."""
+    parts = matrices_of(loss.net) if muon else {}
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "parts": count, "weight_decay": weight_decay} for count, matrices in parts.items()
+    ]
+    taken = {id(p) for matrices in parts.values() for p in matrices}
+    rest = [p for p in loss.parameters() if p.requires_grad and id(p) not in taken]
+    matrices = [p for p in rest if p.ndim > 1]
+    others = [p for p in rest if p.ndim <= 1]
     if weight_decay == 0 or not matrices or not others:
-        return [{"params": parameters, "weight_decay": weight_decay if matrices else 0.0}]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        one = {"params": rest, "weight_decay": weight_decay if matrices else 0.0}
+        return [*groups, one] if rest else groups
+    return [*groups, {"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def compile_network(net: nn.Module, stage: int) -> None:

@@ -122,7 +122,7 @@ class ScoreEntropy:
             return loss.sum(), loss.detach()
         hidden = net.hidden(xt, sigma, documents=_documents(lengths, x0), dropout_seeds=dropout_seeds)
         given: dict[str, Any] = {"weight": _inside(lengths, x0), "positions": positions, "refuse_nan": False}
-        if hidden.is_cuda and hasattr(net, "posterior_head"):  # the same number of a normalised network, by one kernel
+        if hasattr(net, "posterior_head"):  # the same number of a normalised network, by three products or a kernel
             return fused_cross_entropy_loss(hidden, net.posterior_head(), self.graph, xt, x0, sigma, dsigma, **given)
         head = net.linear_head(xt, sigma) if hasattr(net, "linear_head") else None
         if head is None:

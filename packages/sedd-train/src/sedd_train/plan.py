@@ -10,7 +10,8 @@ With P parameters on n ranks, in bytes of float32 (bf16 and fp16 are autocast ov
 
 and on every rank 4 P for the averaged network that is measured while training, under ZeRO a bucket of at most 2^26
 gradients on their way to other ranks, and what the forward pass keeps for the backward pass, which grows with the
-micro-batch. While a checkpoint is saved, every rank holds 16 P more in the memory of its machine.
+micro-batch. What Muon trains, in stage 0 alone, has one moment in place of two. While a checkpoint is saved, every rank
+holds 16 P more in the memory of its machine.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sedd_train import finetuning, flops, pretrained, token_cache, tokenizers
+from sedd_train.muon import matrices_of
 from sedd_train.pretrained import make_schedule
 from sedd_train.recipes import Recipe
 
@@ -42,7 +44,7 @@ COLUMNS = {
 }
 
 
-def memory(parameters: int, stage: int, ranks: int, *, trained: int | None = None) -> dict[str, float]:
+def memory(parameters: int, stage: int, ranks: int, *, trained: int | None = None, muon: int = 0) -> dict[str, float]:
     """Bytes that one rank holds at the end of a backward pass, by what they are for.
 
     Args:
@@ -50,6 +52,7 @@ def memory(parameters: int, stage: int, ranks: int, *, trained: int | None = Non
         stage: ZeRO stage.
         ranks: n.
         trained: how many of them are trained; all unless given. The others are weights and nothing else.
+        muon: how many of these Muon trains, which it does in stage 0 alone.
 
     Raises:
         ValueError: no such stage, or no rank.
@@ -63,7 +66,7 @@ def memory(parameters: int, stage: int, ranks: int, *, trained: int | None = Non
         "weights": weights / ranks if stage == 3 else weights,
         "gradients": part if stage >= 2 else whole,
         "masters": part if stage else 0.0,
-        "moments": 2 * (part if stage else whole),
+        "moments": 2 * (part if stage else whole) - (0.0 if stage else 4.0 * muon),
         "average": part if stage else whole,
         "averaged network": weights,
         "bucket": 4.0 * min(trained, 1 << 26) if stage else 0.0,
@@ -145,6 +148,8 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
     if corpus is not None:
         blocks = corpus.train.blocks(recipe.length)
         epochs = f"{len(corpus.train):,} tokens, seen {recipe.steps * recipe.batch_size / blocks:.3g} times"
+    matrices = matrices_of(net) if recipe.optimizer == "muon" else {}
+    muon = sum(p.numel() for weights in matrices.values() for p in weights)
     parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())
     lines = [
         f"network      {parameters:,} parameters ({parts}), {net.num_states:,} states"
@@ -161,7 +166,7 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
         "GB a rank    " + "".join(f"{name:>{width}}" for name, width in COLUMNS.items()),
     ]
     for stage in STAGES:
-        held = memory(parameters, stage, ranks, trained=trained)
+        held = memory(parameters, stage, ranks, trained=trained, muon=muon)
         averages = held["average"] + held["averaged network"]
         columns = [held["weights"], held["gradients"], held["masters"], held["moments"], averages, held["bucket"], kept]
         values = zip([*columns, sum(columns)], COLUMNS.values(), strict=True)

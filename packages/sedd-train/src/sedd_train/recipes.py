@@ -25,6 +25,7 @@ from sedd_train.sections import MASKING, described
 __all__ = ["Recipe", "recipe_names", "read_recipe", "for_run", "check_run", "add_arguments", "override", "to_toml"]
 
 
+OPTIMIZERS = ("adamw", "muon")
 OBJECTIVES = ("score-entropy", "d3pm", "autoregressive")
 NETWORKS = {"sedd": "", "radd": "absorb", "mdlm": "absorb", "udlm": "uniform", "causal": "absorb"}  # and their graphs
 ATTENTIONS = ("sdpa", "flex", "flash", "flash-4")
@@ -101,12 +102,15 @@ class Recipe:
     steps: int = _value(400_000, "optimiser steps")
     batch_size: int = _value(512, "blocks a step, over all ranks")
     micro_batch_size: int = _value(0, "blocks a rank takes at once; 0: its whole share, without accumulation")
+    optimizer: str = _value(
+        "adamw", "adamw, or muon: orthogonal steps for the matrices of the blocks, AdamW for the rest (zero_stage 0)"
+    )
     learning_rate: float = _value(3e-4, "learning rate after the warm-up")
     decay_to: float = _value(1.0, "the learning rate's last value, as a fraction; 1 keeps it constant (else cosine)")
     beta1: float = _value(0.9, "AdamW's first decay rate")
     beta2: float = _value(0.999, "AdamW's second decay rate")
     eps: float = _value(1e-8, "AdamW's epsilon")
-    weight_decay: float = _value(0.0, "AdamW's weight decay, of matrices")
+    weight_decay: float = _value(0.0, "weight decay, of matrices")
     warmup: int = _value(2500, "steps over which the learning rate rises linearly")
     clip: float = _value(1.0, "largest norm of the gradient; 0: no clipping")
     ema: float = _value(0.9999, "decay of the weights' moving average")
@@ -164,6 +168,11 @@ class Recipe:
         _require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "fp32, bf16 or fp16")
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "0, 1, 2 or 3")
         _require(not (self.offload and self.zero_stage == 0), "offload", True, "false without ZeRO (zero_stage = 0)")
+        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, ", ".join(OPTIMIZERS))
+        muon = self.optimizer == "muon"
+        why = f"adamw with zero_stage = {self.zero_stage}, whose pieces cut matrices apart; muon needs --zero-stage 0"
+        _require(not (muon and self.zero_stage), "optimizer", self.optimizer, why)
+        _require(not (muon and self.lora), "optimizer", self.optimizer, "adamw for LoRA's thin matrices")
         _require(self.packing or not self.crops, "crops", True, "false without packing")
         _require(self.packing or not self.compile, "compile", True, "false without packing: rows have many lengths")
         _require(self.attention in ATTENTIONS, "attention", self.attention, ", ".join(ATTENTIONS))
@@ -265,7 +274,7 @@ FIXED = (  # what a run keeps to its end: another value would make it another ru
     *("corpus", "column", "revision", "valid", "encoding", "tokenizer", "eos", "length"),
     *("init", "train_layers", "lora", "lora_alpha", "objective", "network", "d3pm_steps", "graph", "noise"),
     *("sigma_min", "sigma_max", "width", "depth", "heads", "cond_dim", "scale_by_sigma"),
-    *("batch_size", "seed", "crops", "packing"),
+    *("batch_size", "seed", "crops", "packing", "optimizer"),
 )
 OF_A_CHECKPOINT = (  # what a run that begins from one takes from it
     *("objective", "network", "d3pm_steps", "graph", "noise", "sigma_min", "sigma_max"),
@@ -327,7 +336,7 @@ def _started(output: Path) -> Recipe:
 
 
 def override(recipe: Recipe, values: dict[str, Any], source: str = "command line") -> Recipe:
-    """The recipe with some values replaced. With another graph come its scale_by_sigma and informed_start.
+    """The recipe with some values replaced. With another graph come its scale_by_sigma, informed_start and network.
 
     Raises:
         ValueError: an unknown name or a value of the wrong type.
@@ -336,7 +345,9 @@ def override(recipe: Recipe, values: dict[str, Any], source: str = "command line
     if values.get("graph", recipe.graph) != recipe.graph:  # what depends on the graph follows it, unless it is told
         kind = str(values["graph"]).partition(":")[0]
         informed = recipe.informed_start and kind == "absorb"
-        values = {"scale_by_sigma": kind in MASKING, "informed_start": informed} | values
+        fits = NETWORKS[recipe.network] in ("", kind) or recipe.objective == "autoregressive"
+        network = recipe.network if fits else "sedd"
+        values = {"scale_by_sigma": kind in MASKING, "informed_start": informed, "network": network} | values
     if values.get("init", recipe.init) != recipe.init:  # whose tokenizer it then is, unless it is told
         values = {"tokenizer": ""} | values
     for name, value in values.items():

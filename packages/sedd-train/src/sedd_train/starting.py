@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sedd_nets import init_local_attention, init_unigram_bias
 from sedd_nets.fast.attention import attention_named
+from sedd_nets.transformer import Transformer
 from torch import Tensor, nn
 
 from sedd_train import pretrained, recipes
@@ -23,7 +24,7 @@ from sedd_train.tokenizers import identity
 
 __all__ = [
     *("recipe_of", "objective_of", "new_net", "compiles", "choose_attention"),
-    *("check_packing", "check_loggers", "check_net"),
+    *("check_own", "check_loggers", "check_net"),
 ]
 
 
@@ -97,12 +98,17 @@ def choose_attention(net: Any, recipe: Recipe, *, own: bool) -> None:
         raise ValueError(str(error)) from error
 
 
-def check_packing(net: nn.Module | None, recipe: Recipe) -> None:
-    """ValueError where a network of one's own cannot take the rows of a run without packing."""
+def check_own(net: nn.Module | None, recipe: Recipe) -> None:
+    """ValueError where a network of one's own cannot take the rows of a run without packing, or has no use for Muon."""
     if net is not None and not has_head(net) and not recipe.packing:
         raise ValueError(
             "packing = False: rows that are filled up need a network that attends within documents, with `hidden` and "
             f"`head` as those of sedd_nets; {type(net).__name__} has none: train it with packing"
+        )
+    if net is not None and recipe.optimizer == "muon" and not isinstance(net, Transformer):
+        raise ValueError(
+            "optimizer = 'muon': it is for the matrices of the blocks of a network of sedd_nets, and which of those of "
+            f"{type(net).__name__} are like them is not known: train it by adamw (--optimizer adamw)"
         )
 
 

@@ -1,6 +1,6 @@
 """The training loop: from a recipe to a trained model, on this process or on as many as a launcher started.
 
-    for each step:  x0, t, x_t -> loss -> gradient -> AdamW -> moving average
+    for each step:  x0, t, x_t -> loss -> gradient -> AdamW or Muon -> moving average
     now and then:   the bound of the averaged weights on held-out text, a sample, a checkpoint
 
 Corpus, tokenizer, network and objective are those that the recipe names, or one's own.
@@ -129,7 +129,7 @@ def train(
                 recipe, tokenizer = finetuning.adopted(recipe, start), start.tokenizer
             recipes.check_run(recipe, output, resume=goes_on)
             recipe.micro_batches(world_size)
-            starting.check_packing(net, recipe)
+            starting.check_own(net, recipe)
             starting.check_loggers(wandb, peak_tflops)
             text = provenance.text_of(recipe, corpus, tokenizer, Path(cache), stop=lambda: preemption.heard)
             recipe = provenance.pinned(recipe, text)
@@ -181,6 +181,7 @@ def train(
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
+            optimizer=recipe.optimizer,
             options=recipe.deepspeed,
         )
         ema = EMA(engine, recipe.ema)
