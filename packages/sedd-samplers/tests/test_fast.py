@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from sedd_samplers import Ancestral, Euler, TauLeaping, Tweedie, cached, sample, uniform_grid
+from sedd_samplers import Ancestral, Euler, TauLeaping, Tweedie, cached, prefix_cached, sample, uniform_grid
 from sedd_samplers.fast import Answer, draw_by_blocks, exp_but_at, log, rows_at_a_time, spread, times_row
 from sedd_samplers.randomness import uniforms
 
@@ -270,3 +270,34 @@ def test_a_state_is_the_last_of_positive_probability_at_the_end_of_the_unit_inte
     ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
     assert draw_by_blocks(probs, ends)[0].tolist() == [2, 5]
     assert draw_by_blocks(probs, torch.tensor([0.2499999, 0.2500001]).double())[0].tolist() == [2, 5]
+
+
+class Seen:
+    """Keys and values that are the tokens themselves."""
+
+    def __init__(self):
+        self.x = torch.empty(1, 0, dtype=torch.int64)
+
+    def crop(self, length):
+        self.x = self.x[:, :length]
+
+    def batch_select_indices(self, indices):
+        self.x = self.x[indices]
+
+
+def test_keys_and_values_are_known_by_the_contents_of_what_they_are_of():
+    """Also where the states are edited in place; what stands before the edit is not looked at again."""
+    widths = []
+
+    def model(x, sigma, cache):
+        widths.append(x.shape[1])
+        cache.x = torch.cat([cache.x, x], 1)
+        return cache.x.cumsum(1)[:, -x.shape[1] :, None].expand(-1, -1, 2).float()
+
+    network = prefix_cached(model, Seen, block_size=1)
+    x, last, sigma = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[False, False, False, True]]), torch.ones(1)
+    for place, token in ((3, 4), (3, 7), (1, 5), (0, 9)):
+        x[0, place] = token
+        assert network(x, sigma, last).tolist() == [[float(x.sum())] * 2]
+    assert widths[:2] == [4, 1]
+    assert widths[-2:] == [3, 4]

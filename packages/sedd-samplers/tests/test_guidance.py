@@ -199,3 +199,26 @@ def test_ratios_are_worked_out_in_pieces_as_at_once(size, monkeypatch):
     torch.testing.assert_close(neighbours(x, sigma, where=where), right[where])
     total = 4 * int(where.sum())
     assert asked == [5, *(min(size, total - i) for i in range(0, total, size))]
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, 1, 1.0])
+def test_at_weight_0_and_1_one_score_alone_counts_and_is_asked(weight):
+    """Also of the states that the other one excludes; at weight 0 a classifier is not asked either."""
+    s = torch.tensor([[[0.0, -torch.inf, 1.0, 0.5]]])
+    t = torch.tensor([[[0.0, 2.0, -torch.inf, 0.5]]])
+    x, sigma, asked = torch.zeros(1, 1).long(), torch.ones(1), []
+
+    def named(name, answer):
+        def model(x, sigma):
+            asked.append(name)
+            return answer
+
+        return model
+
+    free = classifier_free(named("given", s), named("any", t), weight, num_states=4)(x, sigma)
+    assert torch.equal(free, s if weight else t)
+    assert asked == ["given" if weight else "any"]
+    asked.clear()
+    guided = classifier_guided(named("any", t), named("ratios", torch.ones(1, 1, 4)), weight, num_states=4)(x, sigma)
+    assert torch.equal(guided, t + weight)
+    assert asked == ["any", "ratios"][: 1 + int(weight)]
