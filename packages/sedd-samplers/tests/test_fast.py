@@ -237,7 +237,8 @@ def test_an_answer_has_the_shape_and_precision_that_it_will_have():
     assert wider.then(lambda r, part: r).shape == (2, 8)
     assert wider.tensor().shape == (2, 8)
     assert wider.as_returned() is None
-    rows, pick = answer.as_returned() or (None, None)
+    rows, pick, shift = answer.as_returned() or (None, None, None)
+    assert shift is None
     assert rows is not None
     assert pick is not None
     assert (rows.dtype, pick.tolist()) == (torch.bfloat16, [1, 3])

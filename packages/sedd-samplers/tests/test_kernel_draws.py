@@ -99,3 +99,39 @@ def test_the_final_step_leaves_no_mask_of_a_posterior_that_sums_to_a_tenth(ref, 
 
 def test_on_a_cpu_no_kernel_is_used():
     assert not reverse.kernels_serve(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("absorbing", Tweedie()), ("absorbing", Unmasking()), ("uniform", Euler()), ("uniform", Tweedie())],
+)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_rows_and_their_shift_apart_lead_to_the_same_sample(kind, method, precision, ref, monkeypatch, request):
+    """With kernels and without, static shapes or not; the rows arrive as the network made them."""
+    graph = {"absorbing": ref.StructuredAbsorbing(6), "uniform": ref.StructuredUniform(7)}[kind]
+    table = (2 * torch.randn(7, 7, generator=torch.Generator().manual_seed(0)) - 2).to(precision)
+    asked = []
+
+    def whole(x, sigma):
+        rows = table[x].float() - sigma.expm1().log()[:, None, None]
+        return rows.scatter(-1, x[..., None], 0.0)
+
+    def score(x, sigma, positions=None, apart=False):
+        asked.append(apart)
+        if not apart:
+            return whole(x, sigma) if positions is None else whole(x, sigma).flatten(0, 1)[positions]
+        shift = -sigma.expm1().log()[:, None].expand(x.shape).flatten()[positions]
+        return table[x.flatten()[positions]].clone(), shift
+
+    how = {"shape": (3, 5), "steps": 4, "seeds": torch.arange(3), "method": method}
+    expected = sample(whole, graph, ref.LogLinear(), **how)
+    assert torch.equal(sample(score, graph, ref.LogLinear(), **how), expected)
+    assert not any(asked)  # on a CPU
+    monkeypatch.setattr(importlib.import_module("sedd_samplers.model_calls"), "comes_apart", lambda device: True)
+    for static in (False, True):
+        asked.clear()
+        assert torch.equal(sample(score, graph, ref.LogLinear(), static_shapes=static, **how), expected)
+        assert all(asked)
+    taken = request.getfixturevalue("by_kernels")
+    assert torch.equal(sample(score, graph, ref.LogLinear(), **how), expected)
+    assert bool(taken) == (kind == "absorbing" or isinstance(method, Euler))

@@ -191,10 +191,12 @@ class BD3LM(ConditionalTransformer):
         documents: Documents | None = None,
         dropout_seeds: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
+        apart: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The log-score, as for the other networks; `clean` and `cache` as for `hidden`."""
         given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds}
-        return self.head(*self.rows(x, sigma, where, positions, clean=clean, cache=cache, **given))
+        rows = self.rows(x, sigma, where, positions, clean=clean, cache=cache, **given)
+        return self.head_apart(*rows) if apart else self.head(*rows)
 
     def sees(self, past: int, x: Tensor) -> Tensor:
         """Each position its block and those before it, (L, past + L) bool."""

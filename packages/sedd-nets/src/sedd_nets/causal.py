@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Causal(Transformer):
         )
         self.attention = ScaledDotProduct(causal=True)
 
-    def forward(
+    def forward(  # type: ignore[override]  # its logits are no log-scores, and do not come apart
         self,
         x: Tensor,
         sigma: Tensor | None = None,
@@ -74,7 +74,7 @@ class Causal(Transformer):
             ValueError, IndexError: as the other networks.
         """
         unused = torch.zeros(x.shape[:1], device=x.device)
-        return super().forward(
+        logits = super().forward(
             x,
             unused,
             where,
@@ -84,6 +84,7 @@ class Causal(Transformer):
             dropout_seeds=dropout_seeds,
             cache=cache,
         )
+        return cast(Tensor, logits)
 
     def sees(self, past: int, x: Tensor) -> Tensor:
         """Each position itself and those before it, (L, past + L) bool."""

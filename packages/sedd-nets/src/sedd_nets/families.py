@@ -23,12 +23,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sedd_nets.checks import log_expm1, over_last_axis
+from sedd_nets.checks import at_least_float32, log_expm1, over_last_axis
 from sedd_nets.config import boolean, integer, section
+from sedd_nets.layers import Unembedding
 from sedd_nets.pretrained import sizes_of
 from sedd_nets.transformer import LinearHead, Transformer
 
 __all__ = ["MDLM", "RADD", "SEDD", "ConditionalTransformer"]
+
+ROWS_AT_A_TIME = 1024
+"""Rows whose float32 copies exist together: 200 MB at 50,258 states."""
 
 
 class SEDD(Transformer):
@@ -107,6 +111,17 @@ class SEDD(Transformer):
             # In place: the tensor is fresh, the largest there is, and no one's backward needs its old value.
             log_score.sub_(log_expm1(sigma) + math.log(self.num_states - 1))
         return log_score.scatter_(-1, x.unsqueeze(-1), 0.0)
+
+    def head_apart(self, hidden: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits as they are made, and the shift of each row in float32; see `Transformer.head_apart`."""
+        linear: Any = self.output_layer.linear
+        if not isinstance(linear, Unembedding):  # an adapter around it
+            return super().head_apart(hidden, x, sigma)
+        rows = linear.as_made(hidden)
+        level = over_last_axis(sigma, x)[..., 0].expand(x.shape)
+        if not self.scale_by_sigma:
+            return rows, torch.zeros_like(level)
+        return rows, -(log_expm1(level) + math.log(self.num_states - 1))
 
     def linear_head(self, x: Tensor, sigma: Tensor) -> LinearHead:
         """`head` as weight, bias and the shift -log(e^sigma - 1) - log(N - 1), if it scales by sigma.
@@ -196,6 +211,23 @@ class ConditionalTransformer(Transformer, ABC):
         log_score = logits - (torch.logsumexp(logits, dim=-1, keepdim=True) + log_rate)
         log_score[..., self.mask_id] = log_rate[..., 0]
         return log_score.scatter_(-1, x.unsqueeze(-1), 0.0)
+
+    def head_apart(self, hidden: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits as they are made, and the shift of each row in float32; see `Transformer.head_apart`.
+
+        Their sums are taken in float32, some rows at a time.
+        """
+        linear: Any = self.output_layer.linear
+        if not isinstance(linear, Unembedding):  # an adapter around it
+            return super().head_apart(hidden, x, sigma)
+        rows = linear.as_made(hidden)
+        rows[..., self.mask_id] = -torch.inf
+        parts = torch.split(rows.flatten(0, -2), ROWS_AT_A_TIME)
+        total = torch.cat([at_least_float32(part).logsumexp(-1) for part in parts]).view(x.shape)
+        log_rate = log_expm1(over_last_axis(sigma, x)[..., 0].expand(x.shape).to(total.dtype))
+        shift = -(total + log_rate)
+        rows[..., self.mask_id] = (log_rate - shift).to(rows.dtype)  # finite, as in `head`, and as little used
+        return rows, shift
 
 
 class RADD(ConditionalTransformer):

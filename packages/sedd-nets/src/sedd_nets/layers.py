@@ -152,7 +152,11 @@ class Unembedding(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., N)."""
-        return at_least_float32(F.linear(hidden, self.weight, self.bias))
+        return at_least_float32(self.as_made(hidden))
+
+    def as_made(self, hidden: Tensor) -> Tensor:
+        """The same in the precision of the product: that of autocast, where it is on."""
+        return F.linear(hidden, self.weight, self.bias)
 
 
 class OutputLayer(nn.Module):

@@ -77,6 +77,15 @@ class Transformer(Pretrained):
     def head(self, hidden: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Log-scores of the rows that `hidden` gives: hidden (..., D), x (...), sigma a leading part; (..., N)."""
 
+    def head_apart(self, hidden: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """`head` as rows (..., N) and what is to be added to each, (...): but at y = x, where the log-score is 0.
+
+        Of networks whose rows differ from their logits by a number each the rows are in the precision of the product,
+        and no copy of their size is made in another.
+        """
+        log_score = self.head(hidden, x, sigma)
+        return log_score, log_score.new_zeros(x.shape)
+
     def linear_head(self, x: Tensor, sigma: Tensor) -> LinearHead | None:
         """`head` of a batch as weight, bias and shift, for a loss that joins the two; None where it is not linear.
 
@@ -223,7 +232,8 @@ class Transformer(Pretrained):
         documents: Documents | None = None,
         dropout_seeds: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
+        apart: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The log-score, log p_t(y) / p_t(x) for every state y of every position.
 
         Args:
@@ -236,9 +246,11 @@ class Transformer(Pretrained):
             documents: where attention stays within; None: each row is one text.
             dropout_seeds: (B,) int64; see `hidden`.
             cache: keys and values of the positions before x; see `hidden` and `sedd_nets.caching`.
+            apart: whether to return rows and their shift; see `head_apart`.
 
         Returns:
             (B, L, N), or (M, N) for the M true positions of `where` in row-major order, or for `positions`; float32.
+            With `apart` a tuple.
 
         Raises:
             ValueError: x, sigma, where or documents has another shape, the sequence is too long, or the network does
@@ -246,7 +258,8 @@ class Transformer(Pretrained):
             IndexError: a state is out of range.
         """
         given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds, "cache": cache}
-        return self.head(*self.rows(x, sigma, where, positions, **given))
+        rows = self.rows(x, sigma, where, positions, **given)
+        return self.head_apart(*rows) if apart else self.head(*rows)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks with `torch.compile`: one graph for all of them, in seconds, however deep the network.

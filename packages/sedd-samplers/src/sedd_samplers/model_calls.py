@@ -1,14 +1,16 @@
 """Calls of a model of sequences: at the positions that matter, in the way it offers, and checked.
 
-A model is a callable (x (B, L), sigma (B,)) -> (B, L, N). It may have three parameters more, by name:
+A model is a callable (x (B, L), sigma (B,)) -> (B, L, N). It may have four parameters more, by name:
 
     where      (B, L) bool: return only the M rows at its true positions, (M, N), in row-major order
     positions  (M,) int64: the same as ascending indices into x.flatten(), asked for instead of `where` where both are
                offered: how many rows there are is then known, and on a GPU the host need not wait to learn it
     rows       (B,) int64: which sequences of the run x holds; a sequence that is finished is not asked about again, so
                that a model with a condition for each sequence (a label, a constraint) needs to be told
+    apart      bool: return rows as the network makes them, in bfloat16, say, and the number to be added to each, (M,),
+               but at a position's own state, where the sum is 0. Asked for on a GPU, with `positions`
 
-The wrappers of this package (adapters, controls, guidance) offer `where` and `rows`, and hand on all three.
+The wrappers of this package (adapters, controls, guidance) offer `where` and `rows`, and hand on all four.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class ModelCall:
         check_conditions(model, name)
         self.model, self._num_states, self._name, self._widths = model, num_states, name, widths
         self._offers_where, self._offers_rows = offers(model, "where"), offers(model, "rows")
-        self._offers_positions = offers(model, "positions")
+        self._offers_positions, self._offers_apart = offers(model, "positions"), offers(model, "apart")
         self._must_be_told = _required(model, "where", "positions")
 
     def __call__(self, x: Tensor, sigma: Tensor | None, at: Positions, rows: Tensor) -> Answer:
@@ -77,11 +79,17 @@ class ModelCall:
             return made
         inputs = (x,) if sigma is None else (x, sigma)
         further = {"rows": rows} if self._offers_rows else {}
+        if sigma is not None and self._offers_apart and self._offers_positions and comes_apart(x.device):
+            return self._apart(x, at, self.model(*inputs, **further, positions=at.flat, apart=True))
         if (self._offers_positions or self._offers_where) and (not at.whole or self._must_be_told):
             further |= {"positions": at.flat} if self._offers_positions else {"where": at.where}
             return Answer(self._checked(self.model(*inputs, **further), (len(at), self._num_states)))
         answer = self._checked(self.model(*inputs, **further), (*x.shape, self._num_states))
         return Answer(answer.flatten(0, 1), None if at.whole else at.flat)
+
+    def _apart(self, x: Tensor, at: Positions, made: tuple[Tensor, Tensor]) -> Answer:
+        rows, shift = made
+        return Answer(self._checked(rows, (len(at), self._num_states)), shift=shift, state=x.flatten()[at.flat])
 
     def _checked(self, answer: object, expected: tuple[int, ...]) -> Tensor:
         if not isinstance(answer, Tensor):
@@ -100,6 +108,11 @@ class ModelCall:
 
     def _told(self, expected: tuple[int, ...], got: str) -> str:
         return f"the {self._name} must return a float tensor of shape {expected}, got {got}"
+
+
+def comes_apart(device: torch.device) -> bool:
+    """Whether rows are asked for as the network makes them: where there are kernels that draw from them so."""
+    return device.type == "cuda"
 
 
 def offers(model: Any, parameter: str) -> bool:

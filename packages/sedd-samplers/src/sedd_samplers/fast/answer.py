@@ -28,6 +28,8 @@ class Answer:
         convert: (rows (m, N), the part of 0..M that they are) -> (m, N).
         work: what precision they are converted in; float32 at least.
         width: N, where the conversion changes it.
+        shift: (M,) what is added to each row before it is converted, but at its state; None for 0.
+        state: (M,) int64, where a shifted row is 0.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class Answer:
         convert: Convert | None = None,
         work: torch.dtype | None = None,
         width: int | None = None,
+        shift: Tensor | None = None,
+        state: Tensor | None = None,
     ) -> None:
-        self._rows, self._pick, self._convert = rows, pick, convert
+        self._rows, self._pick, self._convert, self._shift, self._state = rows, pick, convert, shift, state
         self._width = rows.shape[-1] if width is None else width
         self.work = torch.promote_types(rows.dtype, torch.float32 if work is None else work)
 
@@ -65,16 +69,19 @@ class Answer:
         before = self._convert
         chain = convert if before is None else lambda rows, part: convert(before(rows, part), part)
         work = self.work if work is None else torch.promote_types(self.work, work)
-        return Answer(self._rows, self._pick, chain, work, self._width if width is None else width)
+        width = self._width if width is None else width
+        return Answer(self._rows, self._pick, chain, work, width, self._shift, self._state)
 
-    def as_returned(self) -> tuple[Tensor, Tensor | None] | None:
-        """What the model returned and which rows of it these are, or None if they have been converted."""
-        return (self._rows, self._pick) if self._convert is None else None
+    def as_returned(self) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """What the model returned, which rows of it these are, and their shift; None if they have been converted."""
+        return (self._rows, self._pick, self._shift) if self._convert is None else None
 
     def __getitem__(self, part: Part) -> Tensor:
         """Rows (m, N) in the working precision."""
         with torch.autocast(self.device.type, enabled=False):
             rows = (self._rows[part] if self._pick is None else self._rows[self._pick[part]]).to(self.work)
+            if self._shift is not None and self._state is not None:
+                rows = (rows + self._shift[part, None].to(rows.dtype)).scatter_(1, self._state[part, None], 0.0)
             return rows if self._convert is None else self._convert(rows, part)
 
     def parts(self) -> list[slice]:
