@@ -18,7 +18,11 @@ from sedd_samplers import (
     EntropyBoundRenoising,
     Euler,
     FirstHitting,
+    LeaveOneOut,
+    Looped,
+    PathPlanning,
     PredictorCorrector,
+    Psi,
     Remasking,
     TauLeaping,
     Trapezoidal,
@@ -32,6 +36,7 @@ from sedd_samplers import (
     sample,
     threshold,
     trajectory,
+    when_still,
 )
 from sedd_samplers.adapters import from_logits, from_masked_lm, from_posterior, to_posterior
 from sedd_samplers.controls import allowed_tokens, controlled, temperature, top_k, top_p
@@ -410,3 +415,21 @@ def test_particles_have_no_static_shapes(ref):
     with pytest.raises(ValueError, match="nor static_shapes nor log_probs goes with them"):
         sample(everywhere, graph_of(ref, "uniform"), ref.Geometric(), shape=(1, 2), conditioning=Particles(2),
                static_shapes=True)  # fmt: skip
+
+
+FURTHER: dict[str, Any] = {  # graph, method, and the times of a loop
+    "Psi": ("uniform", Psi(0.9), None),
+    "leave one out": ("uniform", LeaveOneOut(), None),
+    "a loop": ("absorbing", Remasking(when_still(0.1)), (0.3, 0.6, 0.2)),
+    "path planning": ("absorbing", PathPlanning(everywhere), None),
+}
+ELSEWHERE = {"leave one out": 2, "path planning": 11}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_methods_read_one_tensor_but_where_it_is_said(ref, as_on_an_accelerator, name):
+    kind, method, loop = FURTHER[name]
+    graph, noise = graph_of(ref, kind), ref.Geometric() if kind == "uniform" else ref.LogLinear()
+    noise = noise if loop is None else Looped(noise, *loop)
+    each, _ = reads_of_steps(at_positions, graph, noise, method=method, seeds=torch.arange(3))
+    assert max(each) == ELSEWHERE.get(name, 1)
