@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import Any
 
@@ -407,3 +408,25 @@ def test_far_states_of_a_chain_count_by_the_sum_over_clean_states(level, dtype, 
         {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
     )
     torch.testing.assert_close(loss.double(), want, **tolerance)
+
+
+@pytest.mark.parametrize(("kind", "step", "most"), [("dense", "_log_mixture", 2), ("uniform", "_log_step_back", 10)])
+def test_chunks_have_room_for_what_a_position_makes(kind, step, most, make_graphs, log_linear, generator, monkeypatch):
+    """Fifty numbers at a time: N^2 of five states where posteriors are mixed one by one, N where they are not."""
+    module, seen = importlib.import_module("sedd_objectives.d3pm"), []
+    whole = getattr(module, step)
+
+    def counted(logits, *rest):
+        seen.append(len(logits))
+        return whole(logits, *rest)
+
+    monkeypatch.setattr(module, step, counted)
+    monkeypatch.setattr("sedd_objectives.fast.rows.CHUNK_ELEMENTS", 50)
+    graph, x0 = make_graphs(5)[kind], torch.randint(5, (3, 7), generator=generator)
+    logits, steps = torch.randn(3, 7, 5, generator=generator), torch.tensor([1, 2, 4])
+    how: dict[str, Any] = {"num_steps": 4, "xt": graph.sample(x0, log_linear(steps / 4)[0], generator=generator)}
+    found = d3pm_loss(lambda x, s: logits, graph, log_linear, x0, steps, **how)
+    assert sum(seen) == 21
+    assert max(seen) == most
+    monkeypatch.undo()
+    torch.testing.assert_close(found, d3pm_loss(lambda x, s: logits, graph, log_linear, x0, steps, **how))
