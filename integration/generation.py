@@ -14,7 +14,8 @@ log-linear schedule and the model's posterior is normalised, Euler's step and Tw
 
 Sample n of every row has the seed `--seed` + n, so that rows compare in pairs. The results are kept in OUTPUT.json as
 they come; the same command again continues, and a larger --num or more rows add to it. From it are made OUTPUT.md, the
-table; OUTPUT.png, the curves; OUTPUT-samples.txt, the first texts of each row.
+table; OUTPUT.png, the curves by steps; with several temperatures OUTPUT-frontier.png, perplexity against entropy;
+OUTPUT-samples.txt, the first texts of each row.
 """
 
 from __future__ import annotations
@@ -238,6 +239,8 @@ def write(results: Results, output: Path) -> None:
     """The table, the picture and the texts of all that the results hold."""
     output.with_name(output.name + ".md").write_text(table(results), encoding="utf-8")
     picture(results, output.with_name(output.name + ".png"))
+    if len({cell["temperature"] for cell in results.cells.values()}) > 1:
+        frontier(results, output.with_name(output.name + "-frontier.png"))
     shown = [(key, i, text) for key, cell in results.cells.items() for i, text in enumerate(cell["texts"])]
     texts = "\n".join(f"=== {key}, sample {i}\n\n{text}\n" for key, i, text in shown)
     output.with_name(output.name + "-samples.txt").write_text(texts, encoding="utf-8")
@@ -288,26 +291,15 @@ def stated(results: Results) -> list[tuple[str, dict[str, Any]]]:
 
 
 def picture(results: Results, path: Path) -> None:
-    """Perplexity (bits a character for models of characters) and entropy: each by steps, and one against the other."""
-    characters = any(it["characters"] for _, it in stated(results))
-    several = len(stated(results)) > 1
-    curves: dict[str, list[dict[str, Any]]] = {}  # by steps, one a temperature
-    frontiers: dict[str, list[dict[str, Any]]] = {}  # by temperature, one a number of steps
-    for cell in results.cells.values():
-        label = f"{cell['checkpoint']}, {cell['method']}" if several else cell["method"]
-        hot = f", temperature {cell['temperature']:g}" if cell["temperature"] != 1 else ""
-        curves.setdefault(label + hot, []).append(cell)
-        taken = f", {cell['steps']} steps" if cell["steps"] else ""
-        frontiers.setdefault(label + taken, []).append(cell)
-    tempered = len({cell["temperature"] for cell in results.cells.values()}) > 1
-    figure, (left, right, *frontier) = panels(3 if tempered else 2)
+    """Perplexity (bits a character for models of characters) and entropy against the number of steps."""
+    figure, (left, right) = panels(2)
     levels: list[float] = []  # of the samples' lines; real text may be far below, and is named with its number
-    for number, (label, cells) in enumerate(curves.items()):
+    for number, (label, cells) in enumerate(lines_of(results, "temperature").items()):
         cells = sorted(cells, key=lambda cell: cell["steps"] or 0)
         steps = [cell["steps"] for cell in cells]
-        levels += draw_line(left, steps, [likely(cell, characters) for cell in cells], f"C{number}", label)
+        levels += draw_line(left, steps, [likely(cell, results) for cell in cells], f"C{number}", label)
         draw_line(right, steps, [cell["entropy"] for cell in cells], f"C{number}", label)
-    if results.settings["judge"].rpartition("/")[2] == "gpt2-large" and not characters:
+    if results.settings["judge"].rpartition("/")[2] == "gpt2-large" and not characters(results):
         for which, style in [(0, "-"), (1, ":")]:
             label = f"published, SEDD medium, {('float64', 'float32')[which]} draws"
             quoted = [float(both[which]) for both in PUBLISHED.values()]
@@ -319,45 +311,67 @@ def picture(results: Results, path: Path) -> None:
         axes.set_xlabel("steps")
     if levels and max(levels) > 5 * min(levels):
         left.set_yscale("log")
-        left.yaxis.set_major_formatter("{x:.0f}")
+        for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+            axis("{x:.0f}")
     if levels:
         left.set_ylim(0.85 * min(levels), 1.15 * max(levels))
-    left.set_ylabel("bits a character" if characters else "perplexity")
+    left.set_ylabel("bits a character" if characters(results) else "perplexity")
     left.set_title(f"Judge: {results.settings['judge']}", loc="left", fontsize=10)
-    right.set_ylabel("unigram entropy of a sample, nats a token")
+    right.set_ylabel("unigram entropy, nats a token")
     right.set_title("Entropy of the same samples", loc="left", fontsize=10)
-    for axes in frontier:
-        draw_frontiers(axes, frontiers, characters)
-    for axes in (left, right, *frontier):
-        axes.legend(frameon=False, fontsize=7.5)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save_picture(figure, path)
 
 
-def likely(cell: dict[str, Any], characters: bool) -> list[float]:
-    """What the judge says of each sample of a cell: its perplexity, or its bits a character."""
-    return list(cell["bits"]) if characters else [math.exp(nats) for nats in cell["nats"]]
-
-
-def draw_frontiers(axes: Any, frontiers: dict[str, list[dict[str, Any]]], characters: bool) -> None:
-    """Likelihood against entropy, a line through the temperatures; lower and to the right is better."""
-    for number, (label, cells) in enumerate(frontiers.items()):
+def frontier(results: Results, path: Path) -> None:
+    """Likelihood against entropy, a line through the temperatures; lower and further right is better."""
+    figure, [axes] = panels(1, width=6.2, height=5.0)
+    lines = lines_of(results, "steps")
+    named = next((label for label, cells in lines.items() if cells[0]["steps"]), "")
+    for number, (label, cells) in enumerate(lines.items()):
         cells = sorted(cells, key=lambda cell: cell["temperature"])
-        points = [(*mean_and_error(cell["entropy"]), *mean_and_error(likely(cell, characters))) for cell in cells]
+        points = [(*mean_and_error(cell["entropy"]), *mean_and_error(likely(cell, results))) for cell in cells]
         x, wide, y, high = zip(*points, strict=True)
         text = cells[0]["steps"] is None
         style: dict[str, Any] = {"marker": "*" if text else "o", "markersize": 9 if text else 4, "capsize": 2}
         style |= {"color": "0.2" if text else f"C{number}", "linewidth": 1.4}
         axes.errorbar(x, y, xerr=wide, yerr=high, label=label, **style)
-        if len(cells) > 1:
+        if label == named:  # the others have the same temperatures in the same order
             for cell, at in zip(cells, zip(x, y, strict=True), strict=True):
-                named = f"{cell['temperature']:g}"
-                axes.annotate(named, at, xytext=(5, -9), textcoords="offset points", fontsize=6.5, color="0.4")
+                heat = f"{cell['temperature']:g}"
+                axes.annotate(heat, at, xytext=(-4, 9), textcoords="offset points", fontsize=8, color=f"C{number}")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:.0f}")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.set_xlabel("unigram entropy of a sample, nats a token")
-    axes.set_ylabel("bits a character" if characters else "perplexity")
-    axes.set_title("One against the other; numbers are temperatures", loc="left", fontsize=10)
+    axes.set_ylabel("bits a character" if characters(results) else "perplexity")
+    axes.set_title(f"Judge: {results.settings['judge']}; small numbers: temperatures", loc="left", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    save_picture(figure, path)
+
+
+def lines_of(results: Results, one: str) -> dict[str, list[dict[str, Any]]]:
+    """The cells of each line, by its label: those of one 'temperature', or of one number of 'steps'."""
+    several, found = len(stated(results)) > 1, dict[str, list[dict[str, Any]]]()
+    for cell in results.cells.values():
+        label = f"{cell['checkpoint']}, {cell['method']}" if several else str(cell["method"])
+        if one == "steps" and cell["steps"]:
+            label += f", {cell['steps']} steps"
+        elif one == "temperature" and cell["temperature"] != 1:
+            label += f", temperature {cell['temperature']:g}"
+        found.setdefault(label, []).append(cell)
+    return found
+
+
+def characters(results: Results) -> bool:
+    """Whether some model's tokens are characters, so that bits a character say more than a perplexity."""
+    return any(it["characters"] for _, it in stated(results))
+
+
+def likely(cell: dict[str, Any], results: Results) -> list[float]:
+    """What the judge says of each sample of a cell: its perplexity, or its bits a character."""
+    return list(cell["bits"]) if characters(results) else [math.exp(nats) for nats in cell["nats"]]
 
 
 def draw_line(

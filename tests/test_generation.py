@@ -131,8 +131,10 @@ def test_temperatures_make_a_frontier(run: Any, script: ModuleType, made: dict[s
     assert "| absorb, tweedie | 0.5 | 2 | 3 |" in table
     line = next(line for line in table.splitlines() if line.startswith("| absorb, tweedie | 0.5 | 2 |"))
     assert line.endswith("|  |")  # the row above has another temperature, and is nothing to compare with
+    assert (tmp_path / "out-frontier.png").stat().st_size > 10_000
     alone = run("--num", 3, "--output", tmp_path / "one").cells["absorb | tweedie | 4"]
     assert alone == cells["absorb | tweedie | 4"]  # a temperature of 1 is the model itself
+    assert not (tmp_path / "one-frontier.png").exists()
 
 
 def test_a_temperature_is_that_of_each_token_s_law(script: ModuleType, made: dict[str, Path]) -> None:
