@@ -251,12 +251,13 @@ def test_text_is_measured_in_the_units_told(monkeypatch, capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
         *("nats_per_token", "standard_error", "perplexity", "bits_per_character", "unigram_bits_per_character"),
-        *("blocks", "length", "num_times", "estimator", "measurement_error"),
+        *("bits_per_byte", "blocks", "length", "num_times", "estimator", "measurement_error"),
     }
     assert (found["blocks"], found["length"], found["num_times"]) == (3, 8, 64)
     assert found["nats_per_token"] == pytest.approx(math.log(27), rel=0.1)
     assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]), rel=1e-9)
     assert found["bits_per_character"] == pytest.approx(found["nats_per_token"] / math.log(2), rel=1e-9)
+    assert found["bits_per_byte"] == found["bits_per_character"]  # of ASCII
     assert 3.5 < found["unigram_bits_per_character"] < 4.5
     evaluate.main([*words, "--length", "4"])
     printed = capsys.readouterr().out

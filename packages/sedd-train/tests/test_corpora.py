@@ -295,8 +295,8 @@ def test_what_is_kept_of_a_cache(tmp_path):
     meta = json.loads((found.folder / "meta.json").read_text())
     files = {name: meta[name].pop("file") for name in ("train", "valid", "test")}
     assert files == {"train": "train.bin", "valid": "valid.bin", "test": "test.bin"}
-    sizes = {name: [meta[name][key] for key in ("tokens", "documents", "characters")] for name in files}
-    assert sizes == {"train": [5, 1, 4], "valid": [4, 1, 3], "test": [3, 1, 2]}
+    sizes = {name: [meta[name][key] for key in ("tokens", "documents", "characters", "size")] for name in files}
+    assert sizes == {"train": [5, 1, 4, 4], "valid": [4, 1, 3, 3], "test": [3, 1, 2, 2]}
     flat, ends = np.array([0, 1, 2, 3, 5], np.uint16), np.array([5], np.int64)
     assert (meta["train"]["crc32"], meta["train"]["ends_crc32"]) == (
         zlib.crc32(flat.tobytes()),

@@ -44,8 +44,24 @@ def test_an_end_of_text_after_every_document(coder):
     ends = np.flatnonzero(tokens.flat == coder.eos_token_id)
     assert len(ends) == len(TEXTS)
     assert tokens.characters == sum(map(len, TEXTS))
+    assert tokens.size == sum(len(text.encode()) for text in TEXTS)
     assert coder.decode(tokens.flat[: ends[0]].tolist()) == TEXTS[0]
     assert tokens.characters_per_token == tokens.characters / len(tokens)
+
+
+def test_bytes_are_counted_in_memory_and_in_the_cache(tmp_path):
+    """Of UTF-8: 1 to 4 a character."""
+    text = "déjà vu, 日本 🙂"
+    (tmp_path / "a.txt").write_text("\n\n".join([text] * 40), encoding="utf-8")
+    coder = tokenizers.load_tokenizer("bytes")
+    tokens = tokenise([text], coder)
+    assert (tokens.characters, tokens.size) == (len(text), len(text.encode()))
+    assert tokens.bytes_per_character == len(text.encode()) / len(text)
+    for corpus in (token_cache.prepare(str(tmp_path / "a.txt"), "bytes", tmp_path / "cache") for _ in range(2)):
+        for split in (corpus.train, corpus.valid):
+            assert split.size == int((split.flat != coder.eos_token_id).sum())  # a token is a byte there
+            assert split.bytes_per_character > 1.2
+    assert Tokens(tokens.flat, tokens.ends, 3).bytes_per_character == 1.0
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe:300"])

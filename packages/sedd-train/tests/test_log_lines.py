@@ -254,7 +254,7 @@ def test_a_measurement_is_of_the_recipe_s_numbers_and_told_by_the_first_rank(pac
     monkeypatch.setattr(progress, "by_noise_level", levels)
     monkeypatch.setattr(ScoreEntropy, "sample", sample)
     coder: Any = character_tokenizer("abc", end="<end>")
-    valid = Tokens(np.array([0, 1, 2, 3] * 6), np.array([4, 24]), 48)
+    valid = Tokens(np.array([0, 1, 2, 3] * 6), np.array([4, 24]), 48, size=72)
     recipe = dataclasses.replace(
         RECIPE, packing=packing, evaluate_blocks=2, evaluate_times=7, sample_steps=9, t_min=0.25
     )
@@ -286,10 +286,11 @@ def test_a_measurement_is_of_the_recipe_s_numbers_and_told_by_the_first_rank(pac
         "levels", False, {"step": 3, "t": [0.5], "nats_per_token": [2.0], "standard_error": [0.125]}
     )  # fmt: skip
     values = {"nats_per_token": math.log(8), "standard_error": 0.25, "perplexity": pytest.approx(8.0)}
-    values |= {"bits_per_character": pytest.approx(1.5), "sample": "b" * length}
+    values |= {"bits_per_character": pytest.approx(1.5), "bits_per_byte": pytest.approx(1.0), "sample": "b" * length}
     assert valid_line == ("valid", True, {"step": 3} | values)
     assert said == [
-        f"\nstep 3: held-out bound 2.079 ± 0.250 nats a token, perplexity 8.0, 1.500 bits a character\n{'b' * length}\n"
+        "\nstep 3: held-out bound 2.079 ± 0.250 nats a token, perplexity 8.0, 1.500 bits a character, 1.000 a byte\n"
+        f"{'b' * length}\n"
     ]
 
 

@@ -173,11 +173,12 @@ def test_the_legend_covers_nothing(run, monkeypatch):
 
 
 def test_a_summary_is_of_the_last_measurement(run):
-    last = {"nats_per_token": 2.0, "perplexity": 7.4, "bits_per_character": 1.44}
+    last = {"nats_per_token": 2.0, "perplexity": 7.4, "bits_per_character": 1.44, "bits_per_byte": 1.2}
     loggers.Log(run / "log.jsonl", step=4).write("valid", step=8, standard_error=0.1, sample="", **last)
     text = report.write(run, title="", unigram_entropy=math.log(4), characters_per_token=2.0, steps=8)
     summary = json.loads((run / "summary.json").read_text())
     assert summary == {"steps": 8, **last, "unigram_bits_per_character": 1.0}  # log 4 nats are 2 bits
+    assert "<th class=n>bits per byte" in report.page(run)
     assert "1.440 bits a character  (2.000 nats a token, perplexity 7.4)" in text
     assert {"loss.png", "levels.png", "report.html"} <= {path.name for path in run.iterdir()}
 

@@ -244,6 +244,7 @@ def test_the_table_is_written_with_what_it_was_made_of(tmp_path):
     assert lines[3] == "| SEDD uniform | 2.00 ± 0.50 | 0.50 ± 0.00 | 1.47 |"
     assert "| MD4 (quoted) | – | – | 1.37 |" in lines
     assert "- trained on 80 tokens of it, seed 0, packed" in lines
+    assert "- a character of text8 is a byte: bits a byte are the same" in lines
     measured = "- measured on 2 blocks of 2 (4 tokens of text, fingerprint abc), 64 noise levels each"
     assert measured in lines
     assert (tmp_path / "table.png").stat().st_size > 1000

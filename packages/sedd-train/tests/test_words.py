@@ -204,7 +204,7 @@ def test_finetuning_is_training_by_another_recipe(trained, tmp_path):
 
 
 def text_of(count: int, characters: int) -> Tokens:
-    return Tokens(np.arange(count, dtype=np.uint16) % 27, np.array([count]), characters)
+    return Tokens(np.arange(count, dtype=np.uint16) % 27, np.array([count]), characters, size=2 * characters)
 
 
 @pytest.fixture
@@ -236,6 +236,7 @@ def test_a_text_is_measured_block_by_block_as_told(measured, capsys):
         "bound            2.7726 ± 0.1250 nats a token (standard error of the measurement; over such blocks 0.2500)\n"
         "perplexity       16.00 ± 2.00\n"
         f"bits a character 2.0000 ± {0.125 / math.log(2) / 2:.4f}  (unigram entropy of the text: {unigram:.4f})\n"
+        f"bits a byte      1.0000 ± {0.125 / math.log(2) / 4:.4f}  (of UTF-8)\n"
     )
     more = ["--length", "5", "--blocks", "2", "--num-times", "6", "--seed", "4", "--batch-size", "3"]
     evaluate.main([*words, *more, "--estimator", "times", "--json"])
@@ -246,6 +247,7 @@ def test_a_text_is_measured_block_by_block_as_told(measured, capsys):
     assert found == {
         "nats_per_token": math.log(16), "standard_error": 0.25, "measurement_error": 0.125,
         "perplexity": pytest.approx(16.0), "bits_per_character": pytest.approx(2.0),
+        "bits_per_byte": pytest.approx(1.0),
         "unigram_bits_per_character": pytest.approx(unigram), "blocks": 2, "length": 5, "num_times": 6,
         "estimator": "masks",
     }  # fmt: skip

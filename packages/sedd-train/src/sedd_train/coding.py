@@ -42,12 +42,14 @@ class Coded:
         ends: where in them each document ends that ends there, (documents,) int64: the place after its last token.
         pieces: of how many pieces it is made: see `coded`.
         characters: of text.
+        size: of that text in bytes of UTF-8.
     """
 
     flat: NDArray[Any]
     ends: NDArray[np.int64]
     pieces: int
     characters: int
+    size: int
 
 
 def coded(
@@ -119,7 +121,11 @@ def _batches(texts: Iterable[str], skip: int) -> Iterator[Batch]:
 
 def _coded(batch: Batch, flat: NDArray[Any], sizes: NDArray[np.int64]) -> Coded:
     parts, last = batch
-    return Coded(flat, sizes.cumsum()[np.asarray(last, bool)], len(parts), sum(map(len, parts)))
+    ends, size = (
+        sizes.cumsum()[np.asarray(last, bool)],
+        sum(len(part.encode("utf-8", "surrogatepass")) for part in parts),
+    )
+    return Coded(flat, ends, len(parts), sum(map(len, parts)), size)
 
 
 def _unwritable(error: str, batch: Batch, coder: Any) -> ValueError:

@@ -248,10 +248,12 @@ def measure_and_sample(
         standard_error=found.standard_error,
         perplexity=found.perplexity,
         bits_per_character=found.bits_per_character,
+        bits_per_byte=found.bits_per_character / text.valid.bytes_per_character,
         sample=sample,
     )
     say(
         f"\nstep {step}: held-out bound {found.nats_per_token:.3f} ± {found.standard_error:.3f} nats a token, "
-        f"perplexity {found.perplexity:.1f}, {found.bits_per_character:.3f} bits a character\n{sample}\n"
+        f"perplexity {found.perplexity:.1f}, {found.bits_per_character:.3f} bits a character, "
+        f"{found.bits_per_character / text.valid.bytes_per_character:.3f} a byte\n{sample}\n"
     )
     return found

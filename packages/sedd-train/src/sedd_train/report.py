@@ -59,7 +59,8 @@ def write(run: Path, *, title: str, unigram_entropy: float, characters_per_token
     )
     if levels := plotting.levels_of(log):
         plotting.noise_levels(levels, run / "levels.png")
-    measured = {name: last[name] for name in ("nats_per_token", "perplexity", "bits_per_character")}
+    names = ("nats_per_token", "perplexity", "bits_per_character", "bits_per_byte")
+    measured = {name: last[name] for name in names if name in last}
     summary = {"steps": steps, **measured, "unigram_bits_per_character": unigram_bits}
     storage.write_text(run / "summary.json", to_json(summary, indent=1))
     (run / "report.html").write_text(page(run), encoding="utf-8")
@@ -96,10 +97,12 @@ def page(run: Path) -> str:
         f"<p class=bad>Stopped: <pre>{escape(line['text'])}</pre>" for line in lines if line["kind"] == "diagnosis"
     ]
     if measured:
-        names = ["step", "nats_per_token", "standard_error", "perplexity", "bits_per_character"]
+        names = ["step", "nats_per_token", "standard_error", "perplexity", "bits_per_character", "bits_per_byte"]
         parts += [
             "<h2>Bound on held-out text</h2>",
-            _table([name.replace("_", " ") for name in names], [[line[name] for name in names] for line in measured]),
+            _table(
+                [name.replace("_", " ") for name in names], [[line.get(name) for name in names] for line in measured]
+            ),
         ]
     with tempfile.TemporaryDirectory() as folder:
         curve, where = Path(folder) / "loss.png", Path(folder) / "levels.png"

@@ -147,7 +147,8 @@ def _write(
     path = place / f"{name}.bin"
     state = journal.get(name)
     if state is None or not _cut_back(path, state, dtype):
-        state = {"tokens": 0, "documents": 0, "characters": 0, "pieces": 0, "crc32": 0, "ends_crc32": 0, "whole": False}
+        state = dict.fromkeys(("tokens", "documents", "characters", "size", "pieces", "crc32", "ends_crc32"), 0)
+        state["whole"] = False
         for end in ("", ".ends"):
             path.with_name(f"{path.name}{end}").write_bytes(b"")
     with (
@@ -171,6 +172,7 @@ def _write(
                 "tokens": state["tokens"] + len(part.flat),
                 "documents": state["documents"] + len(part.ends),
                 "characters": state["characters"] + part.characters,
+                "size": state["size"] + part.size,
                 "pieces": state["pieces"] + part.pieces,
                 "crc32": zlib.crc32(data, state["crc32"]),
                 "ends_crc32": zlib.crc32(ends, state["ends_crc32"]),

@@ -29,7 +29,7 @@ from sedd_train.tokens import Tokens
 __all__ = ["Corpus", "prepare", "cached", "read"]
 
 VERIFIED = "verified.json"
-FORMAT = 6  # of the cache: counted up when the same sources give other files
+FORMAT = 7  # of the cache: counted up when the same sources give other files
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _open(folder: Path, *, verify: bool = True) -> Corpus | None:
             counts = np.fromfile(f"{file}.counts", np.int64)
             if counts.sum() != len(flat):
                 return None
-            splits[name] = Tokens(flat, ends, meta[name]["characters"], counts)
+            splits[name] = Tokens(flat, ends, meta[name]["characters"], counts, size=meta[name]["size"])
         if verify:
             with suppress(OSError):  # of someone who may only read it
                 storage.write_text(folder / VERIFIED, json.dumps(_states(folder, meta)))

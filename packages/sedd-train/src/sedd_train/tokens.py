@@ -31,12 +31,14 @@ class Tokens:
         ends: where each document ends, (documents,) int64, memory-mapped: the token after its end of text.
         characters: how many characters of text the tokens stand for.
         frequencies: how often each token occurs, (vocabulary,) int64, where that was counted before.
+        size: bytes of that text in UTF-8; as many as characters, as of ASCII, unless given.
     """
 
     flat: NDArray[Any]
     ends: NDArray[Any]
     characters: int
     frequencies: NDArray[np.int64] | None = None
+    size: int | None = None
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -110,6 +112,11 @@ class Tokens:
         """Characters of text a token; the end-of-text tokens count as tokens of no characters."""
         return self.characters / len(self.flat)
 
+    @property
+    def bytes_per_character(self) -> float:
+        """Bytes of text a character, 1 to 4: what divides bits a character into bits a byte."""
+        return 1.0 if self.size is None else self.size / self.characters
+
 
 def tokenise(texts: Iterable[str], coder: Any) -> Tokens:
     """The tokens of documents, in memory, an end-of-text token after each."""
@@ -119,7 +126,8 @@ def tokenise(texts: Iterable[str], coder: Any) -> Tokens:
         raise ValueError("there is no text to tokenise")
     starts = np.cumsum([0, *(len(part.flat) for part in parts)])
     ends = [start + part.ends for start, part in zip(starts[:-1], parts, strict=True)]
-    return Tokens(np.concatenate([part.flat for part in parts]), np.concatenate(ends), characters)
+    size = sum(part.size for part in parts)
+    return Tokens(np.concatenate([part.flat for part in parts]), np.concatenate(ends), characters, size=size)
 
 
 def counted(flat: NDArray[Any]) -> NDArray[np.int64]:

@@ -161,6 +161,7 @@ def _blocks(
         "measurement_error": bound.measurement_error,
         "perplexity": bound.perplexity,
         "bits_per_character": bound.bits_per_character,
+        "bits_per_byte": bound.bits_per_character / text.bytes_per_character,
         "unigram_bits_per_character": unigram,
         "blocks": len(blocks),
         "length": length,
@@ -174,7 +175,8 @@ def _blocks(
         f"bound            {bound.nats_per_token:.4f} ± {bound.measurement_error:.4f} nats a token (standard error of "
         f"the measurement; over such blocks {bound.standard_error:.4f})\n"
         f"perplexity       {bound.perplexity:.2f} ± {bound.perplexity * bound.measurement_error:.2f}\n"
-        f"bits a character {bound.bits_per_character:.4f} ± {bits:.4f}  (unigram entropy of the text: {unigram:.4f})"
+        f"bits a character {bound.bits_per_character:.4f} ± {bits:.4f}  (unigram entropy of the text: {unigram:.4f})\n"
+        f"bits a byte      {result['bits_per_byte']:.4f} ± {bits / text.bytes_per_character:.4f}  (of UTF-8)"
     )
 
 

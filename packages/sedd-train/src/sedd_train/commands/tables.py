@@ -267,6 +267,7 @@ def write_table(folder: Path, results: Results, table: Table, lengths: Tensor, a
         f"{blocks['fingerprint']}), {how['num_times']} noise levels each",
         "± is one standard error over the blocks, for differences over pairs",
         "autoregressive is a likelihood, the others are upper bounds",
+        *(() if table.perplexity else ("a character of text8 is a byte: bits a byte are the same",)),
         "published: Lou, Meng and Ermon 2024; of the masked cross-entropy and MD4, their own papers",
     )
     names = ["", unit, f"bits a token above {REFERENCE}", f"published, {args.table}"]
