@@ -8,6 +8,7 @@ import pytest
 import torch
 from sedd_samplers import Ancestral, Reverse, Tweedie, sample
 from sedd_samplers.adapters import from_posterior
+from sedd_samplers.leave_one_out import without_own
 from sedd_samplers.precision import check_recoverable, fastest_rate, working_dtype
 from sedd_samplers.steps import ancestral_probs, denoise_probs, tweedie_probs
 
@@ -185,3 +186,19 @@ def test_rows_are_worked_in_float64_where_errors_grow():
     cpu = torch.device("cpu")
     assert (working_dtype(1e-9, cpu), working_dtype(0.0, cpu)) == (torch.float64, torch.float32)
     assert working_dtype(1.0, torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "likely", "hardly"), [(torch.float64, 1e-300, 1e-302), (torch.float32, 1e-30, 1e-32)]
+)
+def test_a_likelihood_whose_inverse_adds_up_to_no_number_is_none(ref, dtype, likely, hardly):
+    """And one of 0, whatever a model says of such a state: 0 without a gradient, not 0 / 0."""
+
+    class Rows(ref.MatrixGraph):  # type: ignore[misc, name-defined]
+        def transition_into(self, x, sigma):
+            return self._row(torch.tensor([[1.0, likely, hardly, 0.0]], dtype=dtype))
+
+    probs = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=dtype, requires_grad=True)
+    out = without_own(probs, torch.tensor([0]), Rows(ref.cycle_matrix(4).Q), torch.ones(1, dtype=dtype))
+    assert out.tolist()[0] == pytest.approx([0.5, 0.25 / likely, 0.0, 0.0], rel=1e-6)
+    assert torch.autograd.grad(out[0, [0, 2, 3]].sum(), probs)[0].tolist() == [[1.0, 0.0, 0.0, 0.0]]
