@@ -13,7 +13,7 @@ from sedd_train import engine as engines
 from sedd_train import half, zero_shards
 from sedd_train.deepspeed_options import check_options, with_options, zero_options
 from sedd_train.ema import EMA
-from sedd_train.engine import Loss, _decayed
+from sedd_train.engine import Loss, _groups
 from sedd_train.half import LossScale, in_half
 from torch import nn
 
@@ -106,15 +106,15 @@ def test_masters_come_back_whatever_happens():
 def test_matrices_decay_and_nothing_else():
     net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Conv1d(1, 1, 2))
     net[0].weight.requires_grad_(False)
-    matrices, others = _decayed(net, 0.3)
+    matrices, others = _groups(net, 0.3, muon=False)
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     assert [p.ndim for p in matrices["params"]] == [3]
     assert [p.ndim for p in others["params"]] == [1, 1, 1, 1]
-    (all_of_it,) = _decayed(net, 0.0)
+    (all_of_it,) = _groups(net, 0.0, muon=False)
     assert (len(all_of_it["params"]), all_of_it["weight_decay"]) == (5, 0.0)
-    (matrix,) = _decayed(nn.Linear(2, 2, bias=False), 0.3)
+    (matrix,) = _groups(nn.Linear(2, 2, bias=False), 0.3, muon=False)
     assert (len(matrix["params"]), matrix["weight_decay"]) == (1, 0.3)
-    (vectors,) = _decayed(nn.LayerNorm(3), 0.3)
+    (vectors,) = _groups(nn.LayerNorm(3), 0.3, muon=False)
     assert (len(vectors["params"]), vectors["weight_decay"]) == (2, 0.0)
 
 
@@ -167,7 +167,7 @@ def test_options_are_put_together_section_by_section_and_neither_is_changed():
     [
         *(("train_batch_size", "batch_size"), ("train_micro_batch_size_per_gpu", "micro_batch_size")),
         *(("gradient_accumulation_steps", "micro_batch_size"), ("gradient_clipping", "clip")),
-        ("optimizer", "learning_rate, beta1, beta2, eps and weight_decay"),
+        ("optimizer", "optimizer, learning_rate, beta1, beta2, eps and weight_decay"),
         *(("scheduler", "learning_rate, warmup and decay_to"), ("torch_autocast", "precision"), ("bf16", "precision")),
         *(("fp16", "precision"), ("amp", "precision"), ("activation_checkpointing", "activation_checkpointing")),
         *(("steps_per_print", "log_every"), ("zero_optimization.stage", "zero_stage")),

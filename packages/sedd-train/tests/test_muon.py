@@ -58,7 +58,11 @@ def test_steps_are_those_of_the_formula():
     other = vector.detach().clone().requires_grad_()
     lr, beta, decay = 0.03, MOMENTUM, 0.5
     given: dict[str, Any] = {"lr": lr, "betas": (0.8, 0.9), "eps": 1e-8, "fused": True}
-    groups = [{"params": [one], "parts": 1}, {"params": [three], "parts": 3}, {"params": [vector]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [one], "parts": 1},
+        {"params": [three], "parts": 3},
+        {"params": [vector]},
+    ]
     muon, adamw = Muon(groups, weight_decay=decay, **given), torch.optim.AdamW([other], weight_decay=decay, **given)
     expected = [one.detach().double(), three.detach().double()]
     momenta = [torch.zeros(6, 4).double() for _ in range(2)]

@@ -87,10 +87,15 @@ def test_loggers_that_are_not_there_are_refused(monkeypatch):
 def test_rows_that_are_filled_up_need_a_network_that_knows_documents():
     padded = dataclasses.replace(RECIPE, packing=False)
     for net in (None, SEDD(9, cond_dim=8, scale_by_sigma=True, **SIZES)):
-        starting.check_packing(net, padded)
-    starting.check_packing(nn.Linear(1, 1), RECIPE)
+        starting.check_own(net, padded)
+    starting.check_own(nn.Linear(1, 1), RECIPE)
     with pytest.raises(ValueError, match=r"packing = False: .*; Linear has none: train it with packing"):
-        starting.check_packing(nn.Linear(1, 1), padded)
+        starting.check_own(nn.Linear(1, 1), padded)
+    muon = dataclasses.replace(RECIPE, optimizer="muon", zero_stage=0)
+    for net in (None, SEDD(9, cond_dim=8, scale_by_sigma=True, **SIZES)):
+        starting.check_own(net, muon)
+    with pytest.raises(ValueError, match=r"of Linear are like them is not known: train it by adamw"):
+        starting.check_own(nn.Linear(1, 1), muon)
 
 
 # The network

@@ -141,7 +141,7 @@ def start_engine(
     return engine
 
 
-def _groups(loss: Loss, weight_decay: float, *, muon: bool) -> list[dict[str, Any]]:
+def _groups(loss: Any, weight_decay: float, *, muon: bool) -> list[dict[str, Any]]:
     """The parameters that are trained in groups: Muon's matrices, what else decays, and what does not."""
     parts = matrices_of(loss.net) if muon else {}
     groups: list[dict[str, Any]] = [
