@@ -330,3 +330,25 @@ def test_masks_are_told_from_other_processes_by_their_rows(make_graphs, hybrid_g
     graph.matrix = even.clone()
     graph.matrix[:, 1] = torch.tensor([0.1, -1.1, 0, 1.0])  # one that may become another token
     assert not masks_evenly(graph, torch.tensor([1]))
+
+
+def test_pilots_tell_what_a_masked_neighbour_adds_on_either_side(make_graphs):
+    """A model whose surprise is 1, 1/2 more with a mask behind the position and 1/4 more with one before it."""
+
+    def score(x, sigma):
+        masked = torch.nn.functional.pad((x == TOKENS).double(), (1, 1))
+        p = torch.exp(-(1 + masked[:, 2:] / 2 + masked[:, :-2] / 4))[..., None]
+        tokens = torch.cat([p, (1 - p) / 2, (1 - p) / 2, p], -1).log()
+        return tokens - torch.log(torch.expm1(sigma.double()))[:, None, None]
+
+    x0, free = torch.zeros(1, 7, dtype=torch.int64), torch.ones(1, 7, dtype=torch.bool)
+    problem = module._Problem(score, make_graphs(TOKENS)["absorbing"], x0, free, None, 1.0, TOKENS, None)
+    guess = problem.guess(4, torch.float64)
+    inner = torch.ones(1, 6, dtype=torch.float64)
+    for found, want in (
+        (guess.alone, torch.ones(1, 7).double()),
+        (guess.right, torch.nn.functional.pad(inner / 2, (0, 1))),
+        (guess.left, torch.nn.functional.pad(inner / 4, (1, 0))),
+        (guess.all, torch.tensor([[1.5, *[1.75] * 5, 1.25]], dtype=torch.float64)),
+    ):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
