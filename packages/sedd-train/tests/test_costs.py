@@ -121,8 +121,8 @@ def test_the_numbers_of_each_stage_stand_under_their_names(monkeypatch, tmp_path
     """Enlarged, so that their digits show."""
     memory = plan.memory
 
-    def large(parameters, stage, ranks, *, trained=None):
-        return {name: value * 1e5 for name, value in memory(parameters, stage, ranks, trained=trained).items()}
+    def large(parameters, stage, ranks, **how):
+        return {name: value * 1e5 for name, value in memory(parameters, stage, ranks, **how).items()}
 
     asked: list[Any] = []
 

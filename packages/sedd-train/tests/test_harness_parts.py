@@ -271,3 +271,20 @@ def test_tokens_are_drawn_where_the_task_draws(harness, monkeypatch):
     for options in ({}, {"do_sample": True, "temperature": 0.5}, {"temperature": 0.5}, {"do_sample": True}):
         found._continued("ab", options | {"max_gen_toks": 1}, 0)
     assert controls == [(("top", 1),), (("heat", 0.5),), (("top", 1),), (("top", 1),)]
+
+
+@pytest.mark.parametrize(
+    ("errors", "told"),
+    [
+        (
+            [[0.3], [0.4, 0.0]],
+            f"measurement error of a log-likelihood, from noise: {math.sqrt(0.25 / 3):.3g} nats, 0.4 at most",
+        ),
+        ([[0.0], [0.0]], "no measurement error: sums over all sets of masks"),
+        ([], "no log-likelihood was measured"),
+    ],
+)
+def test_errors_are_told_by_their_root_mean_square(errors, told, harness):
+    found = harness.SeddLM(model(), device="cpu")
+    found.measured = [SimpleNamespace(standard_error=torch.tensor(part)) for part in errors]
+    assert found.stated_error() == told
