@@ -60,7 +60,7 @@ from sedd_samplers.adapters.processes import Masking
 from sedd_samplers.controls import allowed_tokens, controlled, min_p, repetition_penalty, temperature, top_k, top_p
 from sedd_samplers.grids import check_times
 from sedd_samplers.guidance import classifier_free
-from sedd_samplers.model_calls import device_of
+from sedd_samplers.model_calls import device_of, warn_of_training
 from sedd_samplers.prompts import check_prompt, check_start
 from sedd_samplers.views import live
 
@@ -611,3 +611,23 @@ def test_a_schedule_that_ends_in_little_noise_is_told_of(ref):
         warnings.simplefilter("error")
         sample(flat, graph, little, start=torch.zeros(1, 3).long(), **how)
         sample(flat, graph, lambda t: (4 * t, torch.full_like(t, 4.0)), **how)  # e^-4 3/4, under a twentieth
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        (torch.nn.Dropout(0.1), True),
+        (torch.nn.Dropout(0.0), False),
+        (torch.nn.MultiheadAttention(4, 1, dropout=0.1), True),  # a number of its own, no module
+        (torch.nn.MultiheadAttention(4, 1), False),
+        (torch.nn.BatchNorm1d(4), True),
+        (torch.nn.LayerNorm(4), False),
+    ],
+)
+def test_training_mode_is_told_of_where_something_acts_otherwise_in_it(part, told):
+    for training, warned in ((True, told), (False, False)):
+        model = torch.nn.Sequential(part).train(training)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            warn_of_training(functools.partial(model))
+        assert ["the Sequential is in training mode" in str(each.message) for each in seen] == [True] * warned
