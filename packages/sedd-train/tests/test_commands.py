@@ -123,6 +123,8 @@ def test_options_unless_told_otherwise():
         "num": 2,
         "method": "tweedie",
         "steps": 128,
+        "label": None,
+        "guidance": 1.0,
         "temperature": 1.0,
         "top_k": None,
         "top_p": 1.0,
@@ -137,6 +139,7 @@ def test_options_unless_told_otherwise():
     measured: dict[str, Any] = {
         "corpus": None,
         "column": "",
+        "label_column": "",
         "revision": "",
         "encoding": "",
         "split": "valid",

@@ -70,7 +70,7 @@ def test_what_is_asked_of_the_hub(corpus, options, wanted, identity, monkeypatch
     monkeypatch.setattr(corpora, "DataSet", data_set)
     monkeypatch.setattr(corpora, "commit_of", lambda name, revision: "c0")
     found = corpora.load_texts(corpus, **options)
-    plain = {"config": "", "revision": "", "streaming": False, "column": "", "blank": False}
+    plain = {"config": "", "revision": "", "streaming": False, "column": "", "label_column": "", "blank": False}
     assert made == [plain | {"commit": "c0", "share": 0.05, "most": 100_000} | wanted]
     if identity:
         name = corpus.partition(":")[0]

@@ -43,7 +43,8 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (conditional.conditional, {"device": "cpu", "seed": 0, "chunk": 8, "progress": False}),
     (
         corpora.load_texts,
-        {"rows": False, "streaming": False, "column": "", "revision": "", "valid": "", "encoding": "", "index": None},
+        {"rows": False, "streaming": False, "column": "", "revision": "", "valid": "", "encoding": "", "index": None}
+        | {"label_column": ""},
     ),
     (
         engine.start_engine,
@@ -55,17 +56,24 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
         evaluation.evaluate,
         {"num_times": 16, "seed": 0, "chunk": 8, "progress": False, "estimator": "best"},
     ),
-    (evaluation.bounds, {"num_times": 16, "seed": 0, "chunk": 8, "progress": False, "lengths": None}),
-    (evaluation.by_noise_level, {"num_levels": 16, "t_min": 1e-3, "seed": 0, "chunk": 8, "lengths": None}),
+    (
+        evaluation.bounds,
+        {"num_times": 16, "seed": 0, "chunk": 8, "progress": False, "lengths": None} | {"labels": None},
+    ),
+    (
+        evaluation.by_noise_level,
+        {"num_levels": 16, "t_min": 1e-3, "seed": 0, "chunk": 8, "lengths": None} | {"labels": None},
+    ),
     (files.recognise, {"lines": False, "encoding": "", "named": False}),
     (finetuning.begin, {"tokenizer": None, "graph": None, "noise": None}),
     (flops.training_flops, {"t_min": 1e-3}),
-    (folders.survey, {"column": "", "encoding": "", "lines": False, "blank": False, "index": None}),
+    (folders.survey, {"column": "", "label_column": "", "encoding": "", "lines": False, "blank": False, "index": None}),
     (folders.chosen, {"end": False}),
-    (pipelines.Pipeline.__call__, {"text": "", "num": 1, "seed": 0, "length": None}),
+    (pipelines.Pipeline.__call__, {"text": "", "num": 1, "seed": 0, "length": None, "label": None}),
     (
         pipelines.Pipeline.states,
-        {"seed": 0, "steps": 128, "method": None, "temperature": 1.0, "top_k": None, "top_p": 1.0},
+        {"seed": 0, "steps": 128, "method": None, "temperature": 1.0, "top_k": None, "top_p": 1.0}
+        | {"label": None, "guidance": 1.0},
     ),
     (plan.activations, {"precision": "fp32"}),
     (plan.memory, {"trained": None}),
@@ -115,7 +123,10 @@ def test_a_recipe_s_own_values():
         *("fp32", "sdpa", False, False),
     )
     assert recipe.deepspeed == {}
-    assert recipe.texts == dict.fromkeys(("column", "revision", "valid", "encoding", "eos"), "") | {"streaming": False}
+    assert recipe.texts == dict.fromkeys(("column", "label_column", "revision", "valid", "encoding", "eos"), "") | {
+        "streaming": False
+    }
+    assert recipe.drop_labels == 0.1
     assert MASKING == ("absorb", "hybrid", "masked")
     assert set(recipes.OF_A_CHECKPOINT) == {
         *("objective", "network", "d3pm_steps", "graph", "noise", "sigma_min", "sigma_max", "width", "depth", "heads"),

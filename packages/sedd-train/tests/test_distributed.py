@@ -27,6 +27,7 @@ def outside(monkeypatch):
 @pytest.fixture
 def others(outside):
     """others(rank, told): this process as that rank of a world of which `told` has what each gives, in turn."""
+    outside.setattr(distributed, "_patient", distributed._patient.__wrapped__)  # keeps no group
 
     def world(rank: int, *told: list[Any]) -> list[Any]:
         given: list[Any] = []

@@ -56,7 +56,7 @@ def test_documents_longer_than_what_is_held_out_are_cut():
 
 
 def test_each_document_is_on_one_side_and_of_long_ones_the_end_is_held_out():
-    texts = ["a" * 10, "b" * 11, "c", "d" * 20, "e"]
+    texts = [("a" * 10, "0"), ("b" * 11, "1"), ("c", "2"), ("d" * 20, "3"), ("e", "4")]  # each with its label
     what = Chosen(frozenset({0, 2}), 10)
     asked: list[tuple[int, int]] = []
 
@@ -64,11 +64,12 @@ def test_each_document_is_on_one_side_and_of_long_ones_the_end_is_held_out():
         asked.append((len(text), at))
         return at - 1
 
-    assert list(held_out(texts, what, 0.25, True, boundary)) == ["b" * 7, "d" * 14, "e"]
-    assert list(held_out(texts, what, 0.25, False, boundary)) == ["a" * 10, "b" * 4, "c", "d" * 6]
+    assert list(held_out(texts, what, 0.25, True, boundary)) == [("b" * 7, "1"), ("d" * 14, "3"), ("e", "4")]
+    trained = [("a" * 10, "0"), ("b" * 4, "1"), ("c", "2"), ("d" * 6, "3")]
+    assert list(held_out(texts, what, 0.25, False, boundary)) == trained
     assert asked == [(11, 8), (20, 15)] * 2
-    blank = ["x" * 10 + " " * 10]
-    assert list(held_out(blank, Chosen(frozenset(), 5), 0.5, True, lambda text, at: at)) == ["x" * 10]
+    blank = [("x" * 10 + " " * 10, "")]
+    assert list(held_out(blank, Chosen(frozenset(), 5), 0.5, True, lambda text, at: at)) == [("x" * 10, "")]
     assert list(held_out(blank, Chosen(frozenset(), 5), 0.5, False, lambda text, at: at)) == []
 
 
@@ -123,7 +124,7 @@ def test_what_is_remembered_of_a_file_is_all_that_is_said_of_it(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "three"}\n{"text": null}\n')
     which = files.recognise(tmp_path / "a.jsonl")
     assert isinstance(which, files.File)
-    held = folders._held(which, "", False)
+    held = folders._held(which, "", "", False)
     assert held == {
         **{"column": "text", "documents": 2, "characters": 8, "longest": 5, "bytes": 49},
         "left_out": "1 left out: no text (row 3)",

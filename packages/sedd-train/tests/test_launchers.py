@@ -200,6 +200,7 @@ def test_a_path_with_any_character_is_read_back(tmp_path):
 
 def test_a_run_keeps_what_makes_it_that_run(tmp_path):
     """Each value that FIXED lists, by name here too: what is trained on, by what, for what, and in which order."""
+    labels = {"label_column": "d", "drop_labels": 0.5}
     named = {"column": "a", "revision": "b", "valid": "c", "encoding": "latin-1", "eos": "none"}
     data = named | {
         "corpus": "another",
@@ -212,7 +213,8 @@ def test_a_run_keeps_what_makes_it_that_run(tmp_path):
     process = {"graph": "uniform", "noise": "geometric", "sigma_min": 0.01, "sigma_max": 5.0, "scale_by_sigma": False}
     network = {"network": "radd", "width": 24, "depth": 1, "heads": 3, "cond_dim": 8}
     start = {"init": "runs/other", "train_layers": "blocks.*", "lora": 2, "lora_alpha": 3.0}
-    others: dict[str, Any] = {"objective": "d3pm", "d3pm_steps": 10, "batch_size": 4} | data | process | network | start
+    others: dict[str, Any] = {"objective": "d3pm", "d3pm_steps": 10, "batch_size": 4} | data | labels
+    others |= process | network | start
     assert others.keys() == set(recipes.FIXED)
     recipe = recipes.Recipe()
     (tmp_path / "recipe.toml").write_text(recipes.to_toml(recipe))
@@ -291,6 +293,7 @@ def test_errors_are_told_with_the_ranks_that_had_them(outside):
     outside.setenv("WORLD_SIZE", "4")
     outside.setattr(distributed, "start", lambda: None)
     outside.setattr("sedd_train.distributed.dist.new_group", lambda **how: how)
+    outside.setattr(distributed, "_patient", distributed._patient.__wrapped__)  # keeps no group
     said = [""] * 4
 
     def gather(into, own, *, group):
@@ -321,12 +324,13 @@ def test_a_process_of_its_own_ends_with_its_code(monkeypatch):
     done: list[object] = []
     monkeypatch.setattr("sedd_train.distributed.dist.is_initialized", lambda: True)
     monkeypatch.setattr("sedd_train.distributed.dist.get_world_size", lambda: 2)
-    monkeypatch.setattr("sedd_train.distributed.dist.barrier", lambda: done.append("all came"))
+    monkeypatch.setattr(distributed, "patient", lambda: "for as long as it takes")
+    monkeypatch.setattr("sedd_train.distributed.dist.barrier", lambda *, group: done.append(f"all came {group}"))
     monkeypatch.setattr("sedd_train.distributed.os._exit", done.append)
     monkeypatch.setattr("sedd_train.distributed.dist.destroy_process_group", lambda: done.append("taken down"))
     with pytest.raises(SystemExit):
         distributed.finish(1)
-    assert done[:2] == ["all came", 1]
+    assert done[:2] == ["all came for as long as it takes", 1]
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,8 @@ def test_a_measurement_is_of_the_recipe_s_numbers_and_told_by_the_first_rank(pac
     monkeypatch.setattr(progress, "by_noise_level", levels)
     monkeypatch.setattr(ScoreEntropy, "sample", sample)
     coder: Any = character_tokenizer("abc", end="<end>")
-    valid = Tokens(np.array([0, 1, 2, 3] * 6), np.array([4, 24]), 48, size=72)
+    named = None if packing else np.array([1, -1], np.int32)
+    valid = Tokens(np.array([0, 1, 2, 3] * 6), np.array([4, 24]), 48, size=72, labels=named)
     recipe = dataclasses.replace(
         RECIPE, packing=packing, evaluate_blocks=2, evaluate_times=7, sample_steps=9, t_min=0.25
     )
@@ -272,6 +273,8 @@ def test_a_measurement_is_of_the_recipe_s_numbers_and_told_by_the_first_rank(pac
         assert torch.equal(given[-1], blocks)
         lengths_told = told.pop("lengths")
         assert (lengths_told is None) is packing
+        labels_told = told.pop("labels")
+        assert labels_told is None if packing else labels_told.tolist() == [1, -1]
         assert lengths is None or torch.equal(lengths_told, lengths)
         assert told == how
     assert (asked["measure"][1], *asked["levels"][1:3]) == (OBJECTIVE, OBJECTIVE.graph, OBJECTIVE.noise)

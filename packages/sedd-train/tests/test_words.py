@@ -311,7 +311,8 @@ def test_the_text_of_the_checkpoint_s_own_run_is_read_as_that_read_it(monkeypatc
 
     def args(**values: Any) -> argparse.Namespace:
         return argparse.Namespace(
-            **{"corpus": None, "checkpoint": "it", "split": "test", "column": "", "revision": "", "encoding": ""}
+            **{"corpus": None, "checkpoint": "it", "split": "test", "column": "", "label_column": ""}
+            | {"revision": "", "encoding": ""}
             | values
         )
 
@@ -325,7 +326,7 @@ def test_the_text_of_the_checkpoint_s_own_run_is_read_as_that_read_it(monkeypatc
     options = {name: value for name, value in recipe.texts.items() if name != "eos"}
     assert asked[-1] == ("its own", options)
     assert evaluate._tokens(args(corpus="other", column="c", revision="r", encoding="e"), coder).characters == 3
-    assert asked[-1] == ("other", {"column": "c", "revision": "r", "encoding": "e"})
+    assert asked[-1] == ("other", {"column": "c", "label_column": "", "revision": "r", "encoding": "e"})
 
 
 def test_as_many_are_measured_as_there_are_unless_told():

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from sedd_nets.files import read_json, write_checkpoint
 from torch import Tensor, nn
 
-from sedd_train import adapters, storage, zero_shards
+from sedd_train import adapters, distributed, storage, zero_shards
 from sedd_train.ema import EMA
 from sedd_train.loggers import to_json
 
@@ -105,7 +105,8 @@ def save(
     Raises:
         CheckpointError: on every rank, if it could not be written; the checkpoints before it are intact.
     """
-    weights = zero_shards.frozen(engine) | zero_shards.gather(engine)
+    writes = dist.get_rank() == 0
+    weights = zero_shards.frozen(engine, keep=writes) | zero_shards.gather(engine, keep=writes)
     tensors = _named("weights", weights)
     states = engine.basic_optimizer.state
     pieces = [states.get(master, {}) for master in zero_shards.owned(engine)]
@@ -113,16 +114,18 @@ def save(
     if all("exp_avg" in piece for piece in pieces):
         adam_steps = max((int(piece.get("step", 0)) for piece in pieces), default=0)
         first, second = MOMENTS
-        tensors |= _named(first, zero_shards.gather(engine, [piece[first] for piece in pieces]))
+        tensors |= _named(first, zero_shards.gather(engine, [piece[first] for piece in pieces], keep=writes))
         lacking = _of_muon(engine)
-        whole = zero_shards.gather(engine, [piece.get(second, torch.zeros_like(piece[first])) for piece in pieces])
+        squares = [piece.get(second, torch.zeros_like(piece[first])) for piece in pieces]
+        whole = zero_shards.gather(engine, squares, keep=writes)
         tensors |= _named(second, {name: value for name, value in whole.items() if name not in lacking})
-    average = ema.gather()
+    average = ema.gather(keep=writes)
     if adapters.has_adapters(engine.module.net):
-        tensors |= _named("average", {name: value for name, value in average.items() if ".lora_" in name})
+        trained = {name for name, parameter in engine.module.net.named_parameters() if parameter.requires_grad}
+        tensors |= _named("average", {name: value for name, value in average.items() if name in trained})
     folder = run / f"step-{step:08d}"
     failure: list[str | None] = [None]
-    if dist.get_rank() == 0:
+    if writes:
         counters = {"step": step, "adam_steps": adam_steps, "ema_updates": ema.updates, "bound": bound}
         counters |= {"loss_scale": engine.loss_scale_of_ours.state}
         try:
@@ -130,7 +133,7 @@ def save(
             _prune(run, keep, keep_every)
         except Exception as error:  # of any type, or the other ranks would wait for a word that never comes
             failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
+    dist.broadcast_object_list(failure, src=0, group=distributed.patient())  # a large one takes long to write
     if failure[0] is not None:
         last = find(run)
         raise CheckpointError(

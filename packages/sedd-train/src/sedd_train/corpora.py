@@ -25,6 +25,7 @@ __all__ = ["Texts", "load_texts"]
 
 HELD_OUT = 0.05  # the fraction of a corpus that is held out where nothing else is
 HELD_OUT_MOST = 100_000  # documents
+SPLIT_OF = {"train": "train", "valid": "validation", "test": "test"}  # as files call them
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Texts:
         parts: what it was made of, file by file, once its documents have been read.
         at_tokens: the same corpus, where a long document is cut between two tokens of a tokenizer rather than at a
             space; None where none is cut.
+        labels: of train, valid or test the label of each document, in their order, "" for none; None where documents
+            have none.
     """
 
     identity: str
@@ -49,11 +52,16 @@ class Texts:
     test: Callable[[], Iterable[str]]
     parts: Callable[[], Sequence[Part]] = field(default=tuple, kw_only=True)
     at_tokens: Callable[[Any], Texts] | None = field(default=None, kw_only=True)
+    labels: Callable[[str], Iterable[str]] | None = field(default=None, kw_only=True)
 
     def documents(self, split: str, tokenizer: Any = None) -> Iterable[str]:
         """Those of train, valid or test, cut at the tokens of this tokenizer where any is cut."""
-        texts = self if tokenizer is None or self.at_tokens is None else self.at_tokens(tokenizer)
+        texts = self.cut_for(tokenizer)
         return {"train": texts.train, "valid": texts.valid, "test": texts.test}[split]()
+
+    def cut_for(self, tokenizer: Any) -> Texts:
+        """The same, long documents cut at the tokens of this tokenizer, if there is one."""
+        return self if tokenizer is None or self.at_tokens is None else self.at_tokens(tokenizer)
 
 
 KNOWN: dict[str, dict[str, str]] = {  # short names: where the hub has them
@@ -74,6 +82,7 @@ def load_texts(
     rows: bool = False,
     streaming: bool = False,
     column: str = "",
+    label_column: str = "",
     revision: str = "",
     valid: str = "",
     encoding: str = "",
@@ -95,6 +104,8 @@ def load_texts(
             held-out part, its documents are kept in memory.
         column: the column of the text in rows that have several; unless given, the one called text, content, sentence,
             sequence, article or the like.
+        label_column: the column of the documents' labels, words or whole numbers, in files of rows here or data sets
+            of the hub.
         revision: a commit, tag or branch of a data set of the hub; what its main branch is at now, unless given.
         valid: a file or folder whose documents are watched, and measured where the corpus says nothing else: then all
             the others are trained on.
@@ -102,19 +113,22 @@ def load_texts(
         index: a folder where what was found in files is remembered.
 
     Raises:
-        ValueError: the corpus is empty, in no known encoding or format, has no column of text, or is unknown.
+        ValueError: the corpus is empty, in no known encoding or format, has no column of text or of labels, or is
+            unknown.
         OSError: a file is damaged.
         ConnectionError: the hub cannot be reached; the message says what to do.
     """
     name, _, path = corpus.partition(":")
-    options: dict[str, Any] = {"column": column, "encoding": encoding, "index": index}
+    options: dict[str, Any] = {"column": column, "label_column": label_column, "encoding": encoding, "index": index}
+    if label_column and (name in KNOWN or corpus in ("sotu", "sotu-text8", "sotu-sentences")):
+        raise ValueError(f"corpus {corpus!r} has no labels: leave out label_column = {label_column!r} (--label-column)")
     watched = _watched(valid, options) if valid else None
     if name == "hub" and Path(path).exists():
         texts = _of_files("", Path(path), False, watched, options)
     elif name == "hub" or (name in KNOWN and not path):
         dataset, _, config = path.partition(":")
         source = KNOWN.get(name, {"name": dataset, "config": config})
-        texts = _of_hub(name, source, rows, streaming, column, revision, whole=bool(valid))
+        texts = _of_hub(name, source, rows, streaming, column, label_column, revision, whole=bool(valid))
     elif name == "text8" and Path(path).is_file():
         texts = _text8(Path(path))
     elif name in KNOWN:
@@ -137,11 +151,19 @@ def load_texts(
             f"no corpus {corpus!r}: expected the path of a file or folder, 'hub:NAME[:CONFIG]', sotu, sotu-text8, "
             f"sotu-sentences, {', '.join(KNOWN)}, or one of the last with ':PATH' for files on this machine"
         )
-    return texts if watched is None else _watching(texts, watched)
+    return texts if watched is None else _watching(texts, watched, label_column)
 
 
 def _of_hub(
-    name: str, source: dict[str, str], rows: bool, streaming: bool, column: str, revision: str, *, whole: bool
+    name: str,
+    source: dict[str, str],
+    rows: bool,
+    streaming: bool,
+    column: str,
+    label_column: str,
+    revision: str,
+    *,
+    whole: bool,
 ) -> Texts:
     revision = revision or source.get("revision", "")
     commit = commit_of(source["name"], revision)
@@ -152,18 +174,25 @@ def _of_hub(
         commit=commit,
         streaming=streaming,
         column=column,
+        label_column=label_column,
         blank=name in KNOWN,
         share=HELD_OUT,
         most=HELD_OUT_MOST,
     )
-    which = [data.name, data.config, commit or revision, column, whole]
+    which = [data.name, data.config, commit or revision, column, whole, *([label_column] if label_column else [])]
     identity = f"{name}:{json.dumps(which)}" + " by rows" * rows
 
     def part(wanted: str) -> Iterable[str]:
         return _as_published(name, data.documents(wanted, whole=whole), rows)
 
+    def labels(wanted: str) -> Iterable[str]:
+        return (label for _, label in data.labelled(SPLIT_OF[wanted], whole=whole))
+
     return Texts(
-        identity, *(functools.partial(part, split) for split in ("train", "validation", "test")), parts=data.parts
+        identity,
+        *(functools.partial(part, split) for split in SPLIT_OF.values()),
+        parts=data.parts,
+        labels=labels if label_column else None,
     )
 
 
@@ -185,7 +214,7 @@ def _of_files(
         wanted: {part: file for part, file in found.items() if part.split == wanted and file}
         for wanted in ("train", "validation", "test")
     }
-    column, blank = options["column"], options.get("blank", False)
+    column, label_column, blank = options["column"], options["label_column"], options.get("blank", False)
     cut = not split["validation"] and not split["test"] and watched is None
     trained = split["train"]
     what = folders.chosen(
@@ -197,24 +226,31 @@ def _of_files(
         end=bool(name),
     )
 
-    def part(wanted: str, boundary: Callable[[str, int], int]) -> Iterable[str]:
+    def pairs(wanted: str, boundary: Callable[[str, int], int]) -> Iterable[tuple[str, str]]:
         if wanted == "train" and not trained:
             raise ValueError(f"corpus {path} has no text to train on, only to measure")
         others = split["test" if wanted == "test" else "validation"] or split["validation"] or split["test"]
         chosen = trained if wanted == "train" or cut else others
-        texts: Iterable[str] = chain.from_iterable(readers.documents(f, column, blank=blank) for f in chosen.values())
-        if cut:
-            texts = folders.held_out(texts, what, HELD_OUT, wanted == "train", boundary)
-        return _as_published(name, texts, rows)
+        found = chain.from_iterable(readers.labelled(f, column, label_column, blank=blank) for f in chosen.values())
+        return folders.held_out(found, what, HELD_OUT, wanted == "train", boundary) if cut else found
+
+    def part(wanted: str, boundary: Callable[[str, int], int]) -> Iterable[str]:
+        return _as_published(name, (text for text, _ in pairs(wanted, boundary)), rows)
 
     content = [[part.split, part.format, part.column, part.sha256] for part in found if part.documents]
-    digest = hashlib.sha256(json.dumps([content, blank, bool(watched)]).encode()).hexdigest()
+    which = [content, blank, bool(watched), *([label_column] if label_column else [])]
+    digest = hashlib.sha256(json.dumps(which).encode()).hexdigest()
     identity = f"{name or 'text'}:{digest}" + " by rows" * rows
 
     def texts(boundary: Callable[[str, int], int]) -> Texts:
-        train, valid, test = (functools.partial(part, wanted, boundary) for wanted in ("train", "validation", "test"))
+        train, valid, test = (functools.partial(part, wanted, boundary) for wanted in SPLIT_OF.values())
         measured = test if split["test"] and split["validation"] else valid
-        return Texts(identity, train, valid, measured, parts=lambda: tuple(found))
+
+        def labels(wanted: str) -> Iterable[str]:
+            return (label for _, label in pairs(SPLIT_OF[wanted], boundary))
+
+        told = labels if label_column else None
+        return Texts(identity, train, valid, measured, parts=lambda: tuple(found), labels=told)
 
     plain = texts(folders.near_space)
     if not cut or what.longer == float("inf"):
@@ -230,8 +266,9 @@ def _watched(valid: str, options: dict[str, Any]) -> dict[Part, File | None]:
     return {dataclasses.replace(part, split="validation" if file else "left out"): file for part, file in found.items()}
 
 
-def _watching(texts: Texts, watched: dict[Part, File | None]) -> Texts:
+def _watching(texts: Texts, watched: dict[Part, File | None], label_column: str) -> Texts:
     """A corpus of which other documents are watched, and measured if it has none to measure."""
+    has_test = any(part.split == "test" for part in texts.parts())
     trained = {part.sha256: part for part in texts.parts() if part.split == "train" and part.sha256}
     for part in watched:
         if part.sha256 in trained:
@@ -240,16 +277,24 @@ def _watching(texts: Texts, watched: dict[Part, File | None]) -> Texts:
             )
     digest = hashlib.sha256(json.dumps([[part.format, part.column, part.sha256] for part in watched]).encode())
 
-    def documents() -> Iterable[str]:
-        return chain.from_iterable(readers.documents(file, part.column) for part, file in watched.items() if file)
+    def pairs() -> Iterable[tuple[str, str]]:
+        files = ((file, part.column) for part, file in watched.items() if file)
+        return chain.from_iterable(readers.labelled(file, column, label_column) for file, column in files)
 
-    has_test = any(part.split == "test" for part in texts.parts())
+    def documents() -> Iterable[str]:
+        return (text for text, _ in pairs())
+
+    def labels(wanted: str) -> Iterable[str]:
+        theirs = wanted == "train" or (wanted == "test" and has_test)
+        return texts.labels(wanted) if theirs and texts.labels else (label for _, label in pairs())
+
     return Texts(
         f"{texts.identity} watched on {digest.hexdigest()}",
         texts.train,
         documents,
         texts.test if has_test else documents,
         parts=lambda: (*(part for part in texts.parts() if part.split != "validation"), *watched),
+        labels=labels if label_column else None,
     )
 
 

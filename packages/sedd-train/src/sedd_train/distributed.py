@@ -9,6 +9,7 @@ compile its C++ operators at first use.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import socket
 import sys
@@ -26,7 +27,9 @@ from tqdm import tqdm
 
 from sedd_train.launchers import adopt
 
-__all__ = ["place", "say", "agree", "by_leader", "start", "finish", "free_port", "keep_memory"]
+__all__ = ["place", "say", "agree", "by_leader", "patient", "start", "finish", "free_port", "keep_memory"]
+
+TIMEOUT = timedelta(minutes=10)  # of what all ranks do together, in training
 
 
 def place() -> tuple[int, int]:
@@ -57,7 +60,7 @@ def agree(failure: str) -> str:
         return failure
     start()
     failures = [""] * world_size
-    dist.all_gather_object(failures, failure, group=_patient())
+    dist.all_gather_object(failures, failure, group=patient())
     ranks: dict[str, list[int]] = {}
     for number, text in enumerate(failures):
         if text:
@@ -83,9 +86,9 @@ def by_leader(work: Callable[[], str], asked: str) -> str:
     if world_size == 1:
         return work()
     start()
-    patient = _patient()
+    slow = patient()
     hosts: list[Any] = [None] * world_size
-    dist.all_gather_object(hosts, (socket.gethostname(), asked), group=patient)
+    dist.all_gather_object(hosts, (socket.gethostname(), asked), group=slow)
     leader = next(number for number, (host, _) in enumerate(hosts) if host == hosts[rank][0])
     made, failure = "", ""
     if rank == leader:
@@ -94,7 +97,7 @@ def by_leader(work: Callable[[], str], asked: str) -> str:
         except (ValueError, OSError) as error:
             failure = str(error) or repr(error)
     told: list[Any] = [None] * world_size
-    dist.all_gather_object(told, (made, failure), group=patient)
+    dist.all_gather_object(told, (made, failure), group=slow)
     if asked != hosts[leader][1]:
         raise ValueError(f"was started with {asked}, and rank {leader} with {hosts[leader][1]}")
     if told[leader][1]:
@@ -102,8 +105,13 @@ def by_leader(work: Callable[[], str], asked: str) -> str:
     return str(told[leader][0])
 
 
-def _patient() -> Any:
-    """A group of all processes, any of which may take days over what the others wait for."""
+def patient() -> Any:
+    """A group of all processes, any of which may take days over what the others wait for. Collective at first."""
+    return _patient(dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _patient(world: Any) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
@@ -132,7 +140,7 @@ def start() -> torch.device:
     if not dist.is_initialized():
         backend = "gloo" if on_cpu else "nccl"
         try:
-            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(minutes=10))
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=TIMEOUT)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise RuntimeError(
                 f"the {os.environ['WORLD_SIZE']} processes did not find each other at {os.environ['MASTER_ADDR']}:"
@@ -180,7 +188,7 @@ def finish(code: int = 0) -> None:
     if not dist.is_initialized():
         sys.exit(code)
     if dist.get_world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=patient())  # the first writes what has come of it meanwhile
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -39,9 +39,12 @@ class EMA:
             piece.lerp_(master.detach(), 1 - decay)
         self.updates += 1
 
-    def gather(self) -> dict[str, Tensor]:
-        """The averaged weights by name, whole, and those that are not trained, on the CPU of every rank. Collective."""
-        return zero_shards.frozen(self.engine) | zero_shards.gather(self.engine, self.pieces)
+    def gather(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """The averaged weights by name, whole, and those that are not trained, on the CPU of ranks that keep them.
+
+        Collective.
+        """
+        return zero_shards.frozen(self.engine, keep=keep) | zero_shards.gather(self.engine, self.pieces, keep=keep)
 
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Continue from averaged weights as `gather` gave them, after so many updates."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sedd_train import zero_shards
 from sedd_train.deepspeed_options import with_options, zero_options
 from sedd_train.half import LossScale, in_half
+from sedd_train.labels import given
 from sedd_train.muon import Muon, matrices_of
 from sedd_train.objectives import Objective, has_head
 
@@ -59,6 +60,7 @@ class Loss(nn.Module):
         dropout_seeds: Tensor | None = None,
         lengths: Tensor | None = None,
         positions: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The objective's loss, nats a sequence; x0, xt (B, L), positions (M,) or None, the others (B,).
 
@@ -66,6 +68,7 @@ class Loss(nn.Module):
             The mean over the batch, (), and, without a gradient, the loss of each sequence, (B,).
         """
         net = in_half(self.net) if self.in_float16 else self.net
+        net = given(net, labels)
         more = {} if positions is None else {"positions": positions}
         total, each = self.objective.losses(net, x0, xt, t, lengths=lengths, dropout_seeds=dropout_seeds, **more)
         # ZeRO skips a step by its gradient: this factor is 1, or NaN where the loss is infinite.

@@ -20,11 +20,12 @@ from sedd_objectives import Bound, Estimate, corpus_likelihood, likelihood_bound
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from sedd_train.labels import given
 from sedd_train.objectives import Objective, ScoreEntropy
 from sedd_train.randomness import EVALUATION, LEVELS, generator
 
 __all__ = [
-    *("Evaluation", "evaluate", "measure", "bounds", "ESTIMATORS", "choose_estimator", "bound_by"),
+    *("Evaluation", "evaluate", "measure", "bounds", "ESTIMATORS", "choose_estimator", "bound_by", "mean_of"),
     *("Levels", "by_noise_level"),
 ]
 
@@ -122,14 +123,14 @@ def evaluate(
     chosen = choose_estimator(estimator, graph, blocks)
 
     @torch.no_grad()
-    def of_chunk(number: int, x0: Tensor, _: Tensor | None) -> Tensor:
+    def of_chunk(net: Any, number: int, x0: Tensor, _: Tensor | None) -> Tensor:
         random = generator(seed, EVALUATION, number, device=x0.device)
         found = bound_by(chosen, net, graph, noise, x0, num_times=num_times, generator=random)
         return torch.stack([found.value, found.standard_error], -1)
 
     values, errors = _of_chunks(of_chunk, net, blocks, None, chunk, progress, columns=(2,)).T
     corpus = corpus_likelihood(Estimate(values, errors), blocks.numel())
-    spread = _mean(values / blocks.shape[1], characters_per_token).standard_error
+    spread = mean_of(values / blocks.shape[1], characters_per_token).standard_error
     error = corpus.standard_error / corpus.num_tokens
     return Evaluation(corpus.nats_per_token, spread, characters_per_token, error, chosen)
 
@@ -148,7 +149,7 @@ def measure(
     The options are those of `bounds`. With `lengths` it is a ratio, all nats over all tokens that are text.
     """
     values = bounds(net, objective, blocks, lengths=lengths, **options)
-    return _mean(values, characters_per_token, None if lengths is None else lengths / blocks.shape[1])
+    return mean_of(values, characters_per_token, None if lengths is None else lengths / blocks.shape[1])
 
 
 @torch.no_grad()
@@ -162,21 +163,23 @@ def bounds(
     chunk: int = 8,
     progress: bool = False,
     lengths: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """One number a block, to compare models in pairs: (n,) float64 nats on the CPU, divided by the blocks' length L.
 
     The arguments are those of `evaluate`, which averages these numbers if it takes the same estimator; `lengths`, (n,)
-    int64, says how many tokens of each block are text, all unless given.
+    int64, says how many tokens of each block are text, all unless given; `labels`, (n,) int64, under which the network
+    is told to see it, -1 for none.
     """
 
-    def of_chunk(number: int, x0: Tensor, lengths: Tensor | None) -> Tensor:
+    def of_chunk(net: Any, number: int, x0: Tensor, lengths: Tensor | None) -> Tensor:
         random = generator(seed, EVALUATION, number, device=x0.device)
         return objective.bound(net, x0, num_times=num_times, generator=random, lengths=lengths)
 
-    return _of_chunks(of_chunk, net, blocks, lengths, chunk, progress) / blocks.shape[1]
+    return _of_chunks(of_chunk, net, blocks, lengths, chunk, progress, labels=labels) / blocks.shape[1]
 
 
-def _mean(values: Tensor, characters_per_token: float, share: Tensor | None = None) -> Evaluation:
+def mean_of(values: Tensor, characters_per_token: float, share: Tensor | None = None) -> Evaluation:
     """Mean and error of n values a token; a ratio's, if only this share (n,) of each block's tokens is text."""
     share = torch.ones_like(values) if share is None else share
     mean = float(values.sum() / share.sum())
@@ -186,15 +189,16 @@ def _mean(values: Tensor, characters_per_token: float, share: Tensor | None = No
 
 
 def _of_chunks(
-    measure: Callable[[int, Tensor, Tensor | None], Tensor],
+    measure: Callable[[Any, int, Tensor, Tensor | None], Tensor],
     net: Any,
     blocks: Tensor,
     lengths: Tensor | None,
     chunk: int,
     progress: bool = False,
     columns: tuple[int, ...] = (),
+    labels: Tensor | None = None,
 ) -> Tensor:
-    """What `measure(number, x0, lengths)` gives for each chunk, (n, *columns) float64 on the CPU. Collective.
+    """What `measure(net, number, x0, lengths)` gives for each chunk, (n, *columns) float64 on the CPU. Collective.
 
     Each rank takes some of the chunks. If one of them raises ValueError, all do, after all have come to the end.
     """
@@ -207,8 +211,8 @@ def _of_chunks(
         if number % world == rank and not failure:
             try:
                 part = slice(start, start + chunk)
-                own = None if lengths is None else lengths[part].to(device)
-                values[part] = measure(number, blocks[part].to(device), own).double().cpu()
+                own, told = (None if rows is None else rows[part].to(device) for rows in (lengths, labels))
+                values[part] = measure(given(net, told), number, blocks[part].to(device), own).double().cpu()
             except ValueError as raised:  # kept until all ranks know of it: the others would wait for this one
                 failure = str(raised)
     _raise_together(failure)
@@ -257,6 +261,7 @@ def by_noise_level(
     seed: int = 0,
     chunk: int = 8,
     lengths: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Levels:
     """Where in time the loss on held-out text comes from: eq. 10's integral over K equal parts of [t_min, 1].
 
@@ -273,6 +278,7 @@ def by_noise_level(
         seed: of times and noise.
         chunk: sequences at once.
         lengths: (n,) int64, how many tokens of each block are text; all, unless given.
+        labels: (n,) int64, under which the network is told to see each; -1 for none.
 
     Raises:
         ValueError: on every rank, if the loss is NaN on one of them.
@@ -280,7 +286,7 @@ def by_noise_level(
     objective = ScoreEntropy(graph, noise)
     tokens = blocks.shape[1] if lengths is None else float(lengths.double().mean())
 
-    def measure(number: int, x0: Tensor, lengths: Tensor | None) -> Tensor:
+    def measure(net: Any, number: int, x0: Tensor, lengths: Tensor | None) -> Tensor:
         random = generator(seed, LEVELS, number, device=x0.device)
         losses = []
         for level in range(num_levels):
@@ -289,7 +295,7 @@ def by_noise_level(
             losses.append(objective.loss(net, x0, t, generator=random, lengths=lengths))
         return torch.stack(losses, 1)
 
-    values = _of_chunks(measure, net, blocks, lengths, chunk, columns=(num_levels,))
+    values = _of_chunks(measure, net, blocks, lengths, chunk, columns=(num_levels,), labels=labels)
     values *= (1 - t_min) / num_levels / tokens
     error = values.std(0) / math.sqrt(len(values)) if len(values) > 1 else torch.full((num_levels,), math.nan).double()
     middles = t_min + (1 - t_min) * (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels

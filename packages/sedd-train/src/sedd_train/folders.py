@@ -81,6 +81,7 @@ def survey(
     path: Path,
     *,
     column: str = "",
+    label_column: str = "",
     encoding: str = "",
     lines: bool = False,
     blank: bool = False,
@@ -91,6 +92,7 @@ def survey(
     Args:
         path: a file, a folder, or a folder of `save_to_disk`.
         column: see `rows.documents`.
+        label_column: see `rows.labelled`.
         encoding: see `files.recognise`.
         lines: whether lines of a text are documents.
         blank: whether blank rows are documents.
@@ -98,11 +100,11 @@ def survey(
             are as they were.
 
     Raises:
-        ValueError: there are no documents; a file is in an unknown encoding, has no column of text, or is of two
-            splits.
+        ValueError: there are no documents; a file is in an unknown encoding, has no column of text or of labels, or is
+            of two splits.
         OSError: a file is damaged.
     """
-    asked = [str(path.resolve()), column, encoding, lines, blank]
+    asked = [str(path.resolve()), column, encoding, lines, blank, *([label_column] if label_column else [])]
     noted = None if index is None else index / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
     known, remember, found = _noted(noted), dict[str, Any](), dict[Part, File | None]()
     for file, name, told in _listed(path):
@@ -114,7 +116,7 @@ def survey(
         state, now = _state(file), time.time_ns()
         held = known.get(name, {}) if known.get(name, {}).get("state") == state else {}
         if not held:
-            held = _held(which, column, blank) | {"state": state}
+            held = _held(which, column, label_column, blank) | {"state": state}
         if now - max(state[2:]) > 3 * 10**9:  # what changed just now may change again within the clock's tick
             remember[name] = held
         form = which.kind + "".join(f", {more}" for more in (which.packed, which.encoding) if more)
@@ -136,10 +138,10 @@ def _state(file: Path) -> list[int]:
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _held(which: File, column: str, blank: bool) -> dict[str, Any]:
+def _held(which: File, column: str, label_column: str, blank: bool) -> dict[str, Any]:
     notes = Notes()
     documents = characters = longest = 0
-    for text in rows.documents(which, column, notes, blank=blank):
+    for text, _ in rows.labelled(which, column, label_column, notes, blank=blank):
         documents += 1
         characters += len(text)
         longest = max(longest, len(text))
@@ -272,25 +274,25 @@ def chosen(documents: int, characters: int, longest: int, share: float, most: in
 
 
 def held_out(
-    texts: Iterable[str], what: Chosen, share: float, train: bool, boundary: Callable[[str, int], int]
-) -> Iterator[str]:
+    documents: Iterable[tuple[str, str]], what: Chosen, share: float, train: bool, boundary: Callable[[str, int], int]
+) -> Iterator[tuple[str, str]]:
     """The documents to train on, or those held out; of long ones the beginning, or the end.
 
     Args:
-        texts: all documents.
+        documents: all of them, each with its label.
         what: see `chosen`.
         share: of a long document that is held out.
         train: which of the two.
         boundary: where to cut a text at about a place.
     """
-    for number, text in enumerate(texts):
+    for number, (text, label) in enumerate(documents):
         if len(text) > what.longer:
             cut = boundary(text, round(len(text) * (1 - share)))
             piece = text[:cut] if train else text[cut:]
             if piece.strip():
-                yield piece
+                yield piece, label
         elif (number in what.numbers) != train:
-            yield text
+            yield text, label
 
 
 def near_space(text: str, at: int) -> int:

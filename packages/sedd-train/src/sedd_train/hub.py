@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd_train.folders import OF_NAME, Part
-from sedd_train.rows import Notes, find_column, why_not
+from sedd_train.rows import Notes, find_column, label_of, why_not
 
 __all__ = ["DataSet", "commit_of"]
 
@@ -31,6 +31,7 @@ class DataSet:
         blank: whether blank rows are documents.
         share: of it that is held out where nothing else is.
         most: documents to be held out, at most.
+        label_column: the column of the documents' labels, or nothing.
     """
 
     name: str
@@ -42,9 +43,10 @@ class DataSet:
     blank: bool
     share: float
     most: int
+    label_column: str = ""
     notes: dict[str, Notes] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    end: list[str] = field(default_factory=list)  # what is held out of a stream, once it has been read
+    end: list[tuple[str, str]] = field(default_factory=list)  # what is held out of a stream, once it has been read
 
     @functools.cached_property
     def data(self) -> Any:
@@ -78,14 +80,18 @@ class DataSet:
         return {OF_NAME.get(str(name).lower(), str(name)): data for name, data in self.data.items()}
 
     def documents(self, wanted: str, *, whole: bool = False) -> Iterator[str]:
-        """The documents to train on, to watch (validation) or to measure (test).
+        """The documents of `labelled`, which see."""
+        return (text for text, _ in self.labelled(wanted, whole=whole))
+
+    def labelled(self, wanted: str, *, whole: bool = False) -> Iterator[tuple[str, str]]:
+        """The documents to train on, to watch (validation) or to measure (test), each with its label, "" for none.
 
         Args:
             wanted: which.
             whole: whether nothing of the training split is held out, even if there is no other.
 
         Raises:
-            ValueError: there is no text to train on, or no column of text.
+            ValueError: there is no text to train on, no column of text or none of labels.
             OSError: reading them failed.
         """
         splits = self.splits
@@ -127,9 +133,10 @@ class DataSet:
             for split, notes in self.notes.items()
         ]
 
-    def _texts(self, split: str, rows: Any) -> Iterator[str]:
+    def _texts(self, split: str, rows: Any) -> Iterator[tuple[str, str]]:
         notes = self.notes[split] = Notes()
         self.counts[split] = 0
+        word = getattr((getattr(rows, "features", None) or {}).get(self.label_column), "int2str", None)
         number, iterator = 0, iter(rows)
         while True:
             try:
@@ -144,20 +151,24 @@ class DataSet:
             number += 1
             if not notes.column:
                 notes.column = find_column(list(row), self.column, f"corpus {self.name}")
-            value = row.get(notes.column)
+                if self.label_column:
+                    find_column(list(row), self.label_column, f"corpus {self.name}")
+            value, label = row.get(notes.column), row.get(self.label_column)
             why = why_not(value, self.blank)
             if why:
                 notes.add(why, number)
             else:
                 self.counts[split] += 1
-                yield value
+                if word and isinstance(label, int):
+                    label = word(label) if label >= 0 else None  # -1: not said
+                yield value, label_of(label, self.label_column, f"corpus {self.name}")
 
     def _held_out_of(self, count: int) -> int:
         return min(self.most, math.ceil(count * self.share))
 
-    def _but_the_end(self, texts: Iterable[str]) -> Iterator[str]:
+    def _but_the_end(self, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         """All but the held-out end of texts whose number is not known before; that end is kept for later."""
-        last: deque[str] = deque()
+        last: deque[tuple[str, str]] = deque()
         count = 0
         for text in texts:
             count += 1

@@ -15,8 +15,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from sedd_train import randomness
+from sedd_train import labels, randomness
 from sedd_train.engine import Batch
 from sedd_train.objectives import Objective
 from sedd_train.recipes import Recipe
@@ -102,8 +103,9 @@ class Batches:
         find = getattr(self.objective, "positions", None)
         if find is None:
             return batch
-        x0, xt, t, seeds, *lengths = batch
-        return x0, xt, t, seeds, lengths[0] if lengths else None, find(xt, *lengths)
+        x0, xt, t, seeds, *more = batch
+        lengths = more[0] if more else None
+        return x0, xt, t, seeds, lengths, find(xt, *more[:1]), *more[2:]
 
     def _micro_batch(self, step: int, number: int) -> Batch:
         recipe, tokens = self.recipe, self.tokens
@@ -112,8 +114,11 @@ class Batches:
         x0 = tokens.at(at, recipe.length) if self.end is None else tokens.rows(at, recipe.length, self.end)
         t = randomness.times(recipe.seed, step, numbers, recipe.batch_size, recipe.t_min)
         xt, t = self.objective.noised(x0, t, recipe.seed, step, numbers)
-        lengths = [] if self.end is None else [tokens.lengths(at, recipe.length)]
-        return (x0, xt, t, randomness.dropout_seeds(recipe.seed, step, numbers), *lengths)
+        more: list[Tensor | None] = [] if self.end is None else [tokens.lengths(at, recipe.length)]
+        if tokens.labels is not None:
+            own = torch.from_numpy(tokens.labels[at].astype(np.int64))
+            more += [None, labels.dropped(own, recipe.drop_labels, recipe.seed, step, numbers)]
+        return (x0, xt, t, randomness.dropout_seeds(recipe.seed, step, numbers), *more)
 
 
 def pinned(batch: Batch) -> Batch:

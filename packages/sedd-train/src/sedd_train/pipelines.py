@@ -3,6 +3,7 @@
 write = pipeline("runs/tiny")
 write("Fellow citizens", num=2)                     two texts that begin so
 write("The state of the ____ is ________.")         the blanks filled, an underscore for each token
+write(label="comedy", guidance=2.0)                 of a model that was trained on labels
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from sedd_nets import bind
 from sedd_nets.files import HubOptions
 from sedd_samplers import Method, ScoreModel, State, Tweedie, clamped, draw_lengths, trajectory
 from sedd_samplers.controls import Control, controlled, temperature, top_k, top_p
+from sedd_samplers.guidance import classifier_free
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sedd_train import prompts
+from sedd_train import labels, prompts
 from sedd_train.pretrained import Model, load
 
 __all__ = ["pipeline", "Pipeline", "Canvas", "controls_of"]
@@ -50,7 +52,14 @@ class Pipeline:
     device: torch.device | str
 
     def __call__(
-        self, text: str = "", *, num: int = 1, seed: int = 0, length: int | None = None, **drawing: Any
+        self,
+        text: str = "",
+        *,
+        num: int = 1,
+        seed: int = 0,
+        length: int | None = None,
+        label: str | None = None,
+        **drawing: Any,
     ) -> list[str]:
         """Texts of the model: those that begin with this one, or this one with its blanks filled.
 
@@ -59,15 +68,16 @@ class Pipeline:
             num: how many.
             seed: of the first; the next one has the next. The same seed gives the same text, whatever `num`.
             length: tokens of the whole, of a text without blanks; see `canvas`.
+            label: that the texts are of, of a model that was trained on labels; see `states`.
             drawing: those of `states`.
 
         Raises:
             ValueError: as `states`; or the text is too long for the model.
         """
         prompt = {"text": text} if "_" in text else {"prefix": text}
-        canvas, x = self.canvas(num, seed, length=length, **prompt), torch.empty(0)
+        canvas, x = self.canvas(num, seed, length=length, label=label, **prompt), torch.empty(0)
         with torch.inference_mode():
-            for state in self.states(canvas, seed=seed, **drawing):
+            for state in self.states(canvas, seed=seed, label=label, **drawing):
                 x = state.x
         return self.texts(x, canvas.lengths)
 
@@ -80,6 +90,7 @@ class Pipeline:
         prefix: str = "",
         suffix: str = "",
         length: int | None = None,
+        label: str | None = None,
     ) -> Canvas:
         """What `num` samples of the seeds from `seed` on begin from.
 
@@ -90,7 +101,8 @@ class Pipeline:
             prefix: what each begins with.
             suffix: what each ends with.
             length: tokens of each. Unless given, as many as the model takes, or where it was trained on rows of many
-                lengths, drawn from theirs.
+                lengths, drawn from theirs, or those of the label.
+            label: that the texts are of.
 
         Raises:
             ValueError: a number that makes no sense, or a prompt that is too long or leaves nothing to fill.
@@ -105,7 +117,7 @@ class Pipeline:
                 raise ValueError("a text with blanks is as long as it is: leave out length")
             own = [prompts.with_blanks(tokenizer, text, net.length)] * num
         else:
-            ends, law = {"prefix": prefix, "suffix": suffix}, net.sections.get("lengths")
+            ends, law = {"prefix": prefix, "suffix": suffix}, labels.law_of_lengths(net, label)
             prompt = prompts.around(tokenizer, length or net.length, **ends)
             if law is None or length is not None:
                 own = [prompt] * num
@@ -121,6 +133,8 @@ class Pipeline:
         canvas: Canvas,
         *,
         seed: int = 0,
+        label: str | None = None,
+        guidance: float = 1.0,
         steps: int = 128,
         method: Method | None = None,
         temperature: float = 1.0,
@@ -132,6 +146,9 @@ class Pipeline:
         Args:
             canvas: which positions hold which tokens.
             seed: of the first sample; the next one has the next.
+            label: that the samples are of; the model's whole law unless given.
+            guidance: the weight of the label, see `sedd_samplers.guidance`: 1 for the law of its texts, more for texts
+                that are more clearly of it than the text that the model was trained on.
             steps: reverse steps; more is better and slower.
             method: the reverse step; `Tweedie()` unless given.
             temperature: of each token's law; below 1 for likelier tokens.
@@ -139,21 +156,26 @@ class Pipeline:
             top_p: draw from the likeliest tokens of that mass.
 
         Raises:
-            ValueError: a number that makes no sense, or one of the last three for a model that does not mask.
+            ValueError: a number that makes no sense, a label that the model does not know, guidance without one, or
+                one of the last three for a model that does not mask.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        net, graph, noise, _ = self.model
+        _, graph, noise, _ = self.model
         controls = controls_of(temperature, top_k, top_p)
         if controls and graph.mask_id is None:
             raise ValueError(
                 "temperature, top-k and top-p need a model that masks: they act on p(x0 | x_t), which cannot be told "
                 "from this one's score at high noise"
             )
+        if guidance != 1 and label is None:
+            raise ValueError(f"guidance = {guidance} is the weight of a label: give one")
         x, given, lengths = canvas
-        score: ScoreModel = net if min(lengths) == x.shape[1] else bind(net, lengths=lengths)
+        score = self._score(lengths, x.shape[1], label, guidance)
+        # What is guided does not sum to 1 of itself, and masks would go at another time than the schedule's.
+        whole = guidance in (0, 1) or graph.mask_id is None
         return trajectory(
-            controlled(score, graph, *controls) if controls else score,
+            score if whole and not controls else controlled(score, graph, *controls),
             graph,
             noise,
             x=x,
@@ -163,6 +185,18 @@ class Pipeline:
             seeds=range(seed, seed + len(x)),
             conditioning=clamped,
         )
+
+    def _score(self, lengths: Sequence[int], longest: int, label: str | None, guidance: float) -> ScoreModel:
+        """The score of sequences of these lengths, under a label where one is given."""
+        net = self.model.net
+        sizes = None if min(lengths) == longest else lengths
+        none = torch.full((len(lengths),), labels.NONE) if labels.names_of(net) else None
+        plain: ScoreModel = net if sizes is None and none is None else bind(net, lengths=sizes, condition=none)
+        if label is None:
+            return plain
+        told = torch.full((len(lengths),), labels.number_of(net, label))
+        score: ScoreModel = bind(net, lengths=sizes, condition=told)
+        return score if guidance == 1 else classifier_free(score, plain, guidance, num_states=net.num_states)
 
     def texts(self, x: Tensor, lengths: Sequence[int]) -> list[str]:
         """The texts of samples (B, L), each of its length."""

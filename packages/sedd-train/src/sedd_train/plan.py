@@ -10,8 +10,8 @@ With P parameters on n ranks, in bytes of float32 (bf16 and fp16 are autocast ov
 
 and on every rank 4 P for the averaged network that is measured while training, under ZeRO a bucket of at most 2^26
 gradients on their way to other ranks, and what the forward pass keeps for the backward pass, which grows with the
-micro-batch. What Muon trains, in stage 0 alone, has one moment in place of two. While a checkpoint is saved, every rank
-holds 16 P more in the memory of its machine.
+micro-batch. What Muon trains, in stage 0 alone, has one moment in place of two. While a checkpoint is saved, the first
+rank holds 16 P more in the memory of its machine.
 """
 
 from __future__ import annotations

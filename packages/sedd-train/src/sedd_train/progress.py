@@ -211,12 +211,13 @@ def measure_and_sample(
     """
     end = None if recipe.packing else text.tokenizer.eos_token_id
     valid, lengths = text.valid.first(recipe.evaluate_blocks, recipe.length, end)
-    levels = None
+    told, levels = text.valid.first_labels(recipe.evaluate_blocks), None
     found = measure(
         averaged,
         objective,
         valid,
         lengths=lengths,
+        labels=told,
         characters_per_token=text.valid.characters_per_token,
         num_times=recipe.evaluate_times,
         seed=recipe.seed,
@@ -225,6 +226,7 @@ def measure_and_sample(
         levels = by_noise_level(
             *(averaged, objective.graph, objective.noise, valid),
             lengths=lengths,
+            labels=told,
             t_min=recipe.t_min,
             seed=recipe.seed,
         )

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 __all__ = ["derived_seed", "generator", "sample_numbers", "times", "noised", "dropout_seeds"]
 
-TIMES, NOISE, DROPOUT, EVALUATION, SAMPLING, LEVELS = range(6)  # what a stream of random numbers is for
+TIMES, NOISE, DROPOUT, EVALUATION, SAMPLING, LEVELS, LABELS = range(7)  # what a stream of random numbers is for
 
 
 class _Graph(Protocol):

@@ -46,6 +46,8 @@ class Recipe:
         "'wikitext103', 'ptb' (with ':PATH' from files here, else from the hub), or 'hub:NAME[:CONFIG]'",
     )
     column: str = _value("", "the column of the text; by default the one called text, content, sentence, sequence, ...")
+    label_column: str = _value("", "the column of labels, on which the network is conditioned; needs --no-packing")
+    drop_labels: float = _value(0.1, "share of the samples trained without their label, for guidance")
     revision: str = _value("", "commit, tag or branch of a data set of the hub; by default its main branch as of now")
     valid: str = _value("", "a file or folder to watch; by default what the corpus calls so, or some documents of it")
     encoding: str = _value("", "of text that is neither UTF-8 nor marked as UTF-16, such as cp1252 or shift_jis")
@@ -153,7 +155,7 @@ class Recipe:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ["length", "lora", "micro_batch_size", "keep_every", "warmup", "clip", "weight_decay", "seed"]:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ["dropout", "ema", "beta1", "beta2"]:
+        for name in ["dropout", "drop_labels", "ema", "beta1", "beta2"]:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
         _require(0 < self.t_min < 1, "t_min", self.t_min, "a time in (0, 1)")
         _require(0 <= self.decay_to <= 1, "decay_to", self.decay_to, "a fraction in [0, 1]")
@@ -174,6 +176,12 @@ class Recipe:
         _require(not (muon and self.zero_stage), "optimizer", self.optimizer, why)
         _require(not (muon and self.lora), "optimizer", self.optimizer, "adamw for LoRA's thin matrices")
         _require(self.packing or not self.crops, "crops", True, "false without packing")
+        labels = bool(self.label_column)
+        _require(
+            not (labels and self.packing), "label_column", self.label_column, "rows of one document, --no-packing, too"
+        )
+        free = self.network in ("radd", "causal")
+        _require(not (labels and free), "label_column", self.label_column, f"none for {self.network}, which takes none")
         _require(self.packing or not self.compile, "compile", True, "false without packing: rows have many lengths")
         _require(self.attention in ATTENTIONS, "attention", self.attention, ", ".join(ATTENTIONS))
         flash = self.attention.startswith("flash")
@@ -200,7 +208,7 @@ class Recipe:
     @property
     def texts(self) -> dict[str, Any]:
         """What the recipe says of its text, as options of `token_cache.prepare`."""
-        names = ("column", "revision", "valid", "encoding", "streaming", "eos")
+        names = ("column", "label_column", "revision", "valid", "encoding", "streaming", "eos")
         return {name: getattr(self, name) for name in names}
 
     def micro_batches(self, world_size: int) -> int:
@@ -271,7 +279,7 @@ def read_recipe(name: str | Path) -> Recipe:
 
 
 FIXED = (  # what a run keeps to its end: another value would make it another run
-    *("corpus", "column", "revision", "valid", "encoding", "tokenizer", "eos", "length"),
+    *("corpus", "column", "label_column", "drop_labels", "revision", "valid", "encoding", "tokenizer", "eos", "length"),
     *("init", "train_layers", "lora", "lora_alpha", "objective", "network", "d3pm_steps", "graph", "noise"),
     *("sigma_min", "sigma_max", "width", "depth", "heads", "cond_dim", "scale_by_sigma"),
     *("batch_size", "seed", "crops", "packing", "optimizer"),

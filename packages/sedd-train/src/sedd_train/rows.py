@@ -9,6 +9,7 @@
 | parquet, arrow | any | a row's column |
 
 A row without text is counted, with its number, and left out; so is one that cannot be read where the next one can.
+A second column may say the label of each row.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 from sedd_train.files import File, opened, read_text
 
-__all__ = ["Notes", "TEXT_COLUMNS", "documents", "find_column", "why_not"]
+__all__ = ["Notes", "TEXT_COLUMNS", "documents", "labelled", "find_column", "label_of", "why_not"]
 
 TEXT_COLUMNS = ("text", "content", "sentence", "sequence", "article", "document", "passage", "story", "body", "seq")
 
@@ -67,13 +68,51 @@ def documents(file: File, column: str = "", notes: Notes | None = None, *, blank
         ValueError: it has no such column, or its text is in another encoding.
         OSError: it is damaged, or cut short.
     """
+    return (text for text, _ in labelled(file, column, notes=notes, blank=blank))
+
+
+def labelled(
+    file: File, column: str = "", label_column: str = "", notes: Notes | None = None, *, blank: bool = False
+) -> Iterator[tuple[str, str]]:
+    """The documents of a file, each with its label; without one, or where no column of labels is named, with "".
+
+    Args:
+        file: see `recognise`.
+        column: the column of the text, see `documents`.
+        label_column: the column of the labels: words or whole numbers.
+        notes: see `documents`.
+        blank: the same.
+
+    Raises:
+        ValueError, OSError: as `documents`; or there is no such column of labels, or something else in it.
+    """
     notes = Notes() if notes is None else notes
-    for number, value in enumerate(READERS[file.kind](file, column, notes), 1):
+    if label_column and file.kind in ("text", "lines", "fasta"):
+        raise ValueError(
+            f"{file.path} has no columns, and none of labels: {label_column!r} cannot be read from {file.kind}"
+        )
+    for number, (value, label) in enumerate(READERS[file.kind](file, column, label_column, notes), 1):
         why = why_not(value, blank)
         if not why:
-            yield value
+            yield value, label_of(label, label_column, file.path)
         elif value is not NOTHING:
             notes.add(why, number)
+
+
+def label_of(value: Any, column: str, where: object) -> str:
+    """A row's label as a word; nothing where it has none.
+
+    Raises:
+        ValueError: it is neither a word nor a whole number.
+    """
+    if value is None or value != value:  # what tables write for a number that is not there
+        return ""
+    if isinstance(value, float) and value.is_integer():  # and for whole numbers beside such ones
+        value = int(value)
+    word = str(value).strip()
+    if not isinstance(value, str | int) or any("\udc80" <= letter <= "\udcff" for letter in word):
+        raise ValueError(f"{where}: a label is a word or a whole number, and the column {column!r} has {value!r:.100}")
+    return word
 
 
 def why_not(value: Any, blank: bool) -> str:
@@ -123,11 +162,11 @@ def find_column(names: Sequence[str], column: str, where: object) -> str:
     return found
 
 
-# Readers: the value of each row's column, whatever it is
+# Readers: of each row the values of its column of text and of its column of labels, whatever they are
 
 
-def _text(file: File, column: str, notes: Notes) -> Iterator[Any]:
-    yield read_text(file)
+def _text(file: File, column: str, label: str, notes: Notes) -> Iterator[tuple[Any, Any]]:
+    yield read_text(file), None
 
 
 @contextmanager
@@ -141,28 +180,31 @@ def _lines_of(file: File) -> Iterator[Iterable[str]]:
             raise ValueError(f"{file.path} is not {file.encoding} to its end: {error}") from None
 
 
-def _lines(file: File, column: str, notes: Notes) -> Iterator[Any]:
+def _lines(file: File, column: str, label: str, notes: Notes) -> Iterator[tuple[Any, Any]]:
     with _lines_of(file) as lines:
-        yield from lines
+        yield from ((line, None) for line in lines)
 
 
-def _json(file: File, column: str, notes: Notes) -> Iterator[Any]:
+def _json(file: File, column: str, label: str, notes: Notes) -> Iterator[tuple[Any, Any]]:
     with _lines_of(file) as lines:
         iterator, begun = iter(lines), list[str]()
         while sum(bool(line.strip()) for line in begun) < 2 and (line := next(iterator, "")):
             begun.append(line)
         rest, some = chain(begun, iterator), [line.strip() for line in begun if line.strip()]
         by_line = len(some) == 2 and some[0][0] in '{"' and some[0][-1] in '}"'
-        found, names = column, list[str]()
+        found, names, has_label = column, list[str](), not label
         for row in map(_parsed, rest) if by_line else _whole_json(file, "".join(rest)):
             if isinstance(row, dict) and row:
                 notes.column = found = found or find_column(list(row), "", file.path)
                 names = names if column in names else list(row)
-                yield row.get(found)
+                has_label = has_label or label in row
+                yield row.get(found), row.get(label)
             else:
-                yield row or None
+                yield row or None, None
         if column and names:
             find_column(names, column, file.path)
+        if names and not has_label:
+            find_column(names, label, file.path)
 
 
 def _parsed(line: str) -> Any:
@@ -185,7 +227,7 @@ def _whole_json(file: File, content: str) -> Iterable[Any]:
     return whole if isinstance(whole, list) else [whole]
 
 
-def _csv(file: File, column: str, notes: Notes) -> Iterator[Any]:
+def _csv(file: File, column: str, label: str, notes: Notes) -> Iterator[tuple[Any, Any]]:
     csv.field_size_limit(sys.maxsize)
     with _lines_of(file) as lines:
         iterator = iter(lines)
@@ -194,6 +236,7 @@ def _csv(file: File, column: str, notes: Notes) -> Iterator[Any]:
         names = next(csv.reader([header], delimiter=between), [])
         notes.column = find_column(names, column, file.path) if names else ""
         at = names.index(notes.column) if names else 0
+        label_at = names.index(find_column(names, label, file.path)) if names and label else sys.maxsize
         rows = csv.reader(iterator, delimiter=between)
         while True:
             try:
@@ -201,41 +244,42 @@ def _csv(file: File, column: str, notes: Notes) -> Iterator[Any]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield _Bad(f"not CSV: {error}")
+                yield _Bad(f"not CSV: {error}"), None
                 continue
             if row:
-                yield row[at] if at < len(row) else None
+                yield row[at] if at < len(row) else None, row[label_at] if label_at < len(row) else None
 
 
-def _fasta(file: File, column: str, notes: Notes) -> Iterator[Any]:
+def _fasta(file: File, column: str, label: str, notes: Notes) -> Iterator[tuple[Any, Any]]:
     with _lines_of(file) as lines:
         parts: list[str] | None = None
         for line in lines:
             if line[:1] in ">;":
                 if parts is not None and line[0] == ">":
-                    yield "".join(parts)
+                    yield "".join(parts), None
                 parts = [] if line[0] == ">" else parts
             elif line.strip():
                 parts = [] if parts is None else parts
                 parts.append("".join(line.split()))
         if parts is not None:
-            yield "".join(parts)
+            yield "".join(parts), None
 
 
-def _parquet(file: File, column: str, notes: Notes) -> Iterator[Any]:
+def _parquet(file: File, column: str, label: str, notes: Notes) -> Iterator[tuple[Any, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file.path) as table:
             notes.column = found = find_column(table.schema_arrow.names, column, file.path)
-            for batch in table.iter_batches(1000, columns=[found]):
-                yield from batch.column(0).to_pylist()
+            columns = _columns(found, label, table.schema_arrow.names, file)
+            for batch in table.iter_batches(1000, columns=columns):
+                yield from _pairs(batch, columns)
     except pa.ArrowException as error:
         raise OSError(f"{file.path} is damaged or cut short ({error})") from error
 
 
-def _arrow(file: File, column: str, notes: Notes) -> Iterator[Any]:
+def _arrow(file: File, column: str, label: str, notes: Notes) -> Iterator[tuple[Any, Any]]:
     import pyarrow as pa
 
     try:
@@ -249,14 +293,24 @@ def _arrow(file: File, column: str, notes: Notes) -> Iterator[Any]:
                 table = pa.ipc.open_file(mapped)
                 batches = (table.get_batch(i) for i in range(table.num_record_batches))
             notes.column = found = find_column(table.schema.names, column, file.path)
+            columns = _columns(found, label, table.schema.names, file)
             for batch in batches:
                 for start in range(0, len(batch), 1000):
-                    yield from batch.slice(start, 1000).column(found).to_pylist()
+                    yield from _pairs(batch.slice(start, 1000), columns)
     except pa.ArrowException as error:
         raise OSError(f"{file.path} is damaged or cut short ({error})") from error
 
 
-READERS: dict[str, Callable[[File, str, Notes], Iterator[Any]]] = {
+def _columns(text: str, label: str, names: Sequence[str], file: File) -> list[str]:
+    return [text, find_column(names, label, file.path)] if label else [text]
+
+
+def _pairs(batch: Any, columns: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+    values = [batch.column(name).to_pylist() for name in columns]
+    return zip(values[0], values[1] if len(values) > 1 else [None] * len(batch), strict=True)
+
+
+READERS: dict[str, Callable[[File, str, str, Notes], Iterator[tuple[Any, Any]]]] = {
     "text": _text,
     "lines": _lines,
     "json": _json,

@@ -13,7 +13,7 @@ from sedd_nets.fast.attention import attention_named
 from sedd_nets.transformer import Transformer
 from torch import Tensor, nn
 
-from sedd_train import pretrained, recipes
+from sedd_train import labels, pretrained, recipes
 from sedd_train.loading import Batches
 from sedd_train.objectives import Autoregressive, Objective, has_head
 from sedd_train.pretrained import Trained
@@ -119,10 +119,10 @@ def check_net(net: nn.Module, objective: Objective, batches: Batches) -> None:
         ValueError: it does not.
     """
     (x0, xt, t, seeds, *rest), *_ = batches.make(0)
-    lengths = rest[0] if rest else None
+    lengths, _, told = (*rest, None, None, None)[:3]
     device = next(net.parameters()).device
     given: list[Tensor] = [tensor[:1].to(device) for tensor in (x0, xt, t)]
-    more = {"dropout_seeds": seeds[:1].to(device)}
-    more |= {} if lengths is None else {"lengths": lengths[:1].to(device)}
+    more = {} if lengths is None else {"lengths": lengths[:1].to(device)}
+    conditioned = labels.given(net, None if told is None else told[:1].to(device))
     with torch.no_grad(), torch.random.fork_rng():
-        objective.losses(net, *given, **more)
+        objective.losses(conditioned, *given, dropout_seeds=seeds[:1].to(device), **more)

@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from sedd_train import storage
 from sedd_train.coding import coded
 from sedd_train.corpora import Texts
 from sedd_train.tokenizers import identity, load_tokenizer, num_tokens
-from sedd_train.tokens import counted
+from sedd_train.tokens import counted, numbered
 
 __all__ = ["build", "scratch", "remove_left_overs"]
 
+NAMES = ("train", "valid", "test")
 JOURNAL = "journal.json"
 JOURNAL_EVERY = 15.0  # seconds
 FORGOTTEN = 3 * 24 * 3600.0  # seconds after which what another build left is removed
@@ -83,22 +84,27 @@ def build(
     coder = _coder(source, tokenizer, eos, place, journal)
     dtype = np.dtype(np.uint16 if num_tokens(coder) <= 1 << 16 else np.uint32)
     meta: dict[str, Any] = {"dtype": dtype.name, "vocab_size": num_tokens(coder)}
-    texts = source if source.at_tokens is None else source.at_tokens(coder)
+    texts = source.cut_for(coder)
     try:
-        for name in ("train", "valid", "test"):
+        for name in NAMES:
             if name == "test" and texts.test is texts.valid:
                 meta[name] = meta["valid"]
                 continue
             meta[name] = _write(texts, name, coder, dtype, place, journal, stop)
+        if texts.labels is not None:
+            meta["labels"] = _write_labels(texts.labels, meta, place)
     except ValueError as error:
         if not isinstance(error, _Stopped):  # what was wrong would be wrong again
             shutil.rmtree(place, ignore_errors=True)
         raise
     if meta["test"] is not meta["valid"] and {**meta["test"], "file": "valid.bin"} == meta["valid"]:
-        for end in ("", ".ends", ".counts"):
+        for end in ("", ".ends", ".counts", *([".labels"] if "labels" in meta else [])):
             (place / f"test.bin{end}").unlink()
         meta["test"] = meta["valid"]
     sums = f"{meta['train']['crc32']:08x}{meta['valid']['crc32']:08x}"
+    if "labels" in meta:
+        known = [meta["labels"], *(meta[name]["labels_crc32"] for name in ("train", "valid"))]
+        sums += f"{zlib.crc32(json.dumps(known).encode()):08x}"
     digest = identity(coder).removeprefix("tokenizer:")[:16]
     meta["fingerprint"] = f"{sums}-{num_tokens(coder)}-{digest}"
     meta["asked"] = list(asked)
@@ -194,6 +200,23 @@ def _write(
     flat = np.memmap(path, dtype=dtype, mode="r")
     counted(flat).tofile(f"{path}.counts")
     return {"file": path.name} | {key: value for key, value in state.items() if key not in ("whole", "pieces")}
+
+
+def _write_labels(labels: Callable[[str], Iterable[str]], meta: dict[str, Any], place: Path) -> list[str]:
+    """Each split's labels, (documents,) int32, beside its tokens; the words that they number, first come first."""
+    numbers: dict[str, int] = {}
+    for name in NAMES:
+        split = meta[name]
+        if "labels_crc32" in split:  # of valid, which test is
+            continue
+        found = numbered(labels(name), numbers)
+        if len(found) != split["documents"]:
+            raise ValueError(f"{split['documents']} documents of {name} have {len(found)} labels: give one for each")
+        found.tofile(place / f"{split['file']}.labels")
+        split["labels_crc32"] = zlib.crc32(found.tobytes())
+    if not numbers:
+        raise ValueError("no document has a label (--label-column)")
+    return list(numbers)
 
 
 def _cut_back(path: Path, state: dict[str, Any], dtype: np.dtype[Any]) -> bool:

@@ -46,6 +46,7 @@ class Corpus:
         fingerprint: of what is trained on and watched and of the tokenizer, for a resumed run to compare.
         parts: what it was made of, file by file.
         folder: where it lies.
+        labels: the words that the documents' labels number; none where they have none.
     """
 
     train: Tokens
@@ -55,6 +56,7 @@ class Corpus:
     fingerprint: str
     parts: tuple[Part, ...] = ()
     folder: Path = Path()
+    labels: tuple[str, ...] = ()
 
     def check_length(self, length: int, *, packing: bool = True) -> None:
         """Both splits have at least one block; without packing, the tokenizer has a token to fill rows up with.
@@ -112,7 +114,10 @@ def prepare(
     if _verified(folder) and (found := read(folder)) is not None:
         return found
     names = [given if isinstance(given, str) else type(given).__name__ for given in (corpus, tokenizer)]
-    asked = [names[0], *(f"{key}={value}" for key, value in sorted(options.items()) if key != "streaming")]
+    said = {
+        key: value for key, value in sorted(options.items()) if key != "streaming" and (value or key != "label_column")
+    }
+    asked = [names[0], *(f"{key}={value}" for key, value in said.items())]
     asked.append(coder + eos if isinstance(coder, str) else identity(coder))
 
     def make() -> None:
@@ -220,7 +225,12 @@ def _open(folder: Path, *, verify: bool = True) -> Corpus | None:
             counts = np.fromfile(f"{file}.counts", np.int64)
             if counts.sum() != len(flat):
                 return None
-            splits[name] = Tokens(flat, ends, meta[name]["characters"], counts, size=meta[name]["size"])
+            labels = np.memmap(f"{file}.labels", dtype=np.int32, mode="r") if meta.get("labels") else None
+            if labels is not None and len(labels) != len(ends):
+                return None
+            if verify and labels is not None and _checksum(labels) != meta[name]["labels_crc32"]:
+                return None
+            splits[name] = Tokens(flat, ends, meta[name]["characters"], counts, meta[name]["size"], labels)
         if verify:
             with suppress(OSError):  # of someone who may only read it
                 storage.write_text(folder / VERIFIED, json.dumps(_states(folder, meta)))
@@ -230,6 +240,7 @@ def _open(folder: Path, *, verify: bool = True) -> Corpus | None:
             fingerprint=str(meta["fingerprint"]),
             parts=tuple(Part(**part) for part in meta["parts"]),
             folder=folder,
+            labels=tuple(meta.get("labels", ())),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -246,7 +257,8 @@ def _verified(folder: Path) -> bool:
 
 def _states(folder: Path, meta: dict[str, Any]) -> dict[str, list[int]]:
     """Size and time of change of the files of tokens."""
-    files = {f"{meta[name]['file']}{end}" for name in ("train", "valid", "test") for end in ("", ".ends", ".counts")}
+    ends = ("", ".ends", ".counts", *([".labels"] if meta.get("labels") else []))
+    files = {f"{meta[name]['file']}{end}" for name in ("train", "valid", "test") for end in ends}
     stats = {file: (folder / file).stat() for file in sorted(files)}
     return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
 

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from sedd_train.coding import Coded, coded
 
-__all__ = ["Tokens", "tokenise", "counted", "inside", "unigram_entropy"]
+__all__ = ["Tokens", "tokenise", "counted", "numbered", "inside", "unigram_entropy"]
+
+LABELS_MOST = 10_000  # different ones
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Tokens:
         characters: how many characters of text the tokens stand for.
         frequencies: how often each token occurs, (vocabulary,) int64, where that was counted before.
         size: bytes of that text in UTF-8; as many as characters, as of ASCII, unless given.
+        labels: of each document, (documents,) int32, -1 for none; None where documents have none.
     """
 
     flat: NDArray[Any]
@@ -39,6 +42,7 @@ class Tokens:
     characters: int
     frequencies: NDArray[np.int64] | None = None
     size: int | None = None
+    labels: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -69,9 +73,15 @@ class Tokens:
         starts = np.asarray([self.ends[n - 1] if n else 0 for n in numbers], np.int64)
         return torch.from_numpy(np.minimum(stops - starts, length))
 
-    def law_of_lengths(self, length: int) -> list[int]:
-        """How many rows hold 1, 2, ... up to `length` tokens: what a model of rows does not say of itself."""
+    def law_of_lengths(self, length: int, which: NDArray[np.bool_] | None = None) -> list[int]:
+        """How many rows hold 1, 2, ... up to `length` tokens: what a model of rows does not say of itself.
+
+        Args:
+            length: L.
+            which: of which documents, (documents,) bool; all, unless given.
+        """
         sizes = np.minimum(np.diff(self.ends, prepend=0), length)
+        sizes = sizes if which is None else sizes[which]
         counts: list[int] = np.bincount(sizes, minlength=length + 1)[1:].tolist()
         return counts
 
@@ -99,6 +109,10 @@ class Tokens:
         if end is None:
             return self.block(numbers, length), None
         return self.rows(numbers, length, end), self.lengths(numbers, length)
+
+    def first_labels(self, most: int | None) -> Tensor | None:
+        """The labels of the first documents, (n,) int64, -1 for none; None where documents have none."""
+        return None if self.labels is None else torch.from_numpy(self.labels[:most].astype(np.int64))
 
     def counts(self, num_states: int) -> Tensor:
         """How often each state occurs, (num_states,) int64."""
@@ -138,6 +152,21 @@ def counted(flat: NDArray[Any]) -> NDArray[np.int64]:
         found[: len(counts)] += counts
         counts = found
     return counts
+
+
+def numbered(labels: Iterable[str], numbers: dict[str, int]) -> NDArray[np.int32]:
+    """Documents' labels as int32, -1 for none. New ones are numbered in `numbers`.
+
+    Raises:
+        ValueError: there are too many different ones.
+    """
+    found = np.fromiter((numbers.setdefault(label, len(numbers)) if label else -1 for label in labels), np.int32)
+    if len(numbers) > LABELS_MOST:
+        raise ValueError(
+            f"there are {len(numbers):,} different labels, such as {', '.join([*numbers][:3])}: of labels there may be "
+            f"{LABELS_MOST:,}, and this column is something else (--label-column)"
+        )
+    return found
 
 
 def inside(lengths: Tensor, length: int) -> Tensor:

@@ -24,6 +24,7 @@ from sedd_train import (
     distributed,
     finetuning,
     flops,
+    labels,
     pretrained,
     provenance,
     randomness,
@@ -149,6 +150,9 @@ def train(
                 net = finetuning.prepared(start.net, recipe)
             elif net is None:
                 net = starting.new_net(recipe, graph.num_states, text, fresh=not goes_on)
+            if text.labels or recipe.label_column:
+                text, labelled = labels.conditioned(net, text, recipe)
+                sections |= labelled
             end = None if recipe.packing else text.tokenizer.eos_token_id  # what rows are filled up with
             batches = Batches(text.train, recipe, objective, rank, world_size, end)
             if own_net:

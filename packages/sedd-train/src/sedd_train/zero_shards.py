@@ -35,26 +35,33 @@ def _trained(engine: Any, wanted: bool = True) -> dict[str, nn.Parameter]:
     return {name: p for name, p in engine.module.net.named_parameters() if p.requires_grad == wanted}
 
 
-def gather(engine: Any, pieces: list[Tensor] | None = None) -> dict[str, Tensor]:
+def gather(engine: Any, pieces: list[Tensor] | None = None, *, keep: bool = True) -> dict[str, Tensor]:
     """Named whole tensors of what is trained, on the CPU, from every rank's pieces (by default of the master weights).
 
-    Collective.
+    Collective. A rank that does not `keep` them helps the others to theirs, and gets none.
     """
+    found = {}
     with _in_place_of_masters(engine, pieces):
-        return {name: _whole(engine, p).detach().to("cpu", copy=True) for name, p in _trained(engine).items()}
+        for name, parameter in _trained(engine).items():
+            whole = _whole(engine, parameter)
+            if keep:
+                found[name] = whole.detach().to("cpu", copy=True)
+    return found
 
 
-def frozen(engine: Any) -> dict[str, Tensor]:
-    """The weights that are not trained, whole, on the CPU. Collective."""
+def frozen(engine: Any, *, keep: bool = True) -> dict[str, Tensor]:
+    """The weights that are not trained, whole, on the CPU. Collective; `keep` as for `gather`."""
     found = {}
     for name, parameter in _trained(engine, False).items():
         if engine.zero_optimization_stage() < 3:
-            found[name] = parameter.detach().to("cpu", copy=True)
+            if keep:
+                found[name] = parameter.detach().to("cpu", copy=True)
             continue
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
-            found[name] = parameter.detach().to("cpu", copy=True)
+            if keep:
+                found[name] = parameter.detach().to("cpu", copy=True)
     return found
 
 

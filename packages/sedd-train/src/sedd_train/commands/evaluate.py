@@ -4,6 +4,7 @@ sedd evaluate --checkpoint runs/tiny                                       on wh
 sedd evaluate --checkpoint louaaron/sedd-small --corpus my-texts/ --blocks 100 --num-times 1000
 sedd evaluate --checkpoint louaaron/sedd-small --corpus lambada --split test --last-word
 sedd evaluate --checkpoint louaaron/sedd-small --choices questions.jsonl
+sedd evaluate --checkpoint runs/plays                                      of a model with labels: each under its own
 
 --last-word and --choices measure what follows a text that is given: see `sedd_train.conditional`.
 """
@@ -18,10 +19,11 @@ from typing import Any
 
 import torch
 
-from sedd_train import conditional, corpora, evaluate, load, loggers, plotting, provenance, storage, token_cache
-from sedd_train.evaluation import ESTIMATORS, by_noise_level, choose_estimator
+from sedd_train import conditional, corpora, evaluate, labels, load, loggers, plotting, provenance, storage, token_cache
+from sedd_train.evaluation import ESTIMATORS, bounds, by_noise_level, choose_estimator, mean_of
+from sedd_train.objectives import ScoreEntropy
 from sedd_train.tokenizers import identity
-from sedd_train.tokens import Tokens, tokenise, unigram_entropy
+from sedd_train.tokens import Tokens, numbered, tokenise, unigram_entropy
 
 __all__ = ["parser", "main"]
 
@@ -41,6 +43,9 @@ def parser(prog: str = "sedd evaluate") -> argparse.ArgumentParser:
         help="any corpus that training takes, and lambada (default: what the checkpoint's run was trained on)",
     )
     made.add_argument("--column", default="", help="the column of its text, as in training")
+    made.add_argument(
+        "--label-column", default="", help="the column of its labels, of a model that was trained on labels"
+    )
     made.add_argument("--revision", default="", help="commit, tag or branch of a data set of the hub, as in training")
     made.add_argument("--encoding", default="", help="of text that is neither UTF-8 nor marked, as in training")
     made.add_argument(
@@ -96,6 +101,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd evaluate") -> N
             result, said = _choices(args, net.to(args.device), graph, noise, tokenizer, length)
         elif args.last_word:
             result, said = _last_words(args, net.to(args.device), graph, noise, tokenizer, length)
+        elif args.label_column or (args.corpus is None and labels.names_of(net)):
+            result, said = _labelled(args, net.to(args.device), graph, noise, tokenizer, length)
         else:
             result, said = _blocks(args, net.to(args.device), graph, noise, tokenizer, length)
     except (ValueError, OSError) as error:
@@ -103,13 +110,17 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd evaluate") -> N
     print(loggers.to_json(result) if args.json else said)
 
 
-def _documents(args: argparse.Namespace, tokenizer: Any) -> Iterable[str]:
-    options = {name: getattr(args, name) for name in ("column", "revision", "encoding")}
+def _texts(args: argparse.Namespace) -> corpora.Texts:
+    options = {name: getattr(args, name) for name in ("column", "label_column", "revision", "encoding")}
     if args.corpus is None:
         recipe, _ = provenance.trained_on(args.checkpoint)
         args.corpus = recipe.corpus
         options = {name: value for name, value in recipe.texts.items() if name != "eos"}
-    return corpora.load_texts(args.corpus, **options).documents(args.split, tokenizer)
+    return corpora.load_texts(args.corpus, **options)
+
+
+def _documents(args: argparse.Namespace, tokenizer: Any) -> Iterable[str]:
+    return _texts(args).documents(args.split, tokenizer)
 
 
 def _tokens(args: argparse.Namespace, tokenizer: Any) -> Tokens:
@@ -178,6 +189,54 @@ def _blocks(
         f"bits a character {bound.bits_per_character:.4f} ± {bits:.4f}  (unigram entropy of the text: {unigram:.4f})\n"
         f"bits a byte      {result['bits_per_byte']:.4f} ± {bits / text.bytes_per_character:.4f}  (of UTF-8)"
     )
+
+
+def _labelled(
+    args: argparse.Namespace, net: Any, graph: Any, noise: Any, tokenizer: Any, length: int
+) -> tuple[Results, str]:
+    """The documents of each label under it, and under none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("rows of one document are filled up with the end of text, and this tokenizer has none")
+    names, texts = labels.names_of(net), _texts(args).cut_for(tokenizer)
+    if texts.labels is None:
+        raise ValueError(f"{args.corpus} is read without labels: name their column by --label-column")
+    numbers = {name: number for number, name in enumerate(names)}
+    text = tokenise(texts.documents(args.split), tokenizer)
+    found = torch.from_numpy(numbered(texts.labels(args.split), numbers)).long()
+    if strangers := list(numbers)[len(names) :]:
+        raise ValueError(f"the text has the label {strangers[0]!r}, and this model knows {', '.join(names[:20])}")
+    count = _check_number(args, text.documents, f"documents in the {args.split} part of {args.corpus}")
+    rows, found = text.rows(range(count), length, tokenizer.eos_token_id), found[:count]
+    sizes = text.lengths(range(count), length)
+    options: dict[str, Any] = {"num_times": args.num_times, "seed": args.seed, "chunk": args.batch_size}
+    options |= {"lengths": sizes, "progress": True}
+    objective = ScoreEntropy(graph, noise)
+    under = [bounds(net, objective, rows, labels=told, **options) for told in (found, found.new_full((count,), -1))]
+
+    def of(which: torch.Tensor) -> Results:
+        share = sizes[which] / length
+        mine, none = (mean_of(values[which], text.characters_per_token, share) for values in under)
+        gain = mean_of((under[1] - under[0])[which], text.characters_per_token, share)
+        return {
+            "documents": int(which.sum()),
+            "nats_per_token": mine.nats_per_token,
+            "standard_error": mine.standard_error,
+            "nats_per_token_without": none.nats_per_token,
+            "gain": gain.nats_per_token,
+            "gain_error": gain.standard_error,
+        }
+
+    results = {name: of(found == number) for number, name in enumerate(names) if (found == number).any()}
+    whole = of(torch.ones_like(found, dtype=torch.bool))
+    lines = [
+        f"{name:<20}{each['documents']:>10}{each['nats_per_token']:>12.4f} ± {each['standard_error']:.4f}"
+        f"{each['nats_per_token_without']:>16.4f}{each['gain']:>12.4f} ± {each['gain_error']:.4f}"
+        for name, each in [*results.items(), ("all", whole)]
+    ]
+    head = f"{'label':<20}{'documents':>10}{'nats a token':>21}{'without it':>16}{'gain':>21}"
+    said = f"{count} documents of {args.corpus}, {args.num_times} noise levels each; errors are over such documents"
+    result = {"labels": results, "all": whole, "length": length, "num_times": args.num_times}
+    return result, "\n".join([said, head, *lines])
 
 
 def _measured(

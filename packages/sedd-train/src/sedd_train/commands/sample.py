@@ -4,12 +4,14 @@ sedd sample --checkpoint runs/tiny/export
 sedd sample --checkpoint runs/tiny/export --prefix "Fellow citizens" --num 4
 sedd sample --checkpoint runs/tiny/export --text "The state of the ____ is ________."
 sedd sample --checkpoint runs/tiny/export --watch --page sample.html
+sedd sample --checkpoint runs/plays --label comedy --guidance 2
 sedd sample --checkpoint louaaron/sedd-small --method unmasking --steps 1024 --top-p 0.95
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -124,6 +126,13 @@ def add_drawing(made: argparse.ArgumentParser) -> None:
     drawing.add_argument(
         "--steps", type=int, default=128, help="reverse steps; more is better and slower (default: %(default)s)"
     )
+    drawing.add_argument("--label", help="that the samples are of, of a model that was trained on labels")
+    drawing.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        help="weight of the label: 1 for the law of its texts, more for texts that are more clearly of it (default: 1)",
+    )
     drawing.add_argument(
         "--temperature", type=float, default=1.0, help="of each token's law; below 1 for likelier tokens (default: 1)"
     )
@@ -158,6 +167,10 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if args.guidance != 1 and args.label is None:
+        raise ValueError(f"--guidance {args.guidance} is the weight of a label: give --label, too")
+    if not 0 <= args.guidance < math.inf:
+        raise ValueError(f"--guidance must be 0 or more, got {args.guidance}")
     controls_of(args.temperature, args.top_k, args.top_p)
 
 
@@ -170,10 +183,10 @@ def run(args: argparse.Namespace) -> tuple[Tensor, list[str], int, float]:
     longest = write.model.net.length
     if args.length is not None and args.length > longest:
         raise ValueError(f"--length {args.length} is longer than the {longest} tokens that this model was trained with")
-    canvas = write.canvas(
-        args.num, args.seed, text=args.text, prefix=args.prefix, suffix=args.suffix, length=args.length
-    )
-    drawing = {name: getattr(args, name) for name in ("seed", "steps", "temperature", "top_k", "top_p")}
+    prompt = {name: getattr(args, name) for name in ("text", "prefix", "suffix", "length", "label")}
+    canvas = write.canvas(args.num, args.seed, **prompt)
+    names = ("seed", "label", "guidance", "steps", "temperature", "top_k", "top_p")
+    drawing = {name: getattr(args, name) for name in names}
     states = write.states(canvas, method=METHODS[args.method], **drawing)
     mask_id = write.model.graph.mask_id
 
