@@ -213,8 +213,8 @@ def test_a_run_keeps_what_makes_it_that_run(tmp_path):
     process = {"graph": "uniform", "noise": "geometric", "sigma_min": 0.01, "sigma_max": 5.0, "scale_by_sigma": False}
     network = {"network": "radd", "width": 24, "depth": 1, "heads": 3, "cond_dim": 8}
     start = {"init": "runs/other", "train_layers": "blocks.*", "lora": 2, "lora_alpha": 3.0}
-    others: dict[str, Any] = {"objective": "d3pm", "d3pm_steps": 10, "batch_size": 4} | data | labels
-    others |= process | network | start
+    others: dict[str, Any] = {"objective": "d3pm", "d3pm_steps": 10, "batch_size": 4, "optimizer": "muon"}
+    others |= data | labels | process | network | start
     assert others.keys() == set(recipes.FIXED)
     recipe = recipes.Recipe()
     (tmp_path / "recipe.toml").write_text(recipes.to_toml(recipe))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import json
 import math
 import tomllib
 from dataclasses import dataclass, field
@@ -21,9 +20,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from sedd_train import checkpoint
 from sedd_train.deepspeed_options import check_options
 from sedd_train.sections import MASKING, described
+from sedd_train.toml import as_toml
 
 __all__ = ["Recipe", "recipe_names", "read_recipe", "for_run", "check_run", "add_arguments", "override", "to_toml"]
-
 
 OPTIMIZERS = ("adamw", "muon")
 OBJECTIVES = ("score-entropy", "d3pm", "autoregressive")
@@ -395,17 +394,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def to_toml(recipe: Recipe) -> str:
     """The recipe as a TOML text that `read_recipe` reads back; `compile` is left out where nothing was said of it."""
-    lines = []
-    for name, value in dataclasses.asdict(recipe).items():
-        if value is not None:
-            lines.append(f"{name} = {_toml(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    """A value as TOML writes it."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)  # both are TOML
+    return as_toml(dataclasses.asdict(recipe))
