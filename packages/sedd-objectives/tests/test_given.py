@@ -259,6 +259,36 @@ def test_one_rule_for_clean_data_and_one_message(name, how, message, absorbing, 
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_a_class_in_the_place_of_its_object_is_named(name, absorbing, log_linear):
+    with pytest.raises(ValueError, match=r"the graph must be an object such as Absorbing\(50257\), got the class "):
+        CALLS[name](type(absorbing), log_linear, x0=X0)
+    if name not in ("lambda_cross_entropy_loss", "any_order_loss", "fused_denoising_loss"):  # which have no schedule
+        with pytest.raises(ValueError, match=r"the noise must be an object such as LogLinear\(\), got the class "):
+            CALLS[name](absorbing, type(log_linear), x0=X0)
+        with pytest.raises(ValueError, match=r"the noise must be callable as noise\(t\) .*, got a Tensor"):
+            CALLS[name](absorbing, X0, x0=X0)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "fused_denoising_loss"])
+def test_arguments_in_another_order_are_named(name, absorbing, log_linear):
+    with pytest.raises(ValueError, match=r"x0 must be a tensor \(B, L\) of token ids, got a \w+: is the order right"):
+        CALLS[name](absorbing, log_linear, x0=log_linear)
+    with pytest.raises(ValueError, match="the graph must have num_states and its rates, got a Tensor"):
+        CALLS[name](X0, log_linear, x0=X0)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "fused_denoising_loss"])
+def test_a_head_over_the_tokens_alone_is_told_what_to_add(name, absorbing, log_linear, monkeypatch):
+    for kind in ("score", "posterior"):
+        whole = globals()[kind]
+        monkeypatch.setitem(globals(), kind, lambda x, sigma, whole=whole: whole(x, sigma)[..., :3])
+    with pytest.raises(
+        ValueError, match=r"got \(\d+, 2, 3\): if it is the mask's column that is missing, add one of -inf"
+    ):
+        CALLS[name](absorbing, log_linear, x0=X0.expand(50, 2))
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_padding_may_hold_the_mask(name, absorbing, log_linear):
     assert CALLS[name](absorbing, log_linear, x0=torch.tensor([[0, 3]]), weight=torch.tensor([[1, 0]])) is not None
 

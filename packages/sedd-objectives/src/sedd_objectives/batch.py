@@ -23,6 +23,7 @@ __all__ = [
     "check_clean",
     "check_kept",
     "check_possible",
+    "check_process",
     "check_times",
     "check_logits",
     "counted",
@@ -66,12 +67,16 @@ def noised(
 
 
 def check_clean(
-    x0: Tensor, graph: Graph | MaskGraph, weight: Tensor | None = None, given: Tensor | None = None
+    x0: Tensor,
+    graph: Graph | MaskGraph,
+    weight: Tensor | None = None,
+    given: Tensor | None = None,
+    noise: Noise | None = None,
 ) -> Tensor | None:
     """Check a clean batch, and what is to count of it: one rule for every loss and bound.
 
-    x0 is (B, L) with at least one sequence and position, holds states, and no mask but where a weight of 0 says that
-    the position is padding. Given positions are clean, too.
+    Graph and schedule are objects, not their classes. x0 is (B, L) with at least one sequence and position, holds
+    states, and no mask but where a weight of 0 says that the position is padding. Given positions are clean, too.
 
     Returns:
         The factor (B, L) of each position's loss: its weight, or 0 where it is given; None if all count alike.
@@ -79,6 +84,11 @@ def check_clean(
     Raises:
         ValueError: anything else.
     """
+    check_process(graph, noise)
+    if not isinstance(x0, Tensor):
+        raise ValueError(
+            f"x0 must be a tensor (B, L) of token ids, got a {type(x0).__name__}: mind the order of arguments"
+        )
     if x0.ndim != 2 or x0.numel() == 0:
         raise ValueError(f"x0 must have shape (B, L) with B and L at least 1, got {tuple(x0.shape)}")
     check_states("x0", x0, graph.num_states)
@@ -92,6 +102,17 @@ def check_clean(
         expected = f"x0 must hold clean tokens, and no mask (mask_id {mask_id}) where it counts or is given"
         require(~masks.any(), expected, lambda: f"got it at {int(masks.sum())} of {masks.numel()} positions")
     return counted(weight, given)
+
+
+def check_process(graph: object, noise: object) -> None:
+    """Raise unless they are a graph and a schedule (None where there is none): the usual slip is the class."""
+    for name, part, example in (("graph", graph, "Absorbing(50257)"), ("noise", noise, "LogLinear()")):
+        if isinstance(part, type):
+            raise ValueError(f"the {name} must be an object such as {example}, got the class {part.__name__}")
+    if not hasattr(graph, "num_states"):
+        raise ValueError(f"the graph must have num_states and its rates, got a {type(graph).__name__}")
+    if noise is not None and not callable(noise):
+        raise ValueError(f"the noise must be callable as noise(t) -> (sigma, dsigma), got a {type(noise).__name__}")
 
 
 def counted(weight: Tensor | None, given: Tensor | None) -> Tensor | None:
@@ -169,9 +190,20 @@ def score_rows(
     else:
         log_score, shape, positions = score(x, sigma), (*x.shape, num_states), where.flatten().nonzero()[:, 0]
     if not isinstance(log_score, Tensor) or log_score.shape != shape:
-        got = tuple(log_score.shape) if isinstance(log_score, Tensor) else type(log_score).__name__
-        raise ValueError(f"{demand} of shape {shape}, got {got}")
+        raise ValueError(f"{demand} of shape {shape}, got {_shape_told(log_score, shape)}")
     return log_score, positions
+
+
+def _shape_told(answer: object, shape: tuple[int, ...]) -> str:
+    """What a model returned in the place of this shape, and what to do about a head over the tokens alone."""
+    if not isinstance(answer, Tensor):
+        return f"a {type(answer).__name__}"
+    told = str(tuple(answer.shape))
+    if answer.shape == (*shape[:-1], shape[-1] - 1):
+        told += (
+            ": where the last state is the mask, add its column, torch.nn.functional.pad(out, (0, 1), value=-math.inf)"
+        )
+    return told
 
 
 def logit_rows(

@@ -103,7 +103,7 @@ def likelihood_bound(
         ValueError: as `denoising_loss`; an odd or too small number of evaluations.
     """
     check_evaluations(num_times, num_reconstructions, t_min, small_noise_share)
-    factor = check_clean(x0, graph, weight, given)
+    factor = check_clean(x0, graph, weight, given, noise)
     dtype, batch = sum_dtype(x0.device), len(x0)
     how: dict[str, Any] = {"weight": weight, "given": given, "generator": generator}
     strata, times = num_times // 2, NoiseTimes(noise, small_noise_share, t_min=t_min, device=x0.device)
@@ -199,7 +199,7 @@ def reconstruction_loss(
     Raises:
         ValueError: as `denoising_loss`.
     """
-    factor = check_clean(x0, graph, weight, given)
+    factor = check_clean(x0, graph, weight, given, noise)
     drawn = xt is None
     xt, sigma, per_position, _ = noised(graph, noise, x0, t, xt, given=given, generator=generator, t_min=0)
     live = RatesInto.of(graph, xt).can_move(xt, graph.num_states)

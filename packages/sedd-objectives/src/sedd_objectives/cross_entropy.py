@@ -106,7 +106,7 @@ def cross_entropy_loss(
     Raises:
         ValueError: as `denoising_cross_entropy`; a weight that is negative somewhere or 0 everywhere.
     """
-    weight = check_clean(x0, graph, weight, given)
+    weight = check_clean(x0, graph, weight, given, noise)
     drawn = xt is None
     xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, given=given, generator=generator, t_min=t_min)
     factor, live = dsigma, can_move(graph.rates_into(xt), xt, graph.num_states)
@@ -196,9 +196,9 @@ def any_order_loss(
         ValueError: a graph without a mask, shapes that do not fit, states out of range, the mask among the clean
             states, a k that is not in 1..L, NaN logits, a weight that is negative somewhere or 0 everywhere.
     """
+    factor = check_clean(x0, graph, weight, given)
     if graph.mask_id is None:
         raise ValueError("graph must have a mask, got mask_id None: orders are those in which masks are taken off")
-    factor = check_clean(x0, graph, weight, given)
     counted = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given
     length = counted.sum(-1)
     if num_masked is None:

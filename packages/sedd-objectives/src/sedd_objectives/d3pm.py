@@ -80,7 +80,7 @@ def d3pm_loss(
             negative somewhere or 0 everywhere; unless `refuse_nan` is False, logits that are NaN or an xt that cannot
             have come from its x0.
     """
-    factor = _check(graph, x0, num_steps, weight, given)
+    factor = _check(graph, noise, x0, num_steps, weight, given)
     if step is None:
         unit = stratified_times(len(x0), generator=generator, t_min=0.0, device=x0.device)
         step = (unit * num_steps).long() + 1
@@ -123,7 +123,7 @@ def d3pm_bound(
     Raises:
         ValueError: as `d3pm_loss`; an odd or too small number of evaluations.
     """
-    factor = _check(graph, x0, num_steps, weight, given)
+    factor = _check(graph, noise, x0, num_steps, weight, given)
     check_evaluations(num_times, num_reconstructions)
     wide, batch = sum_dtype(x0.device), len(x0)
 
@@ -148,11 +148,16 @@ def d3pm_bound(
 
 
 def _check(
-    graph: DiscreteTimeGraph, x0: Tensor, num_steps: int, weight: Tensor | None, given: Tensor | None
+    graph: DiscreteTimeGraph,
+    noise: Noise,
+    x0: Tensor,
+    num_steps: int,
+    weight: Tensor | None,
+    given: Tensor | None,
 ) -> Tensor | None:
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    return check_clean(x0, graph, weight, given)
+    return check_clean(x0, graph, weight, given, noise)
 
 
 def _divergence(

@@ -168,7 +168,7 @@ def denoising_loss(
         ValueError: as `denoising_score_entropy`, NaN excepted unless `refuse_nan`; a weight that is negative somewhere
             or 0 everywhere; masks or given positions of x0 that are not clean; an empty batch.
     """
-    weight = check_clean(x0, graph, weight, given)
+    weight = check_clean(x0, graph, weight, given, noise)
     drawn = xt is None
     xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, given=given, generator=generator, t_min=t_min)
     rates = RatesInto.of(graph, xt)

@@ -87,7 +87,7 @@ def masked_likelihood_bound(
             out of range, a NaN score, an odd or too small number of evaluations, t_min not in (0, 1).
     """
     _check_numbers(num_times, num_parts, num_reconstructions, t_min)
-    factor = check_clean(x0, graph, weight, given)
+    factor = check_clean(x0, graph, weight, given, noise)
     rate, mask_id = _masking(graph, x0)
     free = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given
     dtype, batch = sum_dtype(x0.device), len(x0)

@@ -79,7 +79,7 @@ def snapshot_loss(
         ValueError: shapes that do not fit, states out of range, NaN logits, masks or given positions of x0 that are not
             clean, a weight that is negative somewhere or 0 everywhere.
     """
-    factor, drawn = check_clean(x0, graph, weight, given), xt is None
+    factor, drawn = check_clean(x0, graph, weight, given, noise), xt is None
     xt, sigma, _, _ = noised(graph, noise, x0, t, xt, given=given, generator=generator, t_min=t_min)
     live = can_move(graph.rates_into(xt), xt, graph.num_states)
     if not drawn:
@@ -144,7 +144,7 @@ def snapshot_bound(
             not clean, an odd or too small number of evaluations, t_min not in (0, 1).
     """
     check_evaluations(num_times, num_reconstructions, t_min, small_noise_share)
-    factor = check_clean(x0, graph, weight, given)
+    factor = check_clean(x0, graph, weight, given, noise)
     dtype, batch = sum_dtype(x0.device), len(x0)
     counted = torch.ones(x0.shape, dtype=dtype, device=x0.device) if factor is None else factor.to(dtype)
     strata, times = num_times // 2, NoiseTimes(noise, small_noise_share, t_min=t_min, device=x0.device)

@@ -248,7 +248,7 @@ def _loss(
     generator: Generator | None,
     t_min: float,
 ) -> Tensor:
-    weight, drawn = check_clean(x0, graph, weight, given), xt is None
+    weight, drawn = check_clean(x0, graph, weight, given, noise), xt is None
     xt, sigma, per_position, dsigma = noised(graph, noise, x0, t, xt, given=given, generator=generator, t_min=t_min)
     rates = RatesInto.of(graph, xt)
     factor, live = dsigma, rates.can_move(xt, graph.num_states)

@@ -94,6 +94,9 @@ class ModelCall:
     def _checked(self, answer: object, expected: tuple[int, ...]) -> Tensor:
         if not isinstance(answer, Tensor):
             raise ValueError(self._told(expected, f"a {type(answer).__name__}"))
+        if answer.shape == (*expected[:-1], expected[-1] - 1) and self._widths is None:
+            short = "a column short: logits of the tokens alone go through from_logits, which adds the mask's"
+            raise ValueError(self._told(expected, f"{answer.dtype} {tuple(answer.shape)}, {short}"))
         self._check(tuple(answer.shape), answer.dtype, expected)
         return answer
 

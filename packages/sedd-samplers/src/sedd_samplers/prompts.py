@@ -105,7 +105,7 @@ def check_prompt(x: Tensor, given: Tensor, num_states: int, mask_id: int | None)
 
 def check_shape(shape: tuple[int, int]) -> None:
     """ValueError unless it is two positive integers."""
-    if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+    if not isinstance(shape, Sequence) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f"shape must be (batch, length), two positive integers, got {shape!r}")
 
 

@@ -114,7 +114,7 @@ def from_logits(
 
     Raises:
         ValueError: logits is not callable, or a banned state is none of the graph's; when called, if it returns
-            another shape.
+            another shape, and if the rows of its first answer are probabilities: not negative, with a sum of 1.
     """
     banned = () if banned is None else banned
     wrong = [state for state in banned if not 0 <= state < graph.num_states]
@@ -124,10 +124,13 @@ def from_logits(
     if len(never | {graph.mask_id}) == graph.num_states + (graph.mask_id is None):
         raise ValueError("banned holds every token: none is left to draw")
     indices = {torch.device("cpu"): torch.tensor(sorted(never), dtype=torch.int64)}
-    call = ModelCall(logits, graph.num_states, "logits", widths=_widths(graph))
+    call, seen = ModelCall(logits, graph.num_states, "logits", widths=_widths(graph)), list[bool]()
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
         answer = call(x, sigma, at, rows)
+        if not seen:
+            check_logits(answer)
+            seen.append(True)
         if answer.device not in indices:
             indices[answer.device] = indices[torch.device("cpu")].to(answer.device)
         out = indices[answer.device]
@@ -178,9 +181,9 @@ def from_masked_lm(
         A score model that does not depend on sigma but by the factor of the graph.
 
     Raises:
-        ValueError: see `from_logits`; the graph has no mask, or another than the model's configuration names; `pad_id`
-            also ends texts; when called, for an answer of another kind, and for a model that scales by the share of
-            masks (ESM's token dropout) where a sequence is nothing but masks.
+        ValueError: see `from_logits`; the graph has no mask, or another than the model's configuration names, or more
+            states than that has token ids; `pad_id` also ends texts; when called, for an answer of another kind, and
+            for a model that scales by the share of masks (ESM's token dropout) where a sequence is nothing but masks.
     """
     mask_id = graph.mask_id
     if mask_id is None:
@@ -191,6 +194,12 @@ def from_masked_lm(
     own_mask = getattr(config, "mask_token_id", None)
     if own_mask is not None and own_mask != mask_id:
         raise ValueError(f"the graph's mask is {mask_id}, and the {type(model).__name__} has {own_mask}")
+    ids = getattr(config, "vocab_size", None)
+    if isinstance(ids, int) and graph.num_states > ids:
+        raise ValueError(
+            f"the graph has {graph.num_states} states and the {type(model).__name__} {ids} token ids, the mask "
+            f"among them: that is Absorbing({ids - 1}, mask_id=tokenizer.mask_token_id)"
+        )
     if pad_id is not None and pad_id in ends_of(config):
         raise ValueError(
             f"pad_id={pad_id} also ends texts, and every end would be hidden from the {type(model).__name__}: leave it "
@@ -331,6 +340,16 @@ def check_probabilities(answer: Answer) -> None:
         raise ValueError(
             f"a posterior holds probabilities, and this one an entry of {least:.4g}: a network of logits goes through "
             "from_logits"
+        )
+
+
+def check_logits(answer: Answer) -> None:
+    """ValueError where the first rows of a network's first answer are probabilities, as its logits never are."""
+    rows = answer[: min(8, len(answer))].detach()
+    if len(rows) and bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            "the network must return logits, of which a softmax is taken, and its rows are >= 0 and sum to 1: "
+            "probabilities go through from_posterior"
         )
 
 
