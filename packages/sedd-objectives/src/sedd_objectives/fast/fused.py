@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch import check_clean, check_kept, check_possible
+from ..batch import check_clean, check_kept, check_possible, check_process
 from ..checks import (
     arithmetic_dtype,
     check_not_nan,
@@ -105,6 +105,7 @@ def fused_denoising_loss(
         ValueError: shapes that do not fit, states out of range, negative sigma, a weight that is negative
             somewhere or 0 everywhere, a NaN score unless `refuse_nan` is False.
     """
+    check_process(graph, None)
     if hidden.ndim != 3 or hidden.shape[:-1] != x.shape:
         raise ValueError(f"hidden must have shape (B, L, D) for x of shape (B, L), got {tuple(hidden.shape)}")
     check_states("x", x, graph.num_states)
@@ -180,6 +181,7 @@ def fused_cross_entropy_loss(
     Raises:
         ValueError: as `fused_denoising_loss`, and for a process that is not absorbing.
     """
+    check_process(graph, None)
     if hidden.ndim != 3 or hidden.shape[:-1] != x.shape:
         raise ValueError(f"hidden must have shape (B, L, D) for x of shape (B, L), got {tuple(hidden.shape)}")
     check_states("x", x, graph.num_states)
