@@ -86,9 +86,7 @@ def check_clean(
     """
     check_process(graph, noise)
     if not isinstance(x0, Tensor):
-        raise ValueError(
-            f"x0 must be a tensor (B, L) of token ids, got a {type(x0).__name__}: mind the order of arguments"
-        )
+        raise ValueError(f"x0 must be a tensor (B, L) of token ids, got a {type(x0).__name__}: is the order right?")
     if x0.ndim != 2 or x0.numel() == 0:
         raise ValueError(f"x0 must have shape (B, L) with B and L at least 1, got {tuple(x0.shape)}")
     check_states("x0", x0, graph.num_states)
