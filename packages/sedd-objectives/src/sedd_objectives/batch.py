@@ -198,9 +198,7 @@ def _shape_told(answer: object, shape: tuple[int, ...]) -> str:
         return f"a {type(answer).__name__}"
     told = str(tuple(answer.shape))
     if answer.shape == (*shape[:-1], shape[-1] - 1):
-        told += (
-            ": where the last state is the mask, add its column, torch.nn.functional.pad(out, (0, 1), value=-math.inf)"
-        )
+        told += ": if it is the mask's column that is missing, add one of -inf, F.pad(out, (0, 1), value=-math.inf)"
     return told
 
 
