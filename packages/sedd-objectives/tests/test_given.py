@@ -212,12 +212,14 @@ def test_a_causal_model_is_given_a_prefix():
         autoregressive_loss(lambda x: logits, x, start=0, given=~given)
 
 
+def _reconstruction(graph, noise, x0, **how):
+    return reconstruction_loss(score, graph, noise, x0, torch.full((getattr(x0, "shape", (1,))[0],), 0.5), **how)
+
+
 CALLS: dict[str, Any] = {
     "denoising_loss": lambda g, n, **how: denoising_loss(score, g, n, how.pop("x0"), **how),
     "likelihood_bound": lambda g, n, **how: likelihood_bound(score, g, n, how.pop("x0"), **how),
-    "reconstruction_loss": lambda g, n, **how: reconstruction_loss(
-        score, g, n, how.pop("x0"), torch.full((1,), 0.5), **how
-    ),
+    "reconstruction_loss": lambda g, n, **how: _reconstruction(g, n, how.pop("x0"), **how),
     "cross_entropy_loss": lambda g, n, **how: cross_entropy_loss(posterior, g, n, how.pop("x0"), **how),
     "lambda_cross_entropy_loss": lambda g, n, **how: lambda_cross_entropy_loss(posterior, g, how.pop("x0"), **how),
     "masked_likelihood_bound": lambda g, n, **how: masked_likelihood_bound(score, g, n, how.pop("x0"), **how),

@@ -417,10 +417,10 @@ def test_heads_of_other_widths_are_taken_as_what_they_are(ref, extra, mask_id):
 def test_probabilities_are_no_logits(ref):
     """Their softmax would be another distribution; zeros, whose softmax is uniform, are logits."""
     graph, x = ref.StructuredAbsorbing(3), torch.full((2, 3), 3)
-    law = torch.tensor([0.7, 0.2, 0.1, 0.0]).expand(2, 3, 4)
+    law = torch.tensor([0.7, 0.2, 0.1, 0.0], dtype=torch.float64).expand(2, 3, 4)
     with pytest.raises(ValueError, match=r"must return logits.* sum to 1: probabilities go through from_posterior"):
         from_logits(lambda x, sigma: law, graph)(x, torch.ones(2))
-    close(posterior_of(from_logits(lambda x, sigma: law.log(), graph), graph, x), law.double())
+    close(posterior_of(from_logits(lambda x, sigma: law.log(), graph), graph, x), law)
     assert posterior_of(from_logits(lambda x, sigma: torch.zeros(2, 3, 4), graph), graph, x).isfinite().all()
 
 

@@ -195,7 +195,7 @@ def score_rows(
 def _shape_told(answer: object, shape: tuple[int, ...]) -> str:
     """What a model returned in the place of this shape, and what to do about a head over the tokens alone."""
     if not isinstance(answer, Tensor):
-        return f"a {type(answer).__name__}"
+        return type(answer).__name__
     told = str(tuple(answer.shape))
     if answer.shape == (*shape[:-1], shape[-1] - 1):
         told += ": if it is the mask's column that is missing, add one of -inf, F.pad(out, (0, 1), value=-math.inf)"
