@@ -164,7 +164,8 @@ def test_clean_data_and_what_counts_of_it():
     spread_out = check_clean(X % 4, graph, torch.tensor([2, 0]))
     assert spread_out is not None
     assert spread_out.tolist() == [[2.0] * 3, [0.0] * 3]
-    for how in ({}, {"given": X == 4}, {"weight": torch.ones(2)}, {"weight": (X != 4).float(), "given": X == 4}):
+    hows: list[dict[str, Any]] = [{}, {"given": X == 4}, {"weight": torch.ones(2)}]
+    for how in (*hows, {"weight": (X != 4).float(), "given": X == 4}):
         with pytest.raises(ValueError, match=r"no mask \(mask_id 4\) where .*, got it at 1 of 6 positions"):
             check_clean(X, graph, **how)
     check_clean(X, graph, weight=X != 4)

@@ -434,7 +434,7 @@ def test_a_column_too_few_is_told_where_to_go(ref, wrap):
 
 def test_a_graph_of_more_states_than_a_model_has_tokens_is_refused(ref):
     """With the mask among the tokens one may count it twice; the columns behind it would each be taken for the next."""
-    model = TinyMaskedLM(10)
+    model: Any = TinyMaskedLM(10)
     model.config = SimpleNamespace(vocab_size=10)
     told = r"11 states and the TinyMaskedLM 10 token ids, the mask among them: that is Absorbing\(9, mask_id="
     with pytest.raises(ValueError, match=told):
