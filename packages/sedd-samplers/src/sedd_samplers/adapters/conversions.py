@@ -181,9 +181,9 @@ def from_masked_lm(
         A score model that does not depend on sigma but by the factor of the graph.
 
     Raises:
-        ValueError: see `from_logits`; the graph has no mask, or another than the model's configuration names, or more
-            states than that has token ids; `pad_id` also ends texts; when called, for an answer of another kind, and
-            for a model that scales by the share of masks (ESM's token dropout) where a sequence is nothing but masks.
+        ValueError: see `from_logits`; the graph has no mask, or another than the model's configuration names; `pad_id`
+            also ends texts; when called, for an answer of another kind, and for a model that scales by the share of
+            masks (ESM's token dropout) where a sequence is nothing but masks.
     """
     mask_id = graph.mask_id
     if mask_id is None:
@@ -194,12 +194,6 @@ def from_masked_lm(
     own_mask = getattr(config, "mask_token_id", None)
     if own_mask is not None and own_mask != mask_id:
         raise ValueError(f"the graph's mask is {mask_id}, and the {type(model).__name__} has {own_mask}")
-    ids = getattr(config, "vocab_size", None)
-    if isinstance(ids, int) and graph.num_states > ids:
-        raise ValueError(
-            f"the graph has {graph.num_states} states and the {type(model).__name__} {ids} token ids, the mask "
-            f"among them: that is Absorbing({ids - 1}, mask_id=tokenizer.mask_token_id)"
-        )
     if pad_id is not None and pad_id in ends_of(config):
         raise ValueError(
             f"pad_id={pad_id} also ends texts, and every end would be hidden from the {type(model).__name__}: leave it "
@@ -344,9 +338,10 @@ def check_probabilities(answer: Answer) -> None:
 
 
 def check_logits(answer: Answer) -> None:
-    """ValueError where the first rows of a network's first answer are probabilities, as its logits never are."""
+    """ValueError where the first rows of a network's first answer are probabilities, and not all of them 0 or 1."""
     rows = answer[: min(8, len(answer))].detach()
-    if len(rows) and bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-3).all()):
+    shares = (rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-3).all() & (rows.frac() != 0).any()
+    if len(rows) and bool(shares):
         raise ValueError(
             "the network must return logits, of which a softmax is taken, and its rows are >= 0 and sum to 1: "
             "probabilities go through from_posterior"
