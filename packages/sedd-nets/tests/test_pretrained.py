@@ -76,6 +76,12 @@ def test_what_a_checkpoint_says_of_its_noise_is_kept(golden, tmp_path):
     assert net.sections == {key: value for key, value in config.items() if key != "model"}
 
 
+def test_what_is_saved_may_be_read_by_whom_the_folder_s_files_may(make_sedd, tmp_path):
+    make_sedd().save_pretrained(tmp_path)
+    (tmp_path / "a-file").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_saving_given_weights(make_sedd, tmp_path):
     net = make_sedd()
     average = {key: value + 1 for key, value in net.state_dict().items()}

@@ -82,6 +82,7 @@ def test_what_is_saved_is_read_back_weight_by_weight(alone, tmp_path):
         "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files - {"manifest.json"}},
     }
     assert {"config.json", "model.safetensors", "training.safetensors", "tokenizer.json"} < files
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # read by whoever may read one of them
     assert (found.step, found.folder) == (7, folder)
     names = {name for name, _ in net.named_parameters()}
     assert found.weights.keys() == found.moments["exp_avg"].keys() == found.moments["exp_avg_sq"].keys() == names

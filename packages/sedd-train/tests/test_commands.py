@@ -65,6 +65,8 @@ def test_every_word_explains_itself(name, capsys):
 def test_a_wrong_word_is_told_the_nearest(capsys):
     assert exit_code("trian") == 2
     assert "no command 'trian'; did you mean `sedd train`?" in capsys.readouterr().err
+    assert exit_code("eval") == 2
+    assert "did you mean `sedd evaluate`?" in capsys.readouterr().err
 
 
 def test_completion_knows_words_and_options(capsys):
@@ -275,3 +277,39 @@ def test_text_is_measured_in_the_units_told(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit):
             evaluate.main([*words, *more])
         assert told in capsys.readouterr().err
+
+
+def test_a_text_of_one_s_own_is_measured_whole_if_asked(monkeypatch, capsys, tmp_path):
+    net = SEDD(28, width=16, depth=1, heads=2, cond_dim=8, dropout=0.0, length=8, scale_by_sigma=True)
+    model = Model(net.eval(), Absorbing(27), LogLinear(), character_tokenizer())
+    monkeypatch.setattr(evaluate, "load", lambda name: model)
+    for name in ("text.txt", "more.txt"):
+        (tmp_path / name).write_text(name[0] + " quick brown fox jumps over the lazy dog" * 50)
+    words = ["--checkpoint", "it", "--num-times", "2", "--json", "--corpus", str(tmp_path)]
+    sizes = {}
+    for split in ("train", "valid", "all"):
+        evaluate.main([*words, "--split", split])
+        printed = capsys.readouterr()
+        sizes[split] = json.loads(printed.out)["blocks"]
+        assert ("is not divided; valid is the 5 % of it that training would hold out" in printed.err) == (
+            split == "valid"
+        )
+    characters = sum(len(file.read_text()) for file in tmp_path.iterdir())
+    assert sizes["all"] * 8 <= characters + 8  # an end after each document
+    assert sizes["all"] * 8 > characters - 8
+    assert sizes["valid"] < sizes["train"] < sizes["all"]
+
+    (tmp_path / "more.txt").rename(tmp_path / "test.txt")
+    for more, told in [
+        (["--split", "all"], "has parts of its own; name one, train, valid or test"),
+        (
+            ["--split", "all", "--label-column", "kind"],
+            "--split all is for a --corpus that the model was not trained on",
+        ),
+    ]:
+        with pytest.raises(SystemExit):
+            evaluate.main([*words, *more])
+        assert told in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main([*words[:-2], "--split", "all"])
+    assert "--split all is for a --corpus that the model was not trained on" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -212,6 +213,7 @@ def write_checkpoint(folder: str | os.PathLike[str], config: Mapping[str, Any], 
         except safetensors.SafetensorError as error:
             raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
         temporary[CONFIG].write_text(text, encoding="utf-8")
+        shutil.copymode(temporary[CONFIG], temporary[WEIGHTS])  # safetensors' files are their writer's alone to read
         for path in temporary.values():
             synchronise(path)
         for name, path in temporary.items():

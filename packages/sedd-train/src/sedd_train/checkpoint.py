@@ -183,6 +183,7 @@ def export(folder: Path, net: nn.Module, average: dict[str, Tensor], tokenizer: 
         safetensors.torch.save_file(average, folder / "model.safetensors")
         config = {**sections, "model": {"type": type(net).__qualname__}}
         (folder / "config.json").write_text(json.dumps(config, indent=1))
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
     tokenizer.save_pretrained(folder)
 
 
@@ -220,6 +221,7 @@ def _write(
         shutil.rmtree(scratch, ignore_errors=True)
         export(scratch, net, average, tokenizer, sections)
         safetensors.torch.save_file(tensors, scratch / "training.safetensors")
+        shutil.copymode(scratch / "config.json", scratch / "training.safetensors")  # who reads one reads all
         files = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
         (scratch / "manifest.json").write_text(to_json(manifest | {"files": files}, indent=1))
         storage.publish(scratch, folder)  # in place of one of a run that was resumed before it

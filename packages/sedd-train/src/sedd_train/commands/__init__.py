@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif words[0] in COMMANDS:
         _command(words[0]).main(words[1:])
     else:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        begun = [name for name in COMMANDS if name.startswith(words[0])]
+        near = begun or difflib.get_close_matches(words[0], COMMANDS, n=1)
         meant = f"; did you mean `sedd {near[0]}`?" if near else ""
         print(f"sedd: error: there is no command {words[0]!r}{meant}\n\n{usage}", end="", file=sys.stderr)
         sys.exit(2)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,11 @@ def parser(prog: str = "sedd evaluate") -> argparse.ArgumentParser:
     made.add_argument("--encoding", default="", help="of text that is neither UTF-8 nor marked, as in training")
     made.add_argument(
         "--split",
-        choices=["train", "valid", "test"],
+        choices=["train", "valid", "test", "all"],
         default="valid",
-        help="which part of the corpus; test is valid where it has no such part (default: %(default)s)",
+        help="which part of the corpus; test is valid where it has no such part. Of text that is not divided, "
+        "valid is the 5 %% that training would hold out, and all is the whole, for text that the model was not trained "
+        "on (default: %(default)s)",
     )
     made.add_argument("--length", type=int, help="tokens a block (default: what the model was trained with)")
     made.add_argument(
@@ -95,6 +98,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd evaluate") -> N
         length = args.length or net.length
         if not 1 <= length <= net.length:
             raise ValueError(f"--length {length}: the model takes 1 to {net.length} tokens")
+        if args.split == "all" and (args.corpus is None or args.label_column):
+            raise ValueError("--split all is for a --corpus that the model was not trained on, read without labels")
         if args.num_times < 2 or args.num_times % 2:
             raise ValueError(f"--num-times must be even and at least 2, got {args.num_times}")
         if args.choices:
@@ -120,7 +125,23 @@ def _texts(args: argparse.Namespace) -> corpora.Texts:
 
 
 def _documents(args: argparse.Namespace, tokenizer: Any) -> Iterable[str]:
-    return _texts(args).documents(args.split, tokenizer)
+    """The documents of the part that is asked for. Says so where valid is a cut of undivided text."""
+    another, texts = args.corpus is not None, _texts(args)
+    if args.split != "all":
+        yield from texts.documents(args.split, tokenizer)
+        if another and args.split == "valid" and _undivided(texts):
+            said = f"note: {args.corpus} is not divided; valid is the 5 % of it that training would hold out"
+            print(f"{said}, --split all the whole", file=sys.stderr)
+        return
+    yield from texts.documents("train", tokenizer)
+    if not _undivided(texts):
+        raise ValueError(f"--split all: {args.corpus} has parts of its own; name one, train, valid or test")
+    yield from texts.documents("valid", tokenizer)
+
+
+def _undivided(texts: corpora.Texts) -> bool:
+    """Whether all files are of one split, so that what is held out is a cut. Known once documents have been read."""
+    return {part.split for part in texts.parts() if part.split != "left out"} == {"train"}
 
 
 def _tokens(args: argparse.Namespace, tokenizer: Any) -> Tokens:
