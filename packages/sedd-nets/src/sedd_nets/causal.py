@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Causal(Transformer):
             dropout_seeds=dropout_seeds,
             cache=cache,
         )
-        return cast(Tensor, logits)
+        return logits
 
     def sees(self, past: int, x: Tensor) -> Tensor:
         """Each position itself and those before it, (L, past + L) bool."""
