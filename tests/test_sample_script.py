@@ -180,6 +180,8 @@ def test_a_device_is_where_it_runs(draw: Any) -> None:
         (["--top-k", "0"], "top_k must be a positive integer, got 0"),
         (["--top-p", "1.5"], r"top_p must lie in \(0, 1\], got 1.5"),
         (["--method", "best"], "invalid choice: 'best'"),
+        (["--label", "tale"], "labels"),
+        (["--guidance", "2"], r"--guidance 2\.0 is the weight of a label: give --label, too"),
         (["--checkpoint", str(Path(__file__).parent)], "has no config.json"),
         (["--page", str(Path(__file__) / "page.html")], "page.html cannot be written .* give another name"),
     ],

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -299,8 +300,10 @@ def _update(engine: Any, loss: Tensor) -> Tensor:
     """
     optimizer = engine.basic_optimizer
     optimizer.found_inf = (~loss.isfinite()).to(zero_shards.owned(engine)[0].device, torch.float32)
+    noted: list[Tensor] = []
 
     def note(norm: Tensor) -> None:
+        noted.append(norm)
         refused = (~norm.isfinite() | (norm < 0)).to(optimizer.found_inf)
         optimizer.found_inf = torch.maximum(optimizer.found_inf, refused)
 
@@ -312,6 +315,11 @@ def _update(engine: Any, loss: Tensor) -> Tensor:
         return norm
     with _norms_judged_by(note):
         engine.step()
+    if not noted:  # nothing would have kept a gradient of nan out of the weights
+        raise RuntimeError(
+            f"DeepSpeed {version('deepspeed')} does not show the norm of its gradients at ZeRO stage "
+            f"{engine.zero_optimization_stage()}, as 0.19.8 does: install that version"
+        )
     told = engine.get_global_grad_norm() if engine.was_step_applied() else math.inf
     return told if isinstance(told, Tensor) else torch.full_like(loss, math.nan if told is None else told)
 
