@@ -414,6 +414,23 @@ def test_heads_of_other_widths_are_taken_as_what_they_are(ref, extra, mask_id):
     assert (p[..., mask_id] == 0).all()
 
 
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        *(from_posterior, to_posterior, from_logits, from_masked_lm, from_velocity, to_velocity, controlled),
+        *(
+            lambda model, graph, way=way: way(model, graph, lambda sigma: sigma / 2)
+            for way in (from_reverse, to_reverse)
+        ),
+    ],
+)
+def test_a_graph_s_class_or_something_else_in_its_place_is_named(ref, adapt):
+    with pytest.raises(ValueError, match=r"the graph must be an object such as Absorbing\(50257\), got the class S"):
+        adapt(lambda x, sigma: x, ref.StructuredAbsorbing)
+    with pytest.raises(ValueError, match=r"the graph, a LogLinear, has no num_states: see sedd_samplers\.Graph"):
+        adapt(lambda x, sigma: x, ref.LogLinear())
+
+
 def test_probabilities_are_no_logits(ref):
     """Their softmax would be another distribution; zeros, whose softmax is uniform, are logits."""
     graph, x = ref.StructuredAbsorbing(3), torch.full((2, 3), 3)

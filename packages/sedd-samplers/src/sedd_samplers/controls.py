@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .fast import Answer, Part, log
-from .interfaces import Graph, RowModel, ScoreModel
+from .interfaces import Graph, RowModel, ScoreModel, check_graph
 from .leave_one_out import leave_one_out, score_of
 from .model_calls import ModelCall, Wrapper, offers
 from .positions import Positions
@@ -76,9 +76,11 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
         A score model that offers `where` and `rows`.
 
     Raises:
-        ValueError: the score model is not callable; when called, if it returns another shape, if the controls leave no
-            token to a position, or if tokens are noised and sigma is too high for the score's precision (9 in float32).
+        ValueError: the score model is not callable or the graph none; when called, if it returns another shape, if the
+            controls leave no token to a position, or if tokens are noised and sigma is too high for the score's
+            precision (9 in float32).
     """
+    check_graph(graph)
     call, rate = ModelCall(score, graph.num_states, "score model"), fastest_rate(graph)
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Row", "Graph", "Noise", "ScoreModel", "RowModel", "KeyValues"]
+__all__ = ["Row", "Graph", "Noise", "ScoreModel", "RowModel", "KeyValues", "check_graph"]
 
 
 class Row(Protocol):
@@ -92,3 +92,12 @@ class KeyValues(Protocol):
 
     def batch_select_indices(self, indices: Tensor, /) -> None:
         """Keep the sequences `indices` (b,) int64, in that order."""
+
+
+def check_graph(graph: object) -> None:
+    """ValueError unless it has what is asked of a graph here: the usual slip is the class for its object."""
+    if isinstance(graph, type):
+        raise ValueError(f"the graph must be an object such as Absorbing(50257), got the class {graph.__name__}")
+    missing = [name for name in ("num_states", "mask_id", "rates_into", "propagate") if not hasattr(graph, name)]
+    if missing:
+        raise ValueError(f"the graph, a {type(graph).__name__}, has no {missing[0]}: see sedd_samplers.Graph")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .grids import check_times, finite_start, uniform_grid, warn_of_text_left
 from .infilling import Clamped, Particles
-from .interfaces import Graph, Noise, ScoreModel
+from .interfaces import Graph, Noise, ScoreModel, check_graph
 from .model_calls import ModelCall, Wrapper, device_of, warn_of_training
 from .precision import wide
 from .prompts import check_prompt, check_shape, check_start
@@ -350,12 +350,9 @@ def check_method(method: object) -> None:
 
 def check_process(graph: object, noise: object) -> None:
     """ValueError unless they are a graph and a schedule: the usual slip is the class for its object."""
-    for name, part, example in (("graph", graph, "Absorbing(50257)"), ("noise", noise, "LogLinear()")):
-        if isinstance(part, type):
-            raise ValueError(f"the {name} must be an object such as {example}, got the class {part.__name__}")
-    missing = [name for name in ("num_states", "mask_id", "rates_into", "propagate") if not hasattr(graph, name)]
-    if missing:
-        raise ValueError(f"the graph, a {type(graph).__name__}, has no {missing[0]}: see sedd_samplers.Graph")
+    check_graph(graph)
+    if isinstance(noise, type):
+        raise ValueError(f"the noise must be an object such as LogLinear(), got the class {noise.__name__}")
     if not callable(noise):
         raise ValueError(f"the noise must be callable as noise(t) -> (sigma, dsigma), got a {type(noise).__name__}")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..controls import Control, apply_controls
 from ..fast import Answer, Part
-from ..interfaces import Graph, RowModel, ScoreModel
+from ..interfaces import Graph, RowModel, ScoreModel, check_graph
 from ..leave_one_out import score_of, without_own
 from ..model_calls import ModelCall, Wrapper, offers
 from ..positions import Positions
@@ -62,11 +62,10 @@ def from_posterior(posterior: Model, graph: Graph, *, controls: Sequence[Control
         (x, sigma) -> log_score (B, L, N), float32 at least; 0 at y = x, -inf where no probability leads.
 
     Raises:
-        ValueError: the posterior is not callable; when called, if it returns another shape, and if its first answer
-            holds negative numbers, as logits do.
+        ValueError: the posterior is not callable or the graph none; when called, if it returns another shape, and if
+            its first answer holds negative numbers, as logits do.
     """
-    call = ModelCall(posterior, graph.num_states, "posterior")
-    return _from_law(call, graph, lambda sigma: sigma, controls)
+    return _from_law(posterior, "posterior", graph, lambda sigma: sigma, controls)
 
 
 def to_posterior(score: ScoreModel, graph: Graph) -> RowModel:
@@ -82,10 +81,10 @@ def to_posterior(score: ScoreModel, graph: Graph) -> RowModel:
         certainty of that token.
 
     Raises:
-        ValueError: the score model is not callable; when called, if it returns another shape, or if tokens are noised
-            and sigma is too high to tell the posterior from a score of that precision (9 in float32).
+        ValueError: the score model is not callable or the graph none; when called, if it returns another shape, or if
+            tokens are noised and sigma is too high to tell the posterior from a score of that precision (9 in float32).
     """
-    return _to_law(ModelCall(score, graph.num_states, "score model"), graph, lambda sigma: sigma, denoise_probs)
+    return _to_law(score, graph, lambda sigma: sigma, denoise_probs)
 
 
 def from_logits(
@@ -113,9 +112,11 @@ def from_logits(
         A score model.
 
     Raises:
-        ValueError: logits is not callable, or a banned state is none of the graph's; when called, if it returns
-            another shape, and if the rows of its first answer are probabilities: not negative, with a sum of 1.
+        ValueError: logits is not callable, the graph is none, or a banned state is none of the graph's; when called, if
+            it returns another shape, and if the rows of its first answer are probabilities: not negative, with a sum of
+            1, and not all of them 0 or 1.
     """
+    check_graph(graph)
     banned = () if banned is None else banned
     wrong = [state for state in banned if not 0 <= state < graph.num_states]
     if wrong:
@@ -124,13 +125,11 @@ def from_logits(
     if len(never | {graph.mask_id}) == graph.num_states + (graph.mask_id is None):
         raise ValueError("banned holds every token: none is left to draw")
     indices = {torch.device("cpu"): torch.tensor(sorted(never), dtype=torch.int64)}
-    call, seen = ModelCall(logits, graph.num_states, "logits", widths=_widths(graph)), list[bool]()
+    widths = () if graph.mask_id is None else (graph.num_states - 1,)
+    call, look = ModelCall(logits, graph.num_states, "logits", widths=widths), _at_first(check_logits)
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
-        answer = call(x, sigma, at, rows)
-        if not seen:
-            check_logits(answer)
-            seen.append(True)
+        answer = look(call(x, sigma, at, rows))
         if answer.device not in indices:
             indices[answer.device] = indices[torch.device("cpu")].to(answer.device)
         out = indices[answer.device]
@@ -185,6 +184,7 @@ def from_masked_lm(
             also ends texts; when called, for an answer of another kind, and for a model that scales by the share of
             masks (ESM's token dropout) where a sequence is nothing but masks.
     """
+    check_graph(graph)
     mask_id = graph.mask_id
     if mask_id is None:
         raise ValueError("a masked language model needs a graph with a mask: its mask_id is None")
@@ -239,9 +239,9 @@ def from_reverse(reverse: Model, graph: Graph, delta_sigma: Levels) -> RowModel:
         A score model.
 
     Raises:
-        ValueError: reverse is not callable; when called, if it returns another shape.
+        ValueError: reverse is not callable or the graph none; when called, if it returns another shape.
     """
-    return _from_law(ModelCall(reverse, graph.num_states, "reverse model"), graph, delta_sigma)
+    return _from_law(reverse, "reverse model", graph, delta_sigma)
 
 
 def to_reverse(score: ScoreModel, graph: Graph, delta_sigma: Levels) -> RowModel:
@@ -249,7 +249,7 @@ def to_reverse(score: ScoreModel, graph: Graph, delta_sigma: Levels) -> RowModel
 
     Arguments as for `from_reverse`; returns (x, sigma) -> probabilities (B, L, N), normalised, negatives set to 0.
     """
-    return _to_law(ModelCall(score, graph.num_states, "score model"), graph, delta_sigma, tweedie_probs)
+    return _to_law(score, graph, delta_sigma, tweedie_probs)
 
 
 def from_velocity(velocity: Model, graph: Graph) -> RowModel:
@@ -294,7 +294,7 @@ def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
     Arguments and errors as for `from_velocity`.
     """
     _check_path(graph)
-    posterior = _to_law(ModelCall(score, graph.num_states, "score model"), graph, lambda sigma: sigma, denoise_probs)
+    posterior = _to_law(score, graph, lambda sigma: sigma, denoise_probs)
 
     def rows_at(x: Tensor, kappa: Tensor, at: Positions, rows: Tensor) -> Tensor:
         p = posterior.answer(x, -torch.log(kappa), at, rows).tensor()
@@ -304,14 +304,12 @@ def to_velocity(score: ScoreModel, graph: Graph) -> RowModel:
     return Wrapper(rows_at, score)
 
 
-def _from_law(call: ModelCall, graph: Graph, delta_sigma: Levels, controls: Sequence[Control] = ()) -> RowModel:
-    rate, seen = fastest_rate(graph), list[bool]()
+def _from_law(law: Model, name: str, graph: Graph, delta_sigma: Levels, controls: Sequence[Control] = ()) -> RowModel:
+    check_graph(graph)
+    call, rate, look = ModelCall(law, graph.num_states, name), fastest_rate(graph), _at_first(check_probabilities)
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
-        answer = call(x, sigma, at, rows)
-        if not seen:
-            check_probabilities(answer)
-            seen.append(True)
+        answer = look(call(x, sigma, at, rows))
         here, level = x.flatten()[at.flat], delta_sigma(sigma)[at.sequence]
         sequence, position = rows[at.sequence], at.position
 
@@ -324,7 +322,20 @@ def _from_law(call: ModelCall, graph: Graph, delta_sigma: Levels, controls: Sequ
 
         return answer.then(convert, working_dtype(rate, answer.device))
 
-    return Wrapper(rows_at, call.model)
+    return Wrapper(rows_at, law)
+
+
+def _at_first(check: Callable[[Answer], None]) -> Callable[[Answer], Answer]:
+    """What hands answers on, and checks the first: to look at values is to wait for them."""
+    seen = list[bool]()
+
+    def look(answer: Answer) -> Answer:
+        if not seen:
+            check(answer)
+            seen.append(True)
+        return answer
+
+    return look
 
 
 def check_probabilities(answer: Answer) -> None:
@@ -348,8 +359,9 @@ def check_logits(answer: Answer) -> None:
         )
 
 
-def _to_law(call: ModelCall, graph: Graph, delta_sigma: Levels, kernel: Callable[..., Tensor]) -> Wrapper:
-    rate = fastest_rate(graph)
+def _to_law(score: ScoreModel, graph: Graph, delta_sigma: Levels, kernel: Callable[..., Tensor]) -> Wrapper:
+    check_graph(graph)
+    call, rate = ModelCall(score, graph.num_states, "score model"), fastest_rate(graph)
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
         answer = call(x, sigma, at, rows)
@@ -365,10 +377,6 @@ def _to_law(call: ModelCall, graph: Graph, delta_sigma: Levels, kernel: Callable
     return Wrapper(rows_at, call.model)
 
 
-def _widths(graph: Graph) -> tuple[int, ...]:
-    return (graph.num_states - 1,) if graph.mask_id is not None else ()
-
-
 def fit(logits: Tensor, graph: Graph) -> Tensor:
     """Logits (M, W) over the graph's N states: -inf for a mask that has no column, without columns beyond N."""
     if logits.shape[-1] >= graph.num_states or graph.mask_id is None:
@@ -379,6 +387,7 @@ def fit(logits: Tensor, graph: Graph) -> Tensor:
 
 def _check_path(graph: Graph) -> None:
     """That exp(sQ) v = e^-s v for every v with sum 0: tokens keep themselves with e^-s and else forget themselves."""
+    check_graph(graph)
     v = torch.randn(graph.num_states, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     v -= v.mean()
     after = graph.propagate(v[None], torch.ones(1, dtype=torch.float64))[0]
