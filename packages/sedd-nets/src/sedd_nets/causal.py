@@ -74,7 +74,7 @@ class Causal(Transformer):
             ValueError, IndexError: as the other networks.
         """
         unused = torch.zeros(x.shape[:1], device=x.device)
-        logits = super().forward(
+        return super().forward(
             x,
             unused,
             where,
@@ -84,7 +84,6 @@ class Causal(Transformer):
             dropout_seeds=dropout_seeds,
             cache=cache,
         )
-        return logits
 
     def sees(self, past: int, x: Tensor) -> Tensor:
         """Each position itself and those before it, (L, past + L) bool."""

@@ -121,10 +121,8 @@ def _batches(texts: Iterable[str], skip: int) -> Iterator[Batch]:
 
 def _coded(batch: Batch, flat: NDArray[Any], sizes: NDArray[np.int64]) -> Coded:
     parts, last = batch
-    ends, size = (
-        sizes.cumsum()[np.asarray(last, bool)],
-        sum(len(part.encode("utf-8", "surrogatepass")) for part in parts),
-    )
+    ends = sizes.cumsum()[np.asarray(last, bool)]
+    size = sum(len(part.encode("utf-8", "surrogatepass")) for part in parts)
     return Coded(flat, ends, len(parts), sum(map(len, parts)), size)
 
 

@@ -243,6 +243,7 @@ def measure_and_sample(
             sample = text.tokenizer.decode(objective.sample(averaged, (1, length), **how)[0].tolist())
     except ValueError as error:  # of a young network, on a graph on which steps may overflow: no reason to stop
         sample = f"(no sample: {error})"
+    bits_per_byte = found.bits_per_character / text.valid.bytes_per_character
     progress.write(
         "valid",
         step=step,
@@ -250,12 +251,12 @@ def measure_and_sample(
         standard_error=found.standard_error,
         perplexity=found.perplexity,
         bits_per_character=found.bits_per_character,
-        bits_per_byte=found.bits_per_character / text.valid.bytes_per_character,
+        bits_per_byte=bits_per_byte,
         sample=sample,
     )
     say(
         f"\nstep {step}: held-out bound {found.nats_per_token:.3f} ± {found.standard_error:.3f} nats a token, "
         f"perplexity {found.perplexity:.1f}, {found.bits_per_character:.3f} bits a character, "
-        f"{found.bits_per_character / text.valid.bytes_per_character:.3f} a byte\n{sample}\n"
+        f"{bits_per_byte:.3f} a byte\n{sample}\n"
     )
     return found

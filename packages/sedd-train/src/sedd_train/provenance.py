@@ -93,7 +93,7 @@ def trained_on(checkpoint: str | Path) -> tuple[Recipe, Path]:
     """
     given = Path(checkpoint)
     for folder in (given, *given.absolute().parents[:2]):
-        if (folder / "recipe.toml").is_file() and (folder == given or given.absolute().is_relative_to(folder)):
+        if (folder / "recipe.toml").is_file():
             try:
                 cache = str(json.loads((folder / DATA).read_text(encoding="utf-8"))["cache"])
             except (OSError, ValueError, KeyError, TypeError):
