@@ -38,7 +38,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def terminal(monkeypatch):
     """A stream that says it is a terminal, 20 columns wide and 6 lines high."""
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 6)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda fallback=(80, 24): os.terminal_size((20, 6)))
     return Terminal()
 
 
