@@ -170,7 +170,8 @@ def test_the_first_reuse_is_checked_and_none_after_it() -> None:
     def network(x: Tensor, sigma: Tensor, where: Tensor, cache: Any) -> Tensor:
         asked.append((x.tolist(), sigma.tolist()))
         cache.x = torch.cat([cache.x.view(len(x), -1), x], 1)
-        return cache.x.cumsum(1)[:, -x.shape[1] :, None].expand(-1, -1, 2)[where].double()
+        out: Tensor = cache.x.cumsum(1)[:, -x.shape[1] :, None].expand(-1, -1, 2)[where].double()
+        return out
 
     model = prefix_cached(network, Text, block_size=1)
     x, last = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[False, False, True]] * 2)

@@ -49,7 +49,8 @@ class Rows:
         self.s = self.log_score.exp().scatter(1, self.x[:, None], 1.0)
 
     def back(self) -> Tensor:
-        return torch.linalg.solve(self.forward, self.s)
+        out: Tensor = torch.linalg.solve(self.forward, self.s)
+        return out
 
     def tokens_only(self, law: Tensor) -> Tensor:
         law = law.clone()

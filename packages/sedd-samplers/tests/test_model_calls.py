@@ -202,10 +202,16 @@ def test_modules_are_found_in_their_order() -> None:
     assert list(modules_in(functools.partial(one.forward))) == [one]
     assert list(modules_in([unused])) == list(modules_in(None)) == list(modules_in(number)) == []
     assert list(modules_in(torch.nn.Sequential(one, two))) != [one, two]  # the module itself, once
-    later = lambda x: empty(x)  # noqa: E731, of a cell that is empty yet
-    assert list(modules_in(later)) == []
-    empty = one
-    assert list(modules_in(later)) == [one]
+
+    def defined_later() -> Any:
+        def later(x: Tensor) -> Any:
+            return empty(x)
+
+        assert list(modules_in(later)) == []  # the cell is empty yet
+        empty: Any = one
+        return later
+
+    assert list(modules_in(defined_later())) == [one]
 
 
 def test_states_live_where_the_first_parameter_does() -> None:
@@ -252,16 +258,19 @@ def test_conditions_are_those_of_the_sequences_asked_about(kind: str) -> None:
         return answer(x, sigma) * scale[:, None, None] + shift[:, None, None]
 
     def at_where(x: Tensor, sigma: Tensor, where: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return plain(x, sigma, shift, scale)[where]
+        out: Tensor = plain(x, sigma, shift, scale)[where]
+        return out
 
     def at_positions(
         x: Tensor, sigma: Tensor, shift: Tensor, scale: Tensor, positions: Tensor, where: Any = None
     ) -> Tensor:
         assert where is None
-        return plain(x, sigma, shift, scale).flatten(0, 1)[positions]
+        out: Tensor = plain(x, sigma, shift, scale).flatten(0, 1)[positions]
+        return out
 
     shift, scale = torch.arange(9.0), torch.arange(9.0) ** 2
-    model = per_sequence({"plain": plain, "where": at_where, "positions": at_positions}[kind], shift=shift, scale=scale)
+    models: dict[str, Any] = {"plain": plain, "where": at_where, "positions": at_positions}
+    model = per_sequence(models[kind], shift=shift, scale=scale)
     assert offers(model, "rows")
     assert [offers(model, key) for key in ("where", "positions")] == [kind == "where", kind == "positions"]
     got = ModelCall(model, N, "score model")(X, SIGMA, Positions.of(SOME), ROWS)

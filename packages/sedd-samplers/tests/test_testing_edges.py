@@ -160,12 +160,12 @@ def test_marginals_and_scores_of_a_law_are_sums_over_clean_sequences() -> None:
     torch.testing.assert_close(step, torch.linalg.matrix_exp(sigma[:, None, None] * Q))
     p = marginal(p0, graph, sigma)
     for level in range(2):
-        for x in itertools.product(range(3), repeat=3):
+        for now in itertools.product(range(3), repeat=3):
             total = sum(
-                float(p0[was]) * math.prod(float(step[level, a, b]) for a, b in zip(x, was, strict=True))
+                float(p0[was]) * math.prod(float(step[level, a, b]) for a, b in zip(now, was, strict=True))
                 for was in itertools.product(range(3), repeat=3)
             )
-            assert float(p[(level, *x)]) == pytest.approx(total, rel=1e-12)
+            assert float(p[(level, *now)]) == pytest.approx(total, rel=1e-12)
     x = torch.tensor([[0, 1, 2], [2, 2, 0]])
     out = score_of_law(p0, graph)(x, sigma)
     assert out.shape == (2, 3, 3)
