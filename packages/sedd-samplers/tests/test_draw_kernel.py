@@ -203,3 +203,74 @@ def test_the_kernels_compile_for_gpus(tmp_path):
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_rows_may_lie_apart_and_be_drawn_from_more_than_once(generator):
+    """Rows of a wider tensor, some of them twice; what is given stays, in whatever precision the rest comes."""
+    wide, x, (base, index, value), uniform = case(BLOCK + 40, generator, rows=6)
+    log_score, pick = wide[:, : BLOCK + 9], torch.tensor([5, 0, 5, 2])
+    assert log_score.stride(0) == BLOCK + 40
+    x, uniform = x[:4] % (BLOCK + 9), uniform[:4]
+    weight = base[:4].double(), index[:4] % (BLOCK + 9), value[:4].double()
+    shift = torch.tensor([0.5, -0.25, 1.0, -2.0], dtype=torch.float64)
+    before = wide.clone()
+    state, total = draw(log_score, x, weight, STAY["Euler"], uniform, shift=shift, pick=pick)
+    law = plain_law(log_score[pick].double() + shift[:, None], x, weight, STAY["Euler"])
+    assert (state.dtype, total.dtype) == (torch.int64, torch.float64)
+    torch.testing.assert_close(total, law.sum(-1), rtol=1e-6, atol=0)
+    assert torch.equal(state, plain_draw(law, uniform))
+    assert torch.equal(wide, before)
+    for wrong in (wide[:, ::2], wide[0], wide[None]):
+        with pytest.raises(ValueError, match=r"log_score must be \(R, N\) with contiguous rows, got \("):
+            draw(wrong, x, weight, STAY["Euler"], uniform)
+
+
+@pytest.mark.parametrize("x", [0, BLOCK - 1, BLOCK, BLOCK + 8])
+def test_the_mass_of_staying_stands_at_x_in_its_block(x, generator):
+    """At the ends of blocks: all numbers lead there where it has all, and none where it has none."""
+    log_score = torch.randn(3, BLOCK + 9, generator=generator)
+    weight = torch.full((3,), 1e-9), torch.tensor([[1], [2], [3]]), torch.full((3, 1), 2e-9)
+    uniform = torch.tensor([1e-5, 0.5, 1 - 1e-5], dtype=torch.float64)
+    here, told = torch.full((3,), x), []
+
+    def stay(leaving):
+        told.append(leaving.cpu())
+        return 10.0 + leaving
+
+    state, total = draw(log_score, here, weight, stay, uniform)
+    assert torch.equal(state, here)
+    law = plain_law(log_score, here, weight, torch.zeros_like)
+    assert told[0].dtype == torch.float64
+    torch.testing.assert_close(told[0], law.sum(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, 2 * law.sum(-1) + 10, rtol=1e-9, atol=0)
+    state, _ = draw(log_score, here, weight, STAY["never"], uniform)
+    assert torch.equal(state, plain_draw(law, uniform))
+    assert not (state == x).any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what is beyond float32, as asked for
+def test_what_is_said_of_states_of_no_weight_does_not_count(generator):
+    """Not of x, nor of what cannot be jumped to, were it beyond all numbers."""
+    log_score, x = torch.randn(2, 12, generator=generator), torch.tensor([4, 0])
+    log_score[0, [4, 7]], log_score[1, [0, 7]] = torch.inf, 1e4
+    weight = torch.tensor([0.1, 0.2]), torch.tensor([[7], [7]]), torch.zeros(2, 1)
+    plain = log_score.clone()
+    plain[:, 7], plain[0, 4], plain[1, 0] = 0.0, 0.0, 0.0
+    for number in (0.0, 0.3, 0.6, 0.99):
+        uniform = torch.full((2,), number, dtype=torch.float64)
+        state, total = draw(log_score, x, weight, STAY["Euler"], uniform)
+        law = plain_law(plain, x, weight, STAY["Euler"])
+        assert torch.equal(state, plain_draw(law, uniform))
+        torch.testing.assert_close(total, law.sum(-1), rtol=1e-6, atol=0)
+
+
+def test_a_block_and_a_place_in_it_are_found():
+    """A block holds its lower end and not its upper; at the end of all it is the last that has any."""
+    cumulative = torch.tensor([0.0, 2.0, 2.0, 5.0, 5.0], dtype=torch.float64)
+    numbers = torch.tensor([0.0, 0.3, 0.4, 0.7, 1 - 2.0**-53, 1.0], dtype=torch.float64)
+    block, place = draw_kernel._find(cumulative.repeat(6, 1), numbers)
+    assert block.tolist() == [1, 1, 3, 3, 3, 3]
+    assert place.tolist() == pytest.approx([0.0, 0.75, 0.0, 0.5, 1.0, 1.0], abs=1e-12)
+    assert (place < 1).all()
+    block, place = draw_kernel._find(cumulative[None, 1:], torch.tensor([0.1], dtype=torch.float64))
+    assert (block.tolist(), place.tolist()) == ([0], [0.25])

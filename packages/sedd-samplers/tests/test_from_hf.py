@@ -387,3 +387,47 @@ def test_a_prompt_s_text_is_found_inside_its_frame() -> None:
     assert prompt_ids(Framed([1], [4], eos_token_id=4), "") == [1]
     assert prompt_ids(Framed([1], []), "") == [1]
     assert prompt_ids(Framed([], []), "") == []
+
+
+def test_what_is_told_of_padding_is_of_the_sequences_asked_about() -> None:
+    """The second of two, the first being finished; int64 to models that take a mask of positions."""
+    seen, x = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]), torch.full((2, 6), 7)
+    given = torch.tensor([[True] * 6, [True, True, False, True, True, True]])
+    for kind in (LLaDA, Dream):
+        model = kind(mask_token_id=MASK)
+        score, graph, noise, options = from_hf(model, Tokenizer(), attention_mask=seen)
+        infill(score, graph, noise, x=x, given=given, steps=3, **options)
+        told = model.seen[-1]["attention_mask"]
+        if kind is LLaDA:
+            assert told.dtype == torch.int64
+            assert told.tolist() == [seen[1].tolist()]
+        else:
+            assert told[0, 0].diagonal().tolist() == seen[1].bool().tolist()
+            assert model.seen[-1]["position_ids"].tolist() == [[0, 0, 1, 2, 3, 4]]
+
+
+def test_padding_is_drawn_where_a_mask_tells_what_is_padding() -> None:
+    """And never where it is known by its id: the tokenizer does not call it special here."""
+    tokenizer, x = Tokenizer(), masked_x()
+    tokenizer.all_special_ids = [CLS, SEP, MASK]
+    one = posterior(from_hf(LLaDA(), tokenizer), x)[x == MASK]
+    other = posterior(from_hf(LLaDA(), tokenizer, attention_mask=torch.ones(2, 6)), x)[x == MASK]
+    assert (one[:, PAD] == 0).all()
+    assert (other[:, PAD] > 0).all()
+    nothing = posterior(from_hf(LLaDA(), None, mask_id=MASK, banned=None), x)[x == MASK]
+    assert (nothing[:, [PAD, CLS, SEP]] > 0).all()
+
+
+def test_any_model_may_be_said_to_be_shifted() -> None:
+    model, x = LLaDA(), masked_x()
+    plain = posterior(from_hf(model, Tokenizer()), x)
+    shifted = posterior(from_hf(model, Tokenizer(), shifted=True), x)
+    torch.testing.assert_close(shifted[1, 2], plain[1, 1])  # of the mask before
+    assert (shifted - plain)[x == MASK].abs().max() > 0.01
+
+
+def test_a_schedule_for_models_without_a_clock_takes_all_but_a_thousandth() -> None:
+    noise = from_hf(LLaDA(), Tokenizer()).noise
+    sigma, pace = noise(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
+    assert torch.exp(-sigma).tolist() == pytest.approx([1.0, 0.5005, 1e-3])
+    assert pace.tolist() == pytest.approx([0.999, 0.999 / 0.5005, 999.0])

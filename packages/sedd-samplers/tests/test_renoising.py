@@ -260,3 +260,32 @@ def test_a_canvas_model_s_own_decoder_is_its_configuration_s(stability):
     got = to_posterior(score, graph)(x, sigma)
     right = (torch.nn.functional.one_hot(x, 7) / (0.5 + 0.4 * 0.25)).softmax(-1)
     torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_canvas_s_tokens_are_controlled_and_those_of_no_word_are_not_drawn():
+    """By what the tokenizer knows and by what is banned besides; without any of it all are."""
+    words = SimpleNamespace(
+        get_vocab=lambda: {str(i): i for i in range(6)}, all_special_ids=[0, 4], cls_token_id=None, eos_token_id=4
+    )
+    x, prompt = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2]])
+
+    def drawn(*of, **how):
+        score, graph, _, _ = from_hf(OnItsOwn(), *of, prompt=prompt, **how)
+        p = to_posterior(score, graph)(x, torch.ones(1, dtype=torch.float64))
+        return [state for state in range(7) if (p[..., state] > 0).all()]
+
+    assert drawn() == list(range(7))
+    assert drawn(banned=None) == list(range(7))
+    assert drawn(words, banned=[3]) == [1, 2, 4, 5]
+    assert drawn(words, controls=[lambda p, sequence, position: p * (torch.arange(7) > 2)]) == [3, 4, 5]
+
+
+def test_what_a_configuration_says_goes_before_its_defaults():
+    """And where it has none to fall back on, all is said."""
+    config = {
+        "max_denoising_steps": 2, "t_min": 0.4, "t_max": 0.8, "confidence_threshold": 0.01, "stability_threshold": 1,
+        "sampler_config": SimpleNamespace(entropy_bound=0.2),
+    }  # fmt: skip
+    _, _, _, options = from_hf(OnItsOwn(**config), prompt=torch.tensor([[1, 2]]), own_decoder=True)
+    assert options["method"] == EntropyBoundRenoising(0.2, 0.01, 1)
+    assert options["times"].tolist() == [1.0, 0.5, 0.0]
