@@ -292,3 +292,11 @@ KNOWN = {
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_gives_what_it_has_always_given(ref, name):
     assert ["".join(map(str, row)) for row in run(ref, name).tolist()] == KNOWN[name].split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_seed_gives_the_same_whatever_is_worked_at_a_time(ref, name, monkeypatch):
+    """Pieces of seven rows instead of all of them."""
+    for module in ("fast.answer", "infilling"):
+        monkeypatch.setattr(f"sedd_samplers.{module}.rows_at_a_time", lambda num_states, device: 7)
+    assert ["".join(map(str, row)) for row in run(ref, name).tolist()] == KNOWN[name].split()
