@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 from .fast import draw_by_blocks
 from .precision import wide
-from .waiting import reading_waits
+from .waiting import has_kernels, reading_waits
 
 __all__ = ["philox", "uniforms", "draw_categorical", "draw_shared", "row_seeds"]
 
@@ -47,6 +47,10 @@ def uniforms(seed: Tensor, draw: Tensor, position: Tensor) -> Tensor:
 
     With 53 random bits, in float64; on a device without it 24, in float32.
     """
+    if has_kernels(seed.device):
+        from .fast.uniform_kernel import uniforms_by_kernel
+
+        return uniforms_by_kernel(seed, draw, position)
     zero = torch.zeros_like(seed)
     counter = (position & _WORD, draw & _WORD, (draw >> 32) & _WORD, zero)
     high, low, _, _ = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))

@@ -10,7 +10,6 @@ before drew all its states, and whether any sequence is unfinished, in one tenso
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from .model_calls import ModelCall
 from .positions import Positions, true_indices
 from .precision import fastest_rate, wide, working_dtype
 from .randomness import draw_shared, uniforms
-from .waiting import at_once, reading_waits
+from .waiting import at_once, has_kernels, reading_waits
 
 __all__ = ["Reverse", "Kernel", "Moves", "NoticedLate", "limit_law"]
 
@@ -375,7 +374,7 @@ def _by_moves(
 
 def kernels_serve(rows: Tensor) -> bool:
     """Whether the kernels can draw from rows as they are: on CUDA, with triton, in float32 or less."""
-    return rows.is_cuda and rows.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return rows.dtype != torch.float64 and has_kernels(rows.device)
 
 
 def _named(log_score: Tensor, probs: Tensor, sequence: Tensor, position: Tensor, sigma: Tensor) -> ValueError:

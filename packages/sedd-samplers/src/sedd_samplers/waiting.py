@@ -1,4 +1,4 @@
-"""Checks of values without waiting for the device.
+"""Checks of values without waiting for the device, and which way a device goes.
 
 On the CPU values are read at once and the error names the one that is wrong. On an accelerator a read back makes the
 host wait until everything before it is done, so that nothing is read inside a step but one small tensor (see
@@ -7,6 +7,8 @@ host wait until everything before it is done, so that nothing is read inside a s
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +16,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["reading_waits", "at_once", "require"]
+__all__ = ["has_kernels", "reading_waits", "at_once", "require"]
 
 _at_once = ContextVar("at_once", default=False)
 
@@ -22,6 +24,16 @@ _at_once = ContextVar("at_once", default=False)
 def reading_waits(device: torch.device) -> bool:
     """Whether values are not to be read."""
     return device.type != "cpu" and not _at_once.get()
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run there: on CUDA, where triton is."""
+    return device.type == "cuda" and _triton_is_there()
+
+
+@functools.cache
+def _triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @contextmanager
