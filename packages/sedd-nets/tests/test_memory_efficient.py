@@ -72,10 +72,16 @@ def test_halves_are_turned_as_floats_are(dtype):
     qkv, (cos, sin) = drawn(B, 7, 3, 2, D).detach().to(dtype), Rotary(D)(7)
     q, k, v = rotated(qkv, cos, sin)
     assert (q.dtype, k.dtype) == (dtype, dtype)
-    for ours, given in ((q, qkv[:, :, 0]), (k, qkv[:, :, 1])):
-        exact = rotate(given.double(), cos.double(), sin.double())
-        torch.testing.assert_close(ours.double(), exact, atol=2**-6 if dtype == torch.bfloat16 else 2e-6, rtol=0)
+    u, w = qkv[:, :, :2].double().chunk(2, -1)
+    angle = torch.arange(7, dtype=torch.float64)[:, None] * 10_000 ** -(torch.arange(0, D, 2) / D)
+    c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    exact = torch.cat([u * c - w * s, w * c + u * s], -1)
+    bound = {"atol": 2**-6 if dtype == torch.bfloat16 else 2e-6, "rtol": 0}
+    torch.testing.assert_close(torch.stack([q, k], 2).double(), exact, **bound)
     assert torch.equal(v, qkv[:, :, 2])
+    plain = rotate(qkv, cos, sin)
+    torch.testing.assert_close(plain[:, :, :2].double(), exact, **bound)
+    assert plain.dtype == dtype and torch.equal(plain[:, :, 2], qkv[:, :, 2])
 
 
 @pytest.mark.parametrize("host", [True, False])

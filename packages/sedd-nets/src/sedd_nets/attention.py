@@ -21,7 +21,10 @@ __all__ = ["Attention", "Rotary", "ScaledDotProduct", "sdpa"]
 
 
 class Rotary(nn.Module):
-    """The angles' cosines and sines; `inv_freq` (d/2,) is a buffer because the published files hold it."""
+    """The angles' cosines and sines, as `sedd_nets.functional.rotate` takes them for a packed projection.
+
+    `inv_freq` (d/2,) is a buffer because the published files hold it.
+    """
 
     inv_freq: Tensor
 
@@ -38,7 +41,7 @@ class Rotary(nn.Module):
         return self
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (length, d/2) float32."""
+        """(cos, sin), each (length, 3, 1, d) float32: for queries, for keys, and for values, which nothing turns."""
         cos, sin = _turns(self.inv_freq, length)
         return cos, sin
 
@@ -47,12 +50,17 @@ class Rotary(nn.Module):
 def _turns(inv_freq: Tensor, length: int) -> list[Tensor]:
     """The cosines and sines of all angles; closed to compilers, which would work them out again at each use."""
     angle = torch.outer(torch.arange(length, device=inv_freq.device, dtype=torch.float32), inv_freq)
-    return [angle.cos(), angle.sin()]
+    cos, sin = angle.cos(), angle.sin()
+    both, signed = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return [
+        torch.stack([both, both, torch.ones_like(both)], 1)[:, :, None],
+        torch.stack([signed, signed, torch.zeros_like(signed)], 1)[:, :, None],
+    ]
 
 
 @_turns.register_fake
 def _(inv_freq: Tensor, length: int) -> list[Tensor]:
-    return [inv_freq.new_empty(length, inv_freq.shape[0]) for _ in range(2)]
+    return [inv_freq.new_empty(length, 3, 1, 2 * inv_freq.shape[0]) for _ in range(2)]
 
 
 class Attention(Protocol):

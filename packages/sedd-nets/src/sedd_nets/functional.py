@@ -53,20 +53,19 @@ def add_gated(h: Tensor, branch: Tensor, gate: Tensor | None, kept: Tensor | Non
 
 
 def rotate(a: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn queries or keys by angles proportional to their positions (Su et al., 2021).
+    """Turn queries and keys by angles proportional to their positions (Su et al., 2021).
 
     The two halves (u, v) of a head's vector at position l become (u cos - v sin, v cos + u sin) with the angles
     l base^(-2i/d), i < d/2, so that the product of a query and a key depends on the distance between them only. That is
     also why documents packed into one row need no positions of their own.
 
     Args:
-        a: (B, L, H, d).
-        cos: (L, d/2) float32, of the angles; see `sedd_nets.attention.Rotary`.
-        sin: the same.
+        a: (..., d).
+        cos: float32 of a shape that spreads over a's, (cos, cos) of both halves; see `sedd_nets.attention.Rotary`.
+        sin: the same, (-sin, sin).
 
     Returns:
-        (B, L, H, d) in a's dtype; the arithmetic is float32.
+        (..., d) in a's dtype; the arithmetic is float32.
     """
-    halves = a.reshape(*a.shape[:-1], 2, -1)
-    cos, sin = torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
-    return (a * cos + halves.flip(-2).flatten(-2) * sin).to(a.dtype)
+    swapped = a.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (a * cos + swapped * sin).to(a.dtype)

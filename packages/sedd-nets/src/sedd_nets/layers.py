@@ -111,7 +111,7 @@ class Block(nn.Module):
         Args:
             h: (B, L, D).
             c: the conditioning (B, 1 or L, cond_dim), for a block that is modulated.
-            cos: (L, d/2), from `Rotary`.
+            cos: (L, 3, 1, d), from `Rotary`.
             sin: the same.
             attention: see `sedd_nets.attention`.
             documents: where attention stays within.

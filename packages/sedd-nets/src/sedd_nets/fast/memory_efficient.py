@@ -133,16 +133,14 @@ def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tens
 
     Args:
         qkv: (B, L, 3, H, d).
-        cos: (L, d/2) float32, from `Rotary`.
+        cos: (L, 3, 1, d) float32, from `Rotary`.
         sin: the same.
 
     Returns:
         q, k and v, (B, L, H, d) each in qkv's dtype. None is a view of qkv, whose memory attention would keep.
     """
-    if torch.compiler.is_compiling():
-        q, k, v = qkv.unbind(2)
-        turned = torch.stack([functional.rotate(q, cos, sin), functional.rotate(k, cos, sin), v])
-        q, k, v = turned.unbind()
+    if torch.compiler.is_compiling():  # values are turned by nothing rather than copied: one formula reads in one sweep
+        q, k, v = functional.rotate(qkv, cos, sin).unbind(2)
     else:
         q, k, v = _Rotated.apply(qkv, cos, sin)  # type: ignore[no-untyped-call]
     return q, k, v
@@ -161,8 +159,7 @@ class _Rotated(torch.autograd.Function):
     def backward(ctx: Any, by_q: Tensor, by_k: Tensor, by_v: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives
-            by_q, by_k = (functional.rotate(grad, cos, -sin) for grad in (by_q, by_k))
-            return torch.stack([by_q, by_k, by_v], dim=2), None, None
+            return functional.rotate(torch.stack([by_q, by_k, by_v], dim=2), cos, -sin), None, None
         grad = torch.stack([by_q, by_k, by_v], dim=2)
         _turn(grad[:, :, :2], cos, -sin)
         return grad, None, None
@@ -173,7 +170,7 @@ def _turn(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
     dtype = torch.promote_types(qk.dtype, cos.dtype)
     work = qk if dtype == qk.dtype else qk.to(dtype)
     u, v = work.chunk(2, dim=-1)
-    cos, sin = cos[:, None, None], sin[:, None, None]
+    cos, sin = cos[:, :1, :, : u.shape[-1]], sin[:, :1, :, u.shape[-1] :]
     u_sin = u * sin
     u.mul_(cos).addcmul_(v, sin, value=-1)
     v.mul_(cos).add_(u_sin)
