@@ -37,7 +37,8 @@ def test_angles_are_positions_times_powers_of_ten_thousand():
     for turned in (0, 1):  # queries and keys
         torch.testing.assert_close(cos[:, turned, 0], angle.cos().repeat(1, 2), atol=1e-6, rtol=0)
         torch.testing.assert_close(sin[:, turned, 0], torch.cat([-angle.sin(), angle.sin()], -1), atol=1e-6, rtol=0)
-    assert (cos[:, 2] == 1).all() and (sin[:, 2] == 0).all()  # values
+    assert (cos[:, 2] == 1).all()
+    assert (sin[:, 2] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -207,9 +208,7 @@ def test_angles_stay_float32_whatever_the_network_becomes():
         assert torch.equal(rotary.inv_freq, exact)
         assert rotary.inv_freq.dtype == torch.float32
     assert Rotary(8).to("meta").inv_freq.is_meta
-    assert torch.allclose(
-        Rotary(8, base=100.0)(2)[0][1, 0, 0, :4], torch.tensor([1.0, 0.316228, 0.1, 0.0316228]).cos()
-    )
+    assert torch.allclose(Rotary(8, base=100.0)(2)[0][1, 0, 0, :4], torch.tensor([1.0, 0.316228, 0.1, 0.0316228]).cos())
 
 
 def test_left_to_right_within_each_document():

@@ -81,7 +81,8 @@ def test_halves_are_turned_as_floats_are(dtype):
     assert torch.equal(v, qkv[:, :, 2])
     plain = rotate(qkv, cos, sin)
     torch.testing.assert_close(plain[:, :, :2].double(), exact, **bound)
-    assert plain.dtype == dtype and torch.equal(plain[:, :, 2], qkv[:, :, 2])
+    assert plain.dtype == dtype
+    assert torch.equal(plain[:, :, 2], qkv[:, :, 2])
 
 
 @pytest.mark.parametrize("host", [True, False])

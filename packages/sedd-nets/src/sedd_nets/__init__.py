@@ -15,6 +15,7 @@ from sedd_nets.conditioning import LabelCondition, PromptCondition
 from sedd_nets.documents import Documents
 from sedd_nets.families import MDLM, RADD, SEDD
 from sedd_nets.fast.attention import FlashAttention, FlexAttention, attention_named
+from sedd_nets.fast.cuda_graph import CapturedNetwork
 from sedd_nets.initialisation import init_local_attention, init_unigram_bias
 from sedd_nets.loading import from_pretrained
 from sedd_nets.pretrained import read_config
@@ -39,6 +40,7 @@ __all__ = [
     "Documents",
     "KeyValueCache",
     "bind",
+    "CapturedNetwork",
     "LabelCondition",
     "PromptCondition",
     "__version__",

@@ -195,10 +195,7 @@ class BD3LM(ConditionalTransformer):
     ) -> Tensor:
         """The log-score, as for the other networks; `clean` and `cache` as for `hidden`."""
         given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds}
-        rows = self.rows(x, sigma, where, positions, clean=clean, cache=cache, **given)
-        # Typed as what every score model returns; a pair is for who asks for it by `apart`.
-        answer: Any = self.head_apart(*rows) if apart else self.head(*rows)
-        return answer  # type: ignore[no-any-return]
+        return self.scores(self.rows(x, sigma, where, positions, clean=clean, cache=cache, **given), apart)
 
     def sees(self, past: int, x: Tensor) -> Tensor:
         """Each position its block and those before it, (L, past + L) bool."""

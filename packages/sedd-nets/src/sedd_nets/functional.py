@@ -67,5 +67,5 @@ def rotate(a: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (..., d) in a's dtype; the arithmetic is float32.
     """
-    swapped = a.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    swapped = a.reshape(*a.shape[:-1], 2, -1).flip(-2).flatten(-2)
     return (a * cos + swapped * sin).to(a.dtype)

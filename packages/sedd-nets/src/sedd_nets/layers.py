@@ -27,6 +27,7 @@ from sedd_nets.attention import Attention
 from sedd_nets.checks import at_least_float32, check_tokens
 from sedd_nets.conditioning import Float32Linear
 from sedd_nets.documents import Documents
+from sedd_nets.fast.aligned import aligned_linear, suits
 from sedd_nets.fast.dropout import Words
 from sedd_nets.fast.memory_efficient import add_gated, gelu_linear, modulated_norm, rotated
 
@@ -156,7 +157,9 @@ class Unembedding(nn.Linear):
 
     def as_made(self, hidden: Tensor) -> Tensor:
         """The same in the precision of the product: that of autocast, where it is on."""
-        return F.linear(hidden, self.weight, self.bias)
+        if suits(hidden, len(self.weight)):
+            return F.linear(hidden, self.weight, self.bias)
+        return aligned_linear(hidden, self.weight, self.bias)
 
 
 class OutputLayer(nn.Module):

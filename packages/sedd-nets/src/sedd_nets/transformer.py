@@ -37,6 +37,10 @@ class LinearHead(NamedTuple):
     """Of a sequence or a position, in sigma's shape; None for 0."""
 
 
+Rows = tuple[Tensor, Tensor, Tensor]
+"""What a head is asked of: what enters it, the states there, and their total noise."""
+
+
 class Transformer(Pretrained):
     """A score model `(x, sigma) -> log_score` with a transformer trunk.
 
@@ -198,28 +202,13 @@ class Transformer(Pretrained):
 
     def rows(
         self, x: Tensor, sigma: Tensor, where: Tensor | None, positions: Tensor | None = None, **given: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Rows:
         """The arguments of `head`: `hidden`, x and sigma, at the true positions of `where`, at `positions`, or at all.
 
         `given` are the other arguments of `hidden`.
         """
-        if positions is not None:
-            if where is not None or positions.ndim != 1 or positions.dtype != torch.int64:
-                raise ValueError(
-                    "positions must be indices (M,) int64 into x.flatten(), without where; got "
-                    f"{positions.dtype} {tuple(positions.shape)}{'' if where is None else ' and where'}"
-                )
-            level = over_last_axis(sigma, x)[..., 0].expand(x.shape)
-            hidden = self.hidden(x, sigma, **given).flatten(0, 1)
-            return hidden[positions], x.flatten()[positions], level.flatten()[positions]
-        if where is None:
-            return self.hidden(x, sigma, **given), x, sigma
-        if where.shape != x.shape or where.dtype != torch.bool:
-            raise ValueError(
-                f"where must be a bool mask of x's shape {tuple(x.shape)}; got {where.dtype} {tuple(where.shape)}"
-            )
-        hidden = self.hidden(x, sigma, **given)
-        return hidden[where], x[where], over_last_axis(sigma, x)[..., 0].expand(x.shape)[where]
+        check_which(x, where, positions)
+        return picked(self.hidden(x, sigma, **given), x, sigma, where, positions)
 
     def forward(
         self,
@@ -258,7 +247,10 @@ class Transformer(Pretrained):
             IndexError: a state is out of range.
         """
         given = {"condition": condition, "documents": documents, "dropout_seeds": dropout_seeds, "cache": cache}
-        rows = self.rows(x, sigma, where, positions, **given)
+        return self.scores(self.rows(x, sigma, where, positions, **given), apart)
+
+    def scores(self, rows: Rows, apart: bool) -> Tensor:
+        """The log-scores of rows; with `apart` a tuple, see `head_apart`."""
         # Typed as what every score model returns; a pair is for who asks for it by `apart`.
         answer: Any = self.head_apart(*rows) if apart else self.head(*rows)
         return answer  # type: ignore[no-any-return]
@@ -306,3 +298,26 @@ class Transformer(Pretrained):
         if self.cond_dim is not None:
             modulation = 2 * self.cond_dim * (256 + self.cond_dim + (6 * self.depth + 2) * self.width)
         return self.depth * block + head + modulation
+
+
+def check_which(x: Tensor, where: Tensor | None, positions: Tensor | None) -> None:
+    """Raise ValueError unless at most one of them says, as it should, which of x's positions (B, L) count."""
+    if positions is not None and (where is not None or positions.ndim != 1 or positions.dtype != torch.int64):
+        raise ValueError(
+            "positions must be indices (M,) int64 into x.flatten(), without where; got "
+            f"{positions.dtype} {tuple(positions.shape)}{'' if where is None else ' and where'}"
+        )
+    if where is not None and (where.shape != x.shape or where.dtype != torch.bool):
+        raise ValueError(
+            f"where must be a bool mask of x's shape {tuple(x.shape)}; got {where.dtype} {tuple(where.shape)}"
+        )
+
+
+def picked(hidden: Tensor, x: Tensor, sigma: Tensor, where: Tensor | None, positions: Tensor | None) -> Rows:
+    """Hidden (B, L, D), x and sigma at the true positions of `where`, at `positions`, or at all; checked arguments."""
+    if positions is not None:
+        level = over_last_axis(sigma, x)[..., 0].expand(x.shape)
+        return hidden.flatten(0, 1)[positions], x.flatten()[positions], level.flatten()[positions]
+    if where is None:
+        return hidden, x, sigma
+    return hidden[where], x[where], over_last_axis(sigma, x)[..., 0].expand(x.shape)[where]
