@@ -37,6 +37,7 @@ def row(base, index, value):
 def draw(log_score, x, weight, stay, uniform, **how):
     how = {name: value.to(DEVICE) for name, value in how.items()}
     drawn = draw_moves(log_score.to(DEVICE), x.to(DEVICE), row(*weight), stay, uniform.to(DEVICE), **how)
+    assert torch.equal(drawn.right, drawn.total.isfinite() & (drawn.total > 0))
     return drawn.state.cpu(), drawn.total.cpu()
 
 
@@ -183,15 +184,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sedd_samplers.fast import draw_kernel as kernels
+from sedd_samplers.fast import uniform_kernel as uniforms
 
-types = {"log_score": "*bf16", "place": "*fp64", "own": "*fp64"}
+types = {"log_score": "*bf16", "right": "*i1"}
 types |= dict.fromkeys(("shift", "base", "value", "sums"), "*fp32")
-types |= {"stride": "i32", "num_states": "i32", "count": "i32", "BLOCK": "constexpr"}
-for kernel in (kernels._sum_of_block, kernels._state_in_block):
-    signature = {name: types.get(name, "*i64") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature=signature, constexprs={"BLOCK": kernels.BLOCK})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert "cubin" in compiled.asm
+types |= dict.fromkeys(("own", "uniform", "total", "out"), "*fp64")
+types |= dict.fromkeys(("stride", "num_states", "num_blocks", "count"), "i32")
+for kernel, sizes in (
+    (kernels._sum_of_block, {"BLOCK": kernels.BLOCK}),
+    (kernels._state, {"BLOCK": kernels.BLOCK, "BLOCKS": 32}),
+    (uniforms._uniforms, {"BLOCK": uniforms.BLOCK}),
+):
+    for constants in (sizes, sizes | {"pick": None}):
+        if not constants.keys() <= set(kernel.arg_names):
+            continue
+        signature = {name: types.get(name, "*i64") for name in kernel.arg_names}
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        assert "cubin" in compiled.asm
 """
 
 

@@ -368,8 +368,8 @@ def _by_moves(
     from .fast.draw_kernel import draw_moves
 
     rows, pick, shift = returned
-    state, total = draw_moves(rows, x, *moves(x, at.sequence), uniform, pick=pick, shift=shift)
-    return state, total.isfinite() & (total > 0)
+    drawn = draw_moves(rows, x, *moves(x, at.sequence), uniform, pick=pick, shift=shift)
+    return drawn.state, drawn.right
 
 
 def kernels_serve(rows: Tensor) -> bool:

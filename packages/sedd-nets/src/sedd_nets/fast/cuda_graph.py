@@ -32,7 +32,8 @@ class CapturedNetwork:
 
     def __init__(self, net: Transformer) -> None:
         self.net = net
-        self._places = _places(net)
+        self._weights = list(net.parameters())
+        self._places = self._where_weights_are()
         self._trunks: dict[object, Trunk] = {}
 
     def __call__(
@@ -61,7 +62,7 @@ class CapturedNetwork:
 
     def hidden(self, x: Tensor, sigma: Tensor) -> Tensor:
         """What enters the head, (B, L, D): a tensor that the next call writes over."""
-        if self.net.training or _places(self.net) != self._places:
+        if self.net.training or self._where_weights_are() != self._places:
             raise ValueError(
                 "a captured network computes with the weights it was made with, in evaluation mode: "
                 "call net.eval(), move it where it shall be, and then make CapturedNetwork(net)"
@@ -72,10 +73,9 @@ class CapturedNetwork:
             self._trunks[key] = _captured(self.net, x, sigma, kind)
         return self._trunks[key](x, sigma)
 
-
-def _places(net: Transformer) -> list[int]:
-    """Where the weights are: a graph reads them from there."""
-    return [parameter.data_ptr() for parameter in net.parameters()]
+    def _where_weights_are(self) -> list[int]:
+        """From where a graph reads them."""
+        return [weight.data_ptr() for weight in self._weights]
 
 
 def _captured(net: Transformer, x: Tensor, sigma: Tensor, kind: torch.dtype | None) -> Trunk:

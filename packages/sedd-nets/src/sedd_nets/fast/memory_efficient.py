@@ -139,10 +139,7 @@ def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tens
     Returns:
         q, k and v, (B, L, H, d) each in qkv's dtype. None is a view of qkv, whose memory attention would keep.
     """
-    if torch.compiler.is_compiling():  # values are turned by nothing rather than copied: one formula reads in one sweep
-        q, k, v = functional.rotate(qkv, cos, sin).unbind(2)
-    else:
-        q, k, v = _Rotated.apply(qkv, cos, sin)  # type: ignore[no-untyped-call]
+    q, k, v = _Rotated.apply(qkv, cos, sin)  # type: ignore[no-untyped-call]
     return q, k, v
 
 
@@ -150,16 +147,20 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        out = qkv.clone()
-        _turn(out[:, :, :2], cos, sin)
+        if torch.compiler.is_compiling():  # values are turned by nothing, not copied: a compiler makes one sweep of it
+            out = functional.rotate(qkv, cos, sin)
+        else:
+            out = qkv.clone()
+            _turn(out[:, :, :2], cos, sin)
         q, k, v = out.unbind(2)
         return q, k, v
 
     @staticmethod
     def backward(ctx: Any, by_q: Tensor, by_k: Tensor, by_v: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives
-            return functional.rotate(torch.stack([by_q, by_k, by_v], dim=2), cos, -sin), None, None
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # for a compiler; for second derivatives
+            by_q, by_k = (functional.rotate(grad, cos[:, 0], -sin[:, 0]) for grad in (by_q, by_k))
+            return torch.stack([by_q, by_k, by_v], dim=2), None, None
         grad = torch.stack([by_q, by_k, by_v], dim=2)
         _turn(grad[:, :, :2], cos, -sin)
         return grad, None, None

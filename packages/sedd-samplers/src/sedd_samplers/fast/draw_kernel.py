@@ -8,9 +8,9 @@ with w constant but at a few listed states: D Q[x, y] for Euler's and tau-leapin
 Tweedie's under one mask e^(D Q[x, y]) - 1. Nothing of size (M, N) is made of it, and the log-scores are read once:
 
     1. one kernel sums w_y s_y over blocks of 2048 states, x left out, in float32;
-    2. the blocks, and stay(R) in that of x, form a cumulative sum in float64, a few dozen numbers a row, in which one
-       float64 uniform number picks a block and a place in it;
-    3. a second kernel reads that block again and finds the state at that place, in float64.
+    2. a second one forms of the blocks, and of stay(R) in that of x, a cumulative sum in float64, a few dozen numbers a
+       row, in which one float64 uniform number picks a block and a place in it; it reads that block again and finds the
+       state at that place, in float64.
 
 So every probability is met to the float32 rounding of a sum of 2048 numbers, however small it is; within a block, to
 that of its own exponential. A state of probability 0 is never drawn, and the states stand in their order, so that a
@@ -47,7 +47,9 @@ class Drawn(NamedTuple):
     state: Tensor
     """(M,) int64; x where the total is none."""
     total: Tensor
-    """(M,) float64, the sum of the row's law: a caller must refuse one that is not finite and positive."""
+    """(M,) float64, the sum of the row's law."""
+    right: Tensor
+    """(M,) bool, whether that is finite and positive: a caller must refuse others."""
 
 
 def draw_moves(
@@ -80,36 +82,29 @@ def draw_moves(
     if log_score.ndim != 2 or log_score.stride(-1) != 1:
         got = f"{tuple(log_score.shape)} with strides {log_score.stride()}"
         raise ValueError(f"log_score must be (R, N) with contiguous rows, got {got}")
+    total = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    right = torch.empty(len(x), dtype=torch.bool, device=x.device)
     if not len(x):
-        return Drawn(x, torch.empty(0, dtype=torch.float64, device=x.device))
-    rows = torch.arange(len(x), device=x.device) if pick is None else pick
+        return Drawn(x, total, right)
     shift = torch.zeros(len(x), device=x.device) if shift is None else shift
-    law = [rows, shift.float(), x, weight.base.float(), weight.index, weight.value.float()]
+    law = [shift.float(), x, weight.base.float(), weight.index, weight.value.float()]
+    rows = pick if pick is None else pick.contiguous()
     law = [part.contiguous() for part in law]
     sizes = log_score.stride(0), log_score.shape[1], weight.index.shape[-1]
     sums = torch.empty(len(x), triton.cdiv(log_score.shape[1], BLOCK), dtype=torch.float32, device=x.device)
+    how = {"BLOCK": BLOCK, "num_warps": 4}
     with torch.cuda.device_of(log_score):  # a kernel is launched on the current device
-        _sum_of_block[sums.shape](log_score, *law, sums, *sizes, BLOCK=BLOCK, num_warps=4)
-    mass = sums.double()
-    own = stay(mass.sum(-1))
-    cumulative = mass.scatter_add_(1, x[:, None] // BLOCK, own[:, None]).cumsum(-1)
-    block, place = _find(cumulative, uniform)
-    state = torch.empty_like(block)
+        _sum_of_block[sums.shape](log_score, rows, *law, sums, *sizes, **how)
+    own, state = stay(sums.sum(-1, dtype=torch.float64)), torch.empty_like(law[1])
     with torch.cuda.device_of(log_score):
-        _state_in_block[(len(x),)](log_score, *law, own, block, place, state, *sizes, BLOCK=BLOCK, num_warps=4)
-    total = cumulative[:, -1]
-    return Drawn(torch.where(total.isfinite() & (total > 0), state, x), total)
-
-
-def _find(cumulative: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The block (M,) whose share of the whole holds `uniform` (M,), and where in that share it lies, in [0, 1]."""
-    total = cumulative[:, -1]
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    # the first cumulative sum *above* the target ends in an block of positive mass
-    entry = torch.searchsorted(cumulative, target[:, None], right=True).clamp_max(cumulative.shape[1] - 1)
-    above = cumulative.gather(1, entry)[:, 0]
-    below = torch.where(entry > 0, cumulative.gather(1, (entry - 1).clamp_min(0)), 0.0)[:, 0]
-    return entry[:, 0], (target - below) / (above - below)
+        blocks = triton.next_power_of_2(sums.shape[1])
+        drawn = state, total, right
+        _state[(len(x),)](
+            *(log_score, rows, *law, sums, own.contiguous(), uniform.contiguous(), *drawn, *sizes, sums.shape[1]),
+            BLOCKS=max(2, blocks),
+            **how,
+        )
+    return Drawn(state, total, right)
 
 
 @triton.jit
@@ -130,7 +125,8 @@ def _masses(
 ) -> tl.tensor:
     """w_y s_y of one block of a row, float32; 0 at x and beyond the last state."""
     there = column < num_states
-    logit = tl.load(log_score + tl.load(pick + row) * stride + column, mask=there, other=0.0).to(tl.float32)
+    place = row if pick is None else tl.load(pick + row)
+    logit = tl.load(log_score + place * stride + column, mask=there, other=0.0).to(tl.float32)
     weight = tl.zeros([BLOCK], tl.float32) + tl.load(base + row)
     for k in range(0, count):
         here = column == tl.load(index + row * count + k)
@@ -162,7 +158,7 @@ def _sum_of_block(
 
 
 @triton.jit
-def _state_in_block(
+def _state(
     log_score: tl.tensor,
     pick: tl.tensor,
     shift: tl.tensor,
@@ -170,24 +166,44 @@ def _state_in_block(
     base: tl.tensor,
     index: tl.tensor,
     value: tl.tensor,
+    sums: tl.tensor,
     own: tl.tensor,
-    block: tl.tensor,
-    place: tl.tensor,
+    uniform: tl.tensor,
     state: tl.tensor,
+    total: tl.tensor,
+    right: tl.tensor,
     stride: tl.tensor,
     num_states: tl.tensor,
     count: tl.tensor,
+    num_blocks: tl.tensor,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    column = tl.load(block + row) * BLOCK + tl.arange(0, BLOCK)
+    here, staying = tl.load(x + row), tl.load(own + row).to(tl.float64)
+    number = tl.arange(0, BLOCKS)
+    block_mass = tl.load(sums + row * num_blocks + number, mask=number < num_blocks, other=0.0).to(tl.float64)
+    block_mass += tl.where(number == here // BLOCK, staying, 0.0)
+    whole = tl.sum(block_mass)
+    target = tl.load(uniform + row) * whole
+    block = tl.maximum(_reached(block_mass, number, target), 0)
+    within = target - tl.sum(tl.where(number < block, block_mass, 0.0))
+    share = within / tl.sum(tl.where(number == block, block_mass, 0.0))
+    column = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mass = _masses(log_score, pick, shift, x, base, index, value, row, column, stride, num_states, count, BLOCK).to(
         tl.float64
     )
-    mass = tl.where(column == tl.load(x + row), tl.load(own + row), mass)
-    cumulative = tl.cumsum(mass)
-    target = tl.load(place + row) * tl.sum(mass)
-    # the partial sums are rounded each on its own: what decides is that the state has a probability at all
-    first = tl.min(tl.where((mass > 0) & (cumulative > target), column, 1 << 62))
-    last = tl.max(tl.where(mass > 0, column, -1))
-    tl.store(state + row, tl.minimum(first, last))
+    mass = tl.where(column == here, staying, mass)
+    found = _reached(mass, column, share * tl.sum(mass))
+    possible = (whole > 0) & (whole < float("inf"))
+    tl.store(state + row, tl.where(possible, found, here))
+    tl.store(total + row, whole)
+    tl.store(right + row, possible)
+
+
+@triton.jit
+def _reached(mass: tl.tensor, name: tl.tensor, target: tl.tensor) -> tl.tensor:
+    """The name of the first entry of positive mass whose cumulative sum is above the target, or of the last one."""
+    # partial sums are rounded each on its own: what decides is that an entry has a mass at all
+    first = tl.min(tl.where((mass > 0) & (tl.cumsum(mass) > target), name, 2147483647))
+    return tl.minimum(first, tl.max(tl.where(mass > 0, name, -1)))
