@@ -26,6 +26,7 @@ WANTED = {
     "numbers to compare with": "numbers.html",
 }
 ELSEWHERE = ("http:", "https:", "//")
+HEAVIEST = 1_000_000  # bytes of a page, which a phone reads in a second
 LOADING = {"stylesheet", "icon", "preload", "prefetch", "preconnect", "modulepreload", "manifest"}
 
 
@@ -72,6 +73,8 @@ def faults(site: Path) -> list[str]:
         pages[name] = page = Page()
         page.feed(text)
         found += [f"{name} loads {address}" for address in page.loaded if address.startswith(ELSEWHERE)]
+        if len(text.encode()) > HEAVIEST:
+            found.append(f"{name} has {len(text.encode()):,} bytes, more than {HEAVIEST:,}")
         if 'class="arithmatex"' in text:
             found.append(f"{name} has a formula that was not drawn")
     for path in sorted(site.rglob("*.css")):

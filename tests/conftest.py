@@ -11,8 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Laws are followed here from the prior at whatever noise: what is compared with begins there, too."""
+    """Laws are followed here from the prior at whatever noise, as what they are compared with; networks are fresh."""
     config.addinivalue_line("filterwarnings", r"ignore:at t = .* is left of a token:UserWarning")
+    config.addinivalue_line("filterwarnings", r"ignore:at sigma = .* the scores of the tokens at:UserWarning")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(DOCS)
     check_site: Any = importlib.import_module("check_site")
     formulas: Any = importlib.import_module("formulas")
+    sources: Any = importlib.import_module("sources")
 PAGES = sorted(DOCS.rglob("*.md"))
 WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
 
@@ -79,6 +81,7 @@ def test_the_site_s_check_counts_clicks(tmp_path: Path, monkeypatch: pytest.Monk
         ('<script src="https://cdn.example/x.js"></script>', "loads https://cdn.example/x.js"),
         ('<link rel="stylesheet" href="//fonts.example/a.css">', "loads //fonts.example/a.css"),
         ('<span class="arithmatex">\\(x\\)</span>', "has a formula that was not drawn"),
+        ("x" * 1_000_001, "has 1,000,001 bytes, more than 1,000,000"),
         ('<article><a href="gone.html">', "leads to gone.html, which is not there"),
         ('<article><a href="c.html#there">', "leads to c.html#there, and that page has no such place"),
     ],
@@ -106,6 +109,24 @@ def test_formulas_are_drawn_as_outlines() -> None:
     assert "tag" not in drawn
     with pytest.raises(ValueError, match="Unknown symbol"):
         formulas.outline(r"\nosuchthing")
+
+
+def test_code_is_linked_to_a_name_for_each_line(tmp_path: Path) -> None:
+    """The links of an API page lead to the line where the object begins, in a page of its module."""
+    code = """<p>a</p><details class="mkdocstrings-source">
+        <summary>Source code in <code>packages/sedd-nets/src/sedd_nets/fast/tied_head.py</code></summary>
+        <pre><span></span><span class="normal"> 7</span>
+<span class="normal"> 8</span></pre><code>def f</code></details><p>b</p>"""
+    linked = sources.on_page_content(code, SimpleNamespace(url="api/nets.html"))
+    to = "sedd_nets/fast/tied_head.py"
+    assert linked == f'<p>a</p><p><a href="../source/{to}.html#L7">Source: {to}, line 7</a></p><p>b</p>'
+    package = tmp_path / "packages" / "a" / "src" / "b"
+    package.mkdir(parents=True)
+    (package / "c.py").write_text("x = 1 < 2\n\ny = 3\n")
+    sources.on_post_build(SimpleNamespace(config_file_path=str(tmp_path / "mkdocs.yml"), site_dir=str(tmp_path)))
+    page = (tmp_path / "source" / "b" / "c.py.html").read_text()
+    assert "<title>b/c.py</title>" in page
+    assert '<pre><a id="L1" href="#L1">1</a> x = 1 &lt; 2\n<a id="L2" href="#L2">2</a> \n<a id="L3"' in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

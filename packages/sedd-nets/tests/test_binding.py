@@ -48,3 +48,9 @@ def test_what_does_not_fit_is_named(net, wide):
             bind(net, lengths=LENGTHS)(x[:2], sigma[:2])
     with pytest.raises(ValueError, match=r"lengths must be in 1\.\.4"):
         bind(net, lengths=LENGTHS)(x[:, :4], sigma)
+
+
+def test_it_says_of_how_many_sequences_it_is(net):
+    """Samplers hand rows on, and nothing else would notice a label too many."""
+    assert bind(net, lengths=LENGTHS).sequences == bind(net, condition=LABELS).sequences == 3  # type: ignore[attr-defined]
+    assert not hasattr(bind(net), "sequences")

@@ -17,8 +17,9 @@ if not torch.cuda.is_available():
 
 
 def pytest_configure(config):
-    """Chains are followed here from the prior at whatever noise: their law is known from there, too."""
+    """Chains are followed here from the prior at whatever noise, by scores of no data: their law is known, too."""
     config.addinivalue_line("filterwarnings", r"ignore:at t = .* is left of a token:UserWarning")
+    config.addinivalue_line("filterwarnings", r"ignore:at sigma = .* the scores of the tokens at:UserWarning")
 
 
 class MatrixGraph:

@@ -368,6 +368,14 @@ def test_files_that_are_no_data_set(tmp_path):
         corpora.load_texts(f"ptb:{tmp_path}")
 
 
+def test_a_column_that_no_file_can_have(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(ValueError, match=r"column = 'words' \(--column\): no file of corpus .* has columns"):
+        corpora.load_texts(str(tmp_path), column="words")
+    (tmp_path / "b.jsonl").write_text('{"id": 3, "words": "a"}\n' * 2)
+    assert {part.column for part in corpora.load_texts(str(tmp_path), column="words").parts()} == {"", "words"}
+
+
 # Padding
 
 

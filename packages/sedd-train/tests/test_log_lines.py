@@ -15,6 +15,7 @@ from sedd_graphs import Absorbing, LogLinear
 from sedd_train import distributed, evaluation, flops, loggers, nonfinite, progress, randomness, recipes, zero_shards
 from sedd_train.engine import Step
 from sedd_train.evaluation import Evaluation, Levels
+from sedd_train.folders import Part
 from sedd_train.loading import Batches
 from sedd_train.nonfinite import diagnose, not_finite
 from sedd_train.objectives import ScoreEntropy
@@ -51,17 +52,16 @@ def tokens(count: int = 80) -> Tokens:
 
 @pytest.mark.parametrize("step", [0, 400])
 def test_what_is_trained_on_what(said, step, tmp_path):
-    text: Any = SimpleNamespace(
-        train=tokens(1600), valid=tokens(81), tokenizer=character_tokenizer(), parts=("a file",)
-    )
+    parts = (Part("a.txt", "train", "text"), Part("b.txt", "validation", "text"))
+    text: Any = SimpleNamespace(train=tokens(1600), valid=tokens(81), tokenizer=character_tokenizer(), parts=parts)
     batches: Any = SimpleNamespace(world_size=2, available=20)
     shown: Any = Written(tmp_path)
     saved: Any = SimpleNamespace(step=step) if step else None
     progress.introduce(shown, RECIPE, batches, text, 2_345_678, saved, torch.device("cpu"))
     assert said == [
-        "text:\n  a file",
-        "2.3 M parameters, 0.0 M training tokens in 20 blocks of 8, vocabulary of 27\n"
-        "11 steps of 32 tokens (2.2 epochs) on 2 x cpu, ZeRO 1, fp32"
+        "text:\n  a.txt: train, text, documents\n  b.txt: validation, text, documents",
+        "2.3 M parameters, 0.0 M training tokens in 20 blocks of 8, 81 tokens held out (4.8% of all), vocabulary of "
+        "27\n11 steps of 32 tokens (2.2 epochs) on 2 x cpu, ZeRO 1, fp32"
         + (f"; continuing at step {step}" if step else ""),
     ]
     ((kind, copy, values),) = shown.lines
@@ -70,6 +70,17 @@ def test_what_is_trained_on_what(said, step, tmp_path):
     assert values == {
         **{"step": step, "steps": 11, "parameters": 2_345_678, "training_tokens": 1600, "characters_per_token": 2.0}
     }
+
+
+def test_what_is_cut_off_to_be_watched_is_said(said):
+    batches: Any = SimpleNamespace(world_size=1, available=20)
+    for parts, told in (
+        ((Part("a.txt", "train", "text"),), ", a part of the files to train on: --valid names others"),
+        ((), ""),  # a corpus that has no files
+    ):
+        text: Any = SimpleNamespace(train=tokens(240), valid=tokens(), tokenizer=character_tokenizer(), parts=parts)
+        progress.introduce(Written("run"), RECIPE, batches, text, 1, None, torch.device("cpu"))  # type: ignore[arg-type]
+        assert f"blocks of 8, 80 tokens held out (25.0% of all{told}), vocabulary" in said[-1]
 
 
 @pytest.mark.parametrize("slow", [True, False])
@@ -310,8 +321,8 @@ def test_a_young_network_s_sample_may_fail(said, monkeypatch):
     assert [(kind, values["sample"]) for kind, _, values in shown.lines] == [("valid", "(no sample: overflow)")]
 
 
-def test_the_bar_is_smoothed_and_the_time_left_is_of_steps_to_come(tmp_path, monkeypatch):
-    """A loss moves by a fiftieth towards each step's, the seconds by a twentieth."""
+def test_the_bar_tells_the_log_s_loss_and_the_time_left_is_of_steps_to_come(tmp_path, monkeypatch):
+    """The seconds move by a twentieth towards each step's; the loss is the step's own."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])  # type: ignore[attr-defined]
     for name in ("RANK", "WORLD_SIZE"):
@@ -329,10 +340,10 @@ def test_the_bar_is_smoothed_and_the_time_left_is_of_steps_to_come(tmp_path, mon
     lines = loggers.read(tmp_path / "log.jsonl")
     smooth = 0.95 * 2.0 + 0.05 * 4.0
     assert [line["eta_seconds"] for line in lines] == [12, round(5 * smooth), round(4 * (0.95 * smooth + 0.1))]
-    assert shown.loss == pytest.approx(0.98 * 3.0 + 0.02 * 2.0)
+    assert [line["loss"] for line in lines] == [3.0, 2.0, None]
     assert [line["mfu"] for line in lines] == [None] * 3
     assert postfix[:2] == [
-        "loss 3.000 nats a token, 16 tokens/s", "loss 2.980 nats a token, 8 tokens/s"
+        "loss 3.000 nats a token, 16 tokens/s", "loss 2.000 nats a token, 8 tokens/s"
     ]  # fmt: skip
     assert [line["waited_for_data"] for line in lines] == [0.0] * 3
     shown.close()

@@ -60,6 +60,14 @@ def test_a_summary_names_the_first_files_and_where_the_others_stand(tmp_path):
     assert provenance.summary(parts[:30], tmp_path).splitlines()[-1] == "  29.txt: train, text, documents"
 
 
+def test_of_many_files_those_to_be_watched_come_first_and_those_left_out_last(tmp_path):
+    parts = [part("a.pdf", split="left out"), *(part(f"{n}.txt") for n in range(30)), part("z.txt", split="validation")]
+    lines = provenance.summary(parts, tmp_path).splitlines()
+    assert lines[1:3] == ["  z.txt: validation, text, documents", "  0.txt: train, text, documents"]
+    assert lines[30:] == ["  28.txt: train, text, documents", f"  and 2 more, in {tmp_path / 'data.json'}"]
+    assert provenance.summary(parts[:30], tmp_path).splitlines()[1] == "  a.pdf: left out, as text"
+
+
 def test_a_recipe_keeps_the_one_commit_of_its_data_set():
     recipe = recipes.Recipe()
     one = [part("a", commit="1" * 40), part("b", commit="1" * 40), part("c")]

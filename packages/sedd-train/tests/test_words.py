@@ -62,6 +62,29 @@ def test_each_word_gets_the_words_behind_it(monkeypatch):
     assert told == [("train", ["--steps", "3"]), ("plan", ["8"]), ("lm-eval", ["--tasks", "x"])]
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "train --checkpoint x",
+            "--checkpoint is called --init here: begin from this checkpoint (--resume goes on with",
+        ),
+        ("finetune --model=x", "--model is called --init here"),
+        ("train --epochs 3 --lr 2", "--epochs is called --steps here: optimiser steps; --lr is called --learning-rate"),
+        ("evaluate --checkpoint x --dataset y", "--dataset is called --corpus here: any corpus that training takes"),
+        ("sample --checkpoint x --prompt a", "--prompt is called --prefix here: text that every sample begins with"),
+        ("infill --checkpoint x a --text b", "text stands without --text here"),
+        ("export --checkpoint x y z", "checkpoint stands without --checkpoint here"),
+        ("report --run x", "run stands without --run here"),
+        ("train --corups x", "did you mean --corpus?"),
+        ("train --xyzzy x", "unrecognized arguments: --xyzzy x\n"),
+    ],
+)
+def test_the_option_that_was_meant_is_named(words, told, capsys):
+    assert ended(commands.main, words.split()) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_help_version_and_wrong_words(capsys):
     for words in ([], ["-h"], ["--help"], ["help"]):
         commands.main(words)

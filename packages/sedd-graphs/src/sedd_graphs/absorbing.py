@@ -23,8 +23,9 @@ class Absorbing(Graph):
 
     Args:
         vocab_size: V tokens; the graph has N = V + 1 states.
-        mask_id: the mask's state, V unless given. A tokenizer with a mask token of its own has it elsewhere; the
-            tokens are then all the other states.
+        mask_id: the mask's state, V unless given. A tokenizer with a mask token of its own has it elsewhere, and counts
+            it: with V its size, the graph is `Absorbing(V - 1, mask_id=m)`, whose states are its V ids. `Absorbing(V,
+            mask_id=m)` has one state more, which is no token, and no one can tell.
     """
 
     def __init__(self, vocab_size: int, mask_id: int | None = None) -> None:

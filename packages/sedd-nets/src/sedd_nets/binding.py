@@ -37,11 +37,12 @@ def bind(
 
     Returns:
         `score(x, sigma, where=None, rows=None, positions=None)`, the log-score as the network gives it; rows (b,) int64
-        says which of the B sequences the b rows of x are, all of them in order unless given.
+        says which of the B sequences the b rows of x are, all of them in order unless given. Its attribute `sequences`
+        is B, by which samplers refuse a run of another number.
 
     Raises:
         ValueError: lengths and condition are of different numbers of sequences; when called, x has not as many rows as
-            there are sequences, and no `rows`, or is shorter than a length.
+            there are sequences, and no `rows`, or is shorter than a length, or a row is none of the sequences.
     """
     sizes = None if lengths is None else torch.as_tensor(lengths)
     numbers = {len(a) for a in (sizes, condition) if a is not None}
@@ -68,4 +69,6 @@ def bind(
         log_score: Tensor = net(x, sigma, where, positions=positions, condition=of_rows[1], documents=documents)
         return log_score
 
+    if numbers:
+        setattr(score, "sequences", max(numbers))  # noqa: B010, a function has no such attribute of its own
     return score

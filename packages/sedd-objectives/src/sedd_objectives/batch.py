@@ -198,7 +198,10 @@ def _shape_told(answer: object, shape: tuple[int, ...]) -> str:
         return type(answer).__name__
     told = str(tuple(answer.shape))
     if answer.shape == (*shape[:-1], shape[-1] - 1):
-        told += ": if it is the mask's column that is missing, add one of -inf, F.pad(out, (0, 1), value=-math.inf)"
+        told += (
+            ": if it is the mask's column that is missing, add one of -inf, F.pad(out, (0, 1), value=-math.inf); if V "
+            "counts the mask, as the size of a tokenizer with a mask does, the graph is Absorbing(V - 1, mask_id=m)"
+        )
     return told
 
 

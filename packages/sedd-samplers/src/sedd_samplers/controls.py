@@ -36,7 +36,7 @@ from torch import Tensor
 from .fast import Answer, Part, log
 from .interfaces import Graph, RowModel, ScoreModel, check_graph
 from .leave_one_out import leave_one_out, score_of
-from .model_calls import ModelCall, Wrapper, offers
+from .model_calls import ScoreCall, Wrapper, offers
 from .positions import Positions
 from .precision import check_recoverable, fastest_rate, working_dtype
 from .waiting import reading_waits, require
@@ -81,7 +81,7 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
             precision (9 in float32).
     """
     check_graph(graph)
-    call, rate = ModelCall(score, graph.num_states, "score model"), fastest_rate(graph)
+    call, rate = ScoreCall(score, graph), fastest_rate(graph)
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
         answer = call(x, sigma, at, rows)

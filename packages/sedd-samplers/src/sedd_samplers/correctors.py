@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapters.conversions import fit
+from .adapters.heads import fit, without_mask
 from .controls import Control, apply_controls
 from .fast import times_row
 from .interfaces import Graph, Noise
@@ -291,7 +291,7 @@ class PathPlanning:
         tokens = (~reverse.movable(x))[sequence, position].nonzero()[:, 0]
         if not len(tokens):
             return plausible
-        call = ModelCall(self.planner, graph.num_states, "planner", widths=(graph.num_states - 1,))
+        call = ModelCall(self.planner, graph.num_states, "planner", widths=without_mask(graph))
         logits = call(seen[rows], sigma[rows].to(torch.float32), Positions.of(free[rows]), rows)
         for part in logits.pieces(len(tokens)):
             b, i = sequence[tokens[part]], position[tokens[part]]

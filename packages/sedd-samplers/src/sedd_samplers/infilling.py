@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .fast import Answer, rows_at_a_time, times_row
 from .interfaces import Graph, Noise, ScoreModel
-from .model_calls import ModelCall, Wrapper
+from .model_calls import ScoreCall, Wrapper
 from .positions import Positions
 from .precision import wide
 from .randomness import draw_categorical, philox
@@ -273,7 +273,7 @@ def _pieces(count: int, graph: Graph, device: torch.device) -> list[slice]:
 
 def _by_sequence(score: ScoreModel, graph: Graph, K: int) -> ScoreModel:
     """The model, told of which sequence each of K particles is."""
-    call = ModelCall(score, graph.num_states, "score model")
+    call = ScoreCall(score, graph)
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
         return call(x, sigma, at, rows // K)

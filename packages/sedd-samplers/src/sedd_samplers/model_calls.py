@@ -10,7 +10,8 @@ A model is a callable (x (B, L), sigma (B,)) -> (B, L, N). It may have four para
     apart      bool: return rows as the network makes them, in bfloat16, say, and the number to be added to each, (M,),
                but at a position's own state, where the sum is 0. Asked for on a GPU, with `positions`
 
-The wrappers of this package (adapters, controls, guidance) offer `where` and `rows`, and hand on all four.
+The wrappers of this package (adapters, controls, guidance) offer `where` and `rows`, and hand on all four. A model with
+a condition for each sequence may say of how many, `sequences`: a run of other ones is refused before it begins.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -26,18 +28,29 @@ import torch
 from torch import Tensor
 
 from .fast import Answer
+from .interfaces import Graph
 from .positions import Positions
+from .precision import wide
 
 __all__ = [
     "ModelCall",
+    "ScoreCall",
     "offers",
     "Wrapper",
     "modules_in",
     "device_of",
     "warn_of_training",
     "check_conditions",
+    "check_sequences",
     "per_sequence",
 ]
+
+
+_SHORT = "logits of the tokens alone go through from_logits, which adds the mask's"
+_TWO_MASKS = (
+    "if V counts the mask, as the size of a tokenizer with a mask does, the graph is Absorbing(V - 1, mask_id=m); if "
+    "not, the mask stands among the tokens, and its column, of -inf, has to be put there"
+)
 
 
 class ModelCall:
@@ -94,9 +107,10 @@ class ModelCall:
     def _checked(self, answer: object, expected: tuple[int, ...]) -> Tensor:
         if not isinstance(answer, Tensor):
             raise ValueError(self._told(expected, f"a {type(answer).__name__}"))
-        if answer.shape == (*expected[:-1], expected[-1] - 1) and self._widths is None:
-            short = "a column short: logits of the tokens alone go through from_logits, which adds the mask's"
-            raise ValueError(self._told(expected, f"{answer.dtype} {tuple(answer.shape)}, {short}"))
+        short = expected[-1] - 1
+        if answer.shape == (*expected[:-1], short) and short not in (self._widths or ()):
+            told = _TWO_MASKS if self._widths is not None else _SHORT
+            raise ValueError(self._told(expected, f"{answer.dtype} {tuple(answer.shape)}, a column short: {told}"))
         self._check(tuple(answer.shape), answer.dtype, expected)
         return answer
 
@@ -111,6 +125,58 @@ class ModelCall:
 
     def _told(self, expected: tuple[int, ...], got: str) -> str:
         return f"the {self._name} must return a float tensor of shape {expected}, got {got}"
+
+
+class ScoreCall(ModelCall):
+    """A score model as it is called. Of one that is none of the package's wrappers, the first answer is looked at.
+
+    The tokens' scores at a mask have a sum that no data can change, whatever the other positions hold:
+
+        sum_y s(x)_y = (1 - m) / m,   m = P(x_t = mask) between the least and the largest exp(sigma Q)[mask, y]
+
+    which is 1 / (e^sigma - 1) under absorbing: logits of p(x0 | x_t) in the place of log-scores miss it by far.
+
+    Args:
+        score: the score model.
+        graph: the forward process.
+
+    Raises:
+        ValueError: the model is not callable.
+    """
+
+    def __init__(self, score: Any, graph: Graph) -> None:
+        super().__init__(score, graph.num_states, "score model")
+        self._graph, self._seen = graph, graph.mask_id is None or isinstance(score, Wrapper)
+
+    def __call__(self, x: Tensor, sigma: Tensor | None, at: Positions, rows: Tensor) -> Answer:
+        """The rows at some positions of x (B, L); a warning if the first ones cannot be log-scores."""
+        answer = super().__call__(x, sigma, at, rows)
+        if not self._seen and sigma is not None and len(answer):
+            self._seen = True
+            few = slice(0, min(8, len(answer)))
+            _warn_of_logits(answer[few], x.flatten()[at.flat[few]], sigma[at.sequence[few]], self._graph)
+        return answer
+
+
+def _warn_of_logits(log_score: Tensor, x: Tensor, sigma: Tensor, graph: Graph) -> None:
+    """A warning where the scores (m, N) of tokens at masks have a sum a hundred times as large as it can be."""
+    mask = torch.full_like(x, -1 if graph.mask_id is None else graph.mask_id)
+    row = graph.transition_into(mask, sigma.to(wide(x.device)))
+    least = row.value.masked_fill(row.index == mask[:, None], 1.0).amin(1)
+    if row.index.shape[-1] < graph.num_states:
+        least = torch.minimum(least, row.base)
+    most = (1 - least) / least
+    total = log_score.detach().scatter(1, mask[:, None], -torch.inf).logsumexp(1)
+    excess = torch.where(x == mask, total - most.log(), 0.0)
+    worst = int(excess.nan_to_num(0.0, 0.0, 0.0).argmax())
+    if math.log(100) < float(excess[worst]) < math.inf:
+        warnings.warn(
+            f"at sigma = {float(sigma[worst]):.4g} the scores of the tokens at a mask sum to "
+            f"{float(total[worst].exp()):.4g}, and those of any data to {float(most[worst]):.4g} at most, so that "
+            "these are log-scores of no data. Logits of p(x0 | x_t) go through from_logits(network, graph); a network "
+            "of scores that is not trained yet gives such numbers, too",
+            stacklevel=2,
+        )
 
 
 def comes_apart(device: torch.device) -> bool:
@@ -144,7 +210,12 @@ class Wrapper:
     Args:
         rows_at: (x, sigma, positions, rows) -> the rows (M, N) at these positions, or an `Answer`.
         *inside: the models that it calls.
+
+    Attributes:
+        sequences: of how many sequences it is; None where only those inside may say.
     """
+
+    sequences: int | None = None
 
     def __init__(
         self, rows_at: Callable[[Tensor, Tensor, Positions, Tensor], Tensor | Answer], *inside: object
@@ -230,7 +301,10 @@ def per_sequence(model: Callable[..., Tensor], **conditions: Tensor) -> Callable
         **conditions: (B, ...) each, B being the sequences of the run.
 
     Returns:
-        A model that offers `rows`, and `where` or `positions` if `model` does.
+        A model that offers `rows`, and `where` or `positions` if `model` does; `sequences` is B.
+
+    Raises:
+        ValueError: the conditions are of different numbers of sequences.
     """
 
     def plain(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
@@ -242,6 +316,25 @@ def per_sequence(model: Callable[..., Tensor], **conditions: Tensor) -> Callable
     def at_flat(x: Tensor, sigma: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         return model(x, sigma, positions=positions, **{key: value[rows] for key, value in conditions.items()})
 
+    made: Callable[..., Tensor] = at_positions if offers(model, "where") else plain
     if offers(model, "positions"):
-        return at_flat
-    return at_positions if offers(model, "where") else plain
+        made = at_flat
+    sizes = {key: len(value) for key, value in conditions.items()}
+    if len({*sizes.values()}) > 1:
+        raise ValueError(f"conditions are of different numbers of sequences: {sizes}")
+    if sizes:
+        setattr(made, "sequences", max(sizes.values()))  # noqa: B010, a function has no such attribute of its own
+    return made
+
+
+def check_sequences(model: object, total: int) -> None:
+    """ValueError where a model says that it is of another number of sequences than the run has."""
+    own = getattr(model, "sequences", None) if inspect.isfunction(model) or isinstance(model, Wrapper) else None
+    if own is not None and own != total:
+        raise ValueError(
+            f"the score model has conditions (labels, lengths) of {own} sequences, and the run has {total}: one for "
+            "each is needed"
+        )
+    if own is None and isinstance(model, Wrapper):
+        for part in model.inside:
+            check_sequences(part, total)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .fast import Answer, Part, draw_by_blocks
 from .interfaces import Graph, Noise, Row, ScoreModel
-from .model_calls import ModelCall
+from .model_calls import ScoreCall
 from .positions import Positions, true_indices
 from .precision import fastest_rate, wide, working_dtype
 from .randomness import draw_shared, uniforms
@@ -101,7 +101,7 @@ class Reverse:
         self._static = static_shapes
         self._free: tuple[Tensor, Positions] | None = None
         self._unread: list[_Unread] = []
-        self._call = ModelCall(score, graph.num_states, "score model")
+        self._call = ScoreCall(score, graph)
         into = graph.rates_into(torch.arange(graph.num_states, device=frozen.device))
         # a jump leads into x where the row Q[x, .] is positive; its one negative entry is the diagonal
         self._enterable = (into.base > 0) | (into.value > 0).any(-1)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .grids import check_times, finite_start, uniform_grid, warn_of_text_left
 from .infilling import Clamped, Particles
 from .interfaces import Graph, Noise, ScoreModel, check_graph
-from .model_calls import ModelCall, Wrapper, device_of, warn_of_training
+from .model_calls import ScoreCall, Wrapper, check_sequences, device_of, warn_of_training
 from .precision import wide
 from .prompts import check_prompt, check_shape, check_start
 from .randomness import row_seeds
@@ -152,21 +152,24 @@ def batches(
     Seeds are drawn for all at once, as without batches.
 
     Raises:
-        ValueError: for a batch_size that is no positive integer.
+        ValueError: for a batch_size that is no positive integer, and a model of another number of sequences.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    check_sequences(score, total)
     seeds = row_seeds(options.get("seeds"), options.get("generator"), total)
     size = total if batch_size is None else batch_size
     for begin in range(0, total, size):
         rows = slice(begin, min(begin + size, total))
-        yield rows, score if size >= total else _numbered(score, graph, begin), seeds[rows]
+        yield rows, score if size >= total else _numbered(score, graph, rows), seeds[rows]
 
 
-def _numbered(score: ScoreModel, graph: Graph, begin: int) -> ScoreModel:
-    """The model, told of the whole run's sequences; the first one of a batch is `begin`."""
-    call = ModelCall(score, graph.num_states, "score model")
-    return Wrapper(lambda x, sigma, at, rows: call(x, sigma, at, rows + begin), score)
+def _numbered(score: ScoreModel, graph: Graph, rows: slice) -> ScoreModel:
+    """The model of a batch, told which of the whole run's sequences these are."""
+    call = ScoreCall(score, graph)
+    told = Wrapper(lambda x, sigma, at, own: call(x, sigma, at, own + rows.start), score)
+    told.sequences = rows.stop - rows.start
+    return told
 
 
 @torch.no_grad()
@@ -237,6 +240,7 @@ def trajectory(
     check_process(graph, noise)
     warn_of_training(score)
     check_prompt(x, given, graph.num_states, graph.mask_id)
+    check_sequences(score, len(x))
     grid = grid_of(steps, t_min, times)
     if start is None and grid[0] < 1:
         raise ValueError(f"times begin at {float(grid[0]):.6g}, below 1: say from which states, start= (B, L)")

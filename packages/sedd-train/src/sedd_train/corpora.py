@@ -208,6 +208,8 @@ def _of_files(
 ) -> Texts:
     """A corpus of files here; of which some documents are held out where no file is, and nothing else is watched."""
     found = folders.survey(path, **options)
+    if options["column"] and not any(part.column for part in found):
+        raise ValueError(f"column = {options['column']!r} (--column): no file of corpus {path} has columns")
     apart = {file.path.resolve() for file in (watched or {}).values() if file}
     found = {part: file for part, file in found.items() if file is None or file.path.resolve() not in apart}
     split = {

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Progress:
         self.bar = tqdm(
             total=recipe.steps, initial=first, unit="step", disable=rank != 0, smoothing=0.05, mininterval=calm
         )
-        self.loss = self.seconds = math.nan  # smoothed
+        self.seconds = math.nan  # smoothed
         self.restart_clock()
 
     def write(self, kind: str, *, copy: bool = True, **values: Any) -> None:
@@ -98,13 +99,9 @@ class Progress:
         seconds, self.clock = now - self.clock, now
         waited, self.waited = self.waited, 0.0
         self.seconds = seconds if math.isnan(self.seconds) else 0.95 * self.seconds + 0.05 * seconds
-        if math.isnan(self.loss):
-            self.loss = loss
-        elif math.isfinite(loss):
-            self.loss = 0.98 * self.loss + 0.02 * loss
         used = self.peak_share / seconds if self.peak_share else None
         self.bar.set_postfix_str(
-            f"loss {self.loss:.3f} nats a token, {self.tokens_a_step / seconds:,.0f} tokens/s"
+            f"loss {loss:.3f} nats a token, {self.tokens_a_step / seconds:,.0f} tokens/s"
             + (f", MFU {used:.0%}" if used is not None else ""),
             refresh=False,
         )
@@ -157,7 +154,7 @@ def introduce(
     epochs = recipe.steps * recipe.batch_size / batches.available
     say(
         f"{parameters / 1e6:.1f} M parameters, {len(text.train) / 1e6:.1f} M training tokens in {batches.available} "
-        f"blocks of {recipe.length}, vocabulary of {num_tokens(text.tokenizer)}\n"
+        f"blocks of {recipe.length}, {_held_out(text)}, vocabulary of {num_tokens(text.tokenizer)}\n"
         f"{recipe.steps} steps of {recipe.batch_size * recipe.length} tokens ({epochs:.2g} epochs) on "
         f"{batches.world_size} x {device.type}, ZeRO {recipe.zero_stage}, {recipe.precision}"
         + (f"; continuing at step {saved.step}" if saved else "")
@@ -167,6 +164,14 @@ def introduce(
             "this CPU has no instructions for bfloat16 and takes many times as long in it: --precision fp32 is faster "
             "here"
         )
+
+
+def _held_out(text: Corpus) -> str:
+    """How much text is watched, and where it comes from."""
+    watched, trained = len(text.valid), len(text.train)
+    own = any(part.split in ("validation", "test") for part in text.parts)
+    whence = "" if own or not text.parts else ", a part of the files to train on: --valid names others"
+    return f"{watched:,} tokens held out ({watched / (watched + trained):.1%} of all{whence})"
 
 
 def tell_scale(progress: Progress, step: int, done: Step) -> None:
@@ -239,7 +244,8 @@ def measure_and_sample(
     length = recipe.length if lengths is None else int(lengths[step % len(lengths)])  # of some held-out row
     how = dict[str, Any](steps=recipe.sample_steps, generator=random, device=device)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "at sigma = ")  # of a young network: its scores fit no data yet
             sample = text.tokenizer.decode(objective.sample(averaged, (1, length), **how)[0].tolist())
     except ValueError as error:  # of a young network, on a graph on which steps may overflow: no reason to stop
         sample = f"(no sample: {error})"

@@ -121,7 +121,9 @@ def changes(output: Path, parts: Sequence[Part]) -> str:
 
 
 def summary(parts: Sequence[Part], output: Path) -> str:
-    """What a run is trained on, a line a file; of many files the first, and where the others stand."""
+    """What a run is trained on, a line a file; of many those to be watched and the first, and where others stand."""
+    if len(parts) > SHOWN:
+        parts = sorted(parts, key=lambda part: (part.split == "train") + 2 * (part.split == "left out"))
     lines = [str(part) for part in parts[:SHOWN]]
     more = [f"and {len(parts) - SHOWN} more, in {output / DATA}"] if len(parts) > SHOWN else []
     return "\n".join(["text:", *(f"  {line}" for line in lines + more)])

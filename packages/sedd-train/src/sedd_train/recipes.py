@@ -72,8 +72,8 @@ class Recipe:
     d3pm_steps: int = _value(1000, "T, the steps of the d3pm objective")
     init: str = _value(
         "",
-        "begin from this checkpoint: a run, a folder, or NAME[@REVISION] on the hub, ours or one of "
-        "SEDD, RADD, MDLM, UDLM or Duo. Tokenizer, graph, noise and sizes are then its own",
+        "begin from this checkpoint (--resume goes on with a run): a run, a folder, or NAME[@REVISION] on the hub, "
+        "ours or one of SEDD, RADD, MDLM, UDLM or Duo. Tokenizer, graph, noise and sizes are then its own",
     )
     train_layers: str = _value(
         "", "train only the weights that one of these patterns fits, such as 'blocks.3.*,output_layer.*'; needs --init"

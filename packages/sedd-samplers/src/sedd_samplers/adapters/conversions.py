@@ -26,13 +26,13 @@ from ..controls import Control, apply_controls
 from ..fast import Answer, Part
 from ..interfaces import Graph, RowModel, ScoreModel, check_graph
 from ..leave_one_out import score_of, without_own
-from ..model_calls import ModelCall, Wrapper, offers
+from ..model_calls import ModelCall, ScoreCall, Wrapper, offers
 from ..positions import Positions
 from ..precision import check_recoverable, fastest_rate, working_dtype
 from ..steps import denoise_probs, tweedie_probs
 from ..token_ids import ends_of
 from ..waiting import require
-from .heads import logits_of, path_of_head, with_head_at
+from .heads import fit, logits_of, path_of_head, with_head_at, without_mask
 
 __all__ = [
     "from_posterior",
@@ -99,7 +99,8 @@ def from_logits(
 
     Args:
         logits: (x (B, L) int64, sigma (B,)) -> (B, L, N). It may offer `where` and `rows`. A head without a column
-            for the mask, (B, L, N - 1), and one that is padded beyond the N states are taken as what they are.
+            for a mask behind all tokens, (B, L, N - 1), and one that is padded beyond the N states are taken as what
+            they are.
         graph: the forward process.
         subs: whether the mask is taken out before the softmax, as in the SUBS parametrisation. Its other half, that a
             token once there is carried over, needs no option: nothing leads into a token of an absorbing graph. With
@@ -125,7 +126,7 @@ def from_logits(
     if len(never | {graph.mask_id}) == graph.num_states + (graph.mask_id is None):
         raise ValueError("banned holds every token: none is left to draw")
     indices = {torch.device("cpu"): torch.tensor(sorted(never), dtype=torch.int64)}
-    widths = () if graph.mask_id is None else (graph.num_states - 1,)
+    widths = without_mask(graph)
     call, look = ModelCall(logits, graph.num_states, "logits", widths=widths), _at_first(check_logits)
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
@@ -361,7 +362,7 @@ def check_logits(answer: Answer) -> None:
 
 def _to_law(score: ScoreModel, graph: Graph, delta_sigma: Levels, kernel: Callable[..., Tensor]) -> Wrapper:
     check_graph(graph)
-    call, rate = ModelCall(score, graph.num_states, "score model"), fastest_rate(graph)
+    call, rate = ScoreCall(score, graph), fastest_rate(graph)
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Answer:
         answer = call(x, sigma, at, rows)
@@ -375,14 +376,6 @@ def _to_law(score: ScoreModel, graph: Graph, delta_sigma: Levels, kernel: Callab
         return answer.then(normalised, working_dtype(rate, answer.device))
 
     return Wrapper(rows_at, call.model)
-
-
-def fit(logits: Tensor, graph: Graph) -> Tensor:
-    """Logits (M, W) over the graph's N states: -inf for a mask that has no column, without columns beyond N."""
-    if logits.shape[-1] >= graph.num_states or graph.mask_id is None:
-        return logits[:, : graph.num_states]
-    none = torch.full_like(logits[:, :1], -torch.inf)
-    return torch.cat([logits[:, : graph.mask_id], none, logits[:, graph.mask_id :]], 1)
 
 
 def _check_path(graph: Graph) -> None:

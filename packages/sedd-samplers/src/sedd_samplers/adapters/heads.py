@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["path_of_head", "with_head_at", "logits_of"]
+from ..interfaces import Graph
+
+__all__ = ["path_of_head", "with_head_at", "logits_of", "without_mask", "fit"]
 
 
 def path_of_head(model: object) -> str | None:
@@ -73,3 +75,19 @@ def logits_of(answer: object) -> Tensor:
             f"the masked language model must return logits (B, L, N), alone, as .logits or first, got {got}"
         )
     return logits
+
+
+def without_mask(graph: Graph) -> tuple[int, ...]:
+    """The width of a head without a column for the mask, where the mask stands behind the tokens.
+
+    Where it stands among them, such a head cannot be told from one that has the column under a graph that counts the
+    mask twice.
+    """
+    return (graph.num_states - 1,) if graph.mask_id == graph.num_states - 1 else ()
+
+
+def fit(logits: Tensor, graph: Graph) -> Tensor:
+    """Logits (M, W) over the graph's N states: -inf for a mask that has no column, without columns beyond N."""
+    if logits.shape[-1] >= graph.num_states:
+        return logits[:, : graph.num_states]
+    return torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from sedd_train import conditional, corpora, evaluate, labels, load, loggers, plotting, provenance, storage, token_cache
+from sedd_train.commands.options import Options
 from sedd_train.evaluation import ESTIMATORS, bounds, by_noise_level, choose_estimator, mean_of
 from sedd_train.objectives import ScoreEntropy
 from sedd_train.tokenizers import identity
@@ -33,7 +34,7 @@ Results = dict[str, Any]
 
 def parser(prog: str = "sedd evaluate") -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Options(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--checkpoint",
         required=True,

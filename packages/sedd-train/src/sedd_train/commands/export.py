@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sedd_train import load_trained, storage
+from sedd_train.commands.options import Options
 
 __all__ = ["parser", "main"]
 
 
 def parser(prog: str = "sedd export") -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Options(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("checkpoint", help="a run, also one under way, or any folder or name that can be loaded")
     made.add_argument("output", type=Path, help="the folder to write; it must not exist yet, or be empty")
     return made

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sedd_train.commands import sample
+from sedd_train.commands.options import Options
 
 __all__ = ["parser", "main"]
 
 
 def parser(prog: str = "sedd infill") -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser(
+    made = Options(
         prog=prog,
         description=__doc__,
         epilog=sample.EPILOG,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd_train import loggers
+from sedd_train.commands.options import Options
 
 __all__ = ["parser", "main"]
 
@@ -37,9 +38,7 @@ the harness's own command
 
 def parser(prog: str = "sedd lm-eval") -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser(
-        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Options(prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--checkpoint", required=True, help="a run, a folder, or a published name")
     made.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="of the harness, or of --include-path")
     made.add_argument("--include-path", metavar="DIR", help="a folder with tasks of your own, in YAML files")

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sedd_train import report, storage
+from sedd_train.commands.options import Options
 
 __all__ = ["parser", "main"]
 
 
 def parser(prog: str = "sedd report") -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Options(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("run", type=Path, help="the folder of the run")
     made.add_argument("--output", type=Path, metavar="FILE", help="(default: report.html in the run's folder)")
     return made

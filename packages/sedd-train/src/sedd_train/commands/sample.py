@@ -38,6 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sedd_train import load, pipeline, storage
+from sedd_train.commands.options import Options
 from sedd_train.pipelines import controls_of
 
 __all__ = ["parser", "main"]
@@ -85,9 +86,7 @@ that masks. Below 1, or with few tokens, text gets plainer and repeats itself: l
 
 def parser(prog: str = "sedd sample") -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser(
-        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Options(prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint(made)
     prompt = made.add_argument_group("prompt")
     prompt.add_argument("--prefix", default="", metavar="TEXT", help="text that every sample begins with")

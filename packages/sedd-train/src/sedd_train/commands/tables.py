@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sedd_train import load_trained, recipes, token_cache
 from sedd_train.commands import train as training
+from sedd_train.commands.options import Options
 from sedd_train.evaluation import bounds
 from sedd_train.tables import Results, fingerprint, markdown, mean_and_error, panels, save_picture, with_error
 
@@ -100,9 +101,7 @@ EPILOG = "What stands after -- goes to `sedd train`, for every row."
 
 def parser(prog: str = "sedd tables") -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser(
-        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Options(prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("table", choices=list(TABLES))
     made.add_argument("--scale", choices=["mini", "full"], default="mini", help="which recipes (default: %(default)s)")
     made.add_argument(

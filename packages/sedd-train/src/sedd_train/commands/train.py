@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from sedd_train import SetupError, TrainingError, distributed, plan, recipes, train
+from sedd_train.commands.options import Options
 from sedd_train.distributed import say
 
 __all__ = ["parser", "main"]
@@ -26,7 +27,7 @@ __all__ = ["parser", "main"]
 
 def parser(prog: str = "sedd train") -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser(
+    made = Options(
         prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
