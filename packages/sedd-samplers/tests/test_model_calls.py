@@ -130,7 +130,8 @@ def test_an_answer_is_as_wide_as_the_states_or_as_was_said(
             ValueError, match=r"the logits must return a float tensor of shape \(2, 3, 6\), got"
         ) as told:
             ask((2, 3, width))
-        assert ("a column short" in str(told.value)) == (width == 5 and widths is None)
+        assert ("a column short: logits of the tokens alone" in str(told.value)) == (width == 5 and widths is None)
+        assert ("a column short: if V counts the mask" in str(told.value)) == (width == 5 and widths is not None)
     for shape in ((3, 2, 6), (2, 3), (6, 6), (2, 4, 6)):
         with pytest.raises(ValueError, match="must return a float tensor"):
             ask(shape)
