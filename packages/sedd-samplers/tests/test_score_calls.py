@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def graphs(ref):
 @pytest.mark.parametrize("name", ["absorbing", "a mask in the middle", "hybrid"])
 def test_logits_in_the_place_of_scores_are_told_of_once(ref, name):
     graph = graphs(ref)[name]
-    options = {"shape": (2, 3), "steps": 4, "seeds": [0, 1]}
+    options: dict[str, Any] = {"shape": (2, 3), "steps": 4, "seeds": [0, 1]}
     with pytest.warns(UserWarning, match=NO_SCORE) as seen:
         sample(network, graph, ref.LogLinear(), **options)
     assert len(seen) == 1
