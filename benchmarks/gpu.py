@@ -1,6 +1,7 @@
 """All that a GPU can show, in some four minutes on one card: that CUDA gives the CPU's numbers, then a table.
 
-Checks: losses and gradients of every graph, the draws, the network and whole samples on the device against the CPU.
+Checks: losses and gradients of every graph, the draws, the network and whole samples on the device against the CPU;
+compiled steps at every ZeRO stage against one as written; a run that is continued against one that was not stopped.
 Each part ends when its time is up, so that all of them take less than four minutes (`LIMITS`).
 Table: a training step beside the matrix products and attention calls alone that it cannot do without (the floor), head
 and loss, memory, sampling, and the training script end to end, stopped and continued. Products and network run in
@@ -49,12 +50,12 @@ from sedd_graphs import (
     Uniform,
 )
 from sedd_nets import SEDD, CapturedNetwork
-from sedd_objectives import fused_denoising_loss
+from sedd_objectives import fused_cross_entropy_loss, fused_denoising_loss
 from sedd_objectives.fast import fused
 from sedd_samplers import Reverse, Tweedie, sample
 from sedd_samplers.randomness import uniforms
 from sedd_train import distributed
-from sedd_train.engine import Batch, Loss, launch_step, start_engine
+from sedd_train.engine import Batch, Loss, compile_network, launch_step, start_engine
 from sedd_train.objectives import ScoreEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,16 +63,17 @@ from torch.nn import functional as F
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "integration" / "train_owt.py"
 LIMITS = {  # seconds, 236 in all
-    "losses": 24,
+    "losses": 18,
     "network": 8,
-    "samples": 8,
-    "waiting": 15,
-    "floor": 6,
-    "training": 10,
-    "compiled": 40,
-    "head_and_loss": 6,
-    "sampling": 45,
-    "trainer": 74,
+    "samples": 6,
+    "waiting": 16,
+    "zero": 32,
+    "floor": 3,
+    "training": 8,
+    "compiled": 30,
+    "head_and_loss": 3,
+    "sampling": 24,
+    "trainer": 88,
 }
 
 
@@ -120,7 +122,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="(default: %(default)s)")
-    parts = (losses, network, samples, waiting, floor, training, compiled, head_and_loss, sampling, trainer)
+    parts = (losses, network, samples, waiting, zero, floor, training, compiled, head_and_loss, sampling, trainer)
     names = [part.__name__ for part in parts]
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help="(default: all)")
     given = parser.parse_args()
@@ -243,6 +245,7 @@ def losses(run: Run) -> None:
                 found = loss_and_gradients(leaves, graph, x, x0, sigma, dsigma, run.device, torch.float32)
             for what, one, other in zip(("loss", "by hidden", "by weight", "by bias"), found, expected, strict=True):
                 run.check(f"{name}, {precision}: {what}", distance(one, other), allowed)
+    cross_entropies(run)
 
 
 def loss_and_gradients(
@@ -263,6 +266,25 @@ def loss_and_gradients(
     return [loss.per_sequence, *torch.autograd.grad(loss.total, (hidden, weight, bias))]
 
 
+def cross_entropies(run: Run) -> None:
+    """The same of a network of the clean token, whose loss is a cross-entropy: a second kernel."""
+    n, width = (40, 16) if run.small else (3001, 64)
+    generator, graph = torch.Generator().manual_seed(0), Absorbing(n - 1)
+    x0 = torch.randint(n - 1, (3, 17), generator=generator)
+    sigma, dsigma = torch.tensor([0.1, 1.0, 3.0]), torch.tensor([1.0, 2.0, 0.5])
+    x = graph.sample(x0, sigma, generator=generator)
+    shapes = ((3, 17, width), (n, width), (n,))
+    leaves = [torch.randn(shape, generator=generator).bfloat16().float() / 4 for shape in shapes]
+    found = []
+    for device, dtype in ((torch.device("cpu"), torch.float64), (run.device, torch.float32)):
+        hidden, weight, bias = (leaf.to(device, dtype).requires_grad_() for leaf in leaves)
+        noise = sigma.to(device, dtype), dsigma.to(device, dtype)
+        loss = fused_cross_entropy_loss(hidden, Linear(weight, bias, None), graph, x.to(device), x0.to(device), *noise)
+        found.append([loss.per_sequence, *torch.autograd.grad(loss.total, (hidden, weight, bias))])
+    for what, expected, one in zip(("loss", "by hidden", "by weight", "by bias"), *found, strict=True):
+        run.check(f"cross-entropy, float32: {what}", distance(one, expected), 2e-5)
+
+
 @dataclass
 class Linear:
     """A linear head."""
@@ -274,7 +296,7 @@ class Linear:
 
 def network(run: Run) -> None:
     """The network's log-scores on the device against the CPU's."""
-    net, x, sigma = a_network(run, dropout=0.0), *a_noised_batch(run, 2)
+    net, x, sigma = a_network(run, run.sizes | {"dropout": 0.0}), *a_noised_batch(run, 2)
     with torch.no_grad():
         expected = net.cpu()(x.cpu()[:, :128], sigma.cpu())
         net.to(run.device)
@@ -374,6 +396,36 @@ def reads(run: Run, call: Callable[[], object]) -> float | str:
     for where in sorted({f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)}):
         print(f"  waits at {where}")
     return float(len(found))
+
+
+def zero(run: Run) -> None:
+    """Three steps of a small network, compiled, at every ZeRO stage and with activation checkpointing."""
+    small = {"num_states": 130, "width": 64, "depth": 2, "heads": 2, "length": 32, "dropout": 0.1}
+    sizes = small if run.small else small | {"num_states": 5003, "width": 256, "heads": 4, "length": 256}
+    distributed.start()
+    try:
+        expected = three_steps(run, sizes, 0, compiled=False, checkpointed=False)
+        for stage in range(4):
+            for checkpointed in (False, True):
+                found = three_steps(run, sizes, stage, compiled=True, checkpointed=checkpointed)
+                name = f"ZeRO {stage}, compiled{', checkpointed' if checkpointed else ''}: three steps' losses"
+                run.check(name, distance(torch.tensor(found), torch.tensor(expected)), 1e-4)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def three_steps(run: Run, sizes: dict[str, Any], stage: int, *, compiled: bool, checkpointed: bool) -> list[float]:
+    """The losses."""
+    torch.manual_seed(1)
+    loss, batch = a_training_step(run, sizes, 8)
+    net: Any = loss.net
+    net.checkpoint_activations = checkpointed
+    if compiled:
+        compile_network(net, stage)
+    engine = start_engine(loss, batch_size=8, micro_batches=1, stage=stage, precision="bf16")
+    found = [launch_step(engine, [batch], 1e-3).read().loss for _ in range(3)]
+    engine.destroy()
+    return found
 
 
 def floor(run: Run) -> None:
@@ -494,7 +546,7 @@ def a_sampling_step(
     run: Run, size: int, *, half: bool, blocks: bool = False, capture: bool = False
 ) -> Callable[[], Tensor]:
     """One step from a batch whose positions are all masks, or half of them."""
-    net = a_network(run, dropout=0.0)
+    net = a_network(run, run.sizes | {"dropout": 0.0})
     if blocks:
         net.compile_blocks()
     model = CapturedNetwork(net) if capture else net
@@ -528,7 +580,7 @@ def trainer(run: Run) -> None:
         place = ["--corpus", str(text), "--cache", f"{folder}/cache", *few, "--log-every", "1"]
         tiny = ["--width", "32", "--depth", "1", "--heads", "2", "--length", "64", "--batch-size", "2"]
         whole = Path(folder, "whole")
-        options = ["--recipe", "tiny", "--tokenizer", "bytes", *place, *(tiny if run.small else [])]
+        options = ["--recipe", "tiny", "--tokenizer", "bytes", "--no-compile", *place, *(tiny if run.small else [])]
         script(run, *options, "--output", str(whole), "--steps", "6", "--checkpoint-every", "3", "--keep", "2")
         resumed = Path(folder, "resumed")
         shutil.copytree(whole, resumed)
@@ -579,12 +631,12 @@ def script(run: Run, *options: str) -> None:
 # What the parts share
 
 
-def a_network(run: Run, *, dropout: float) -> Any:
-    """SEDD small with a random head, the same every time."""
+def a_network(run: Run, sizes: dict[str, Any]) -> Any:
+    """SEDD with a random head, the same every time."""
     torch.manual_seed(0)
-    net = SEDD(**(run.sizes | {"dropout": dropout}), scale_by_sigma=True)
+    net = SEDD(**sizes, scale_by_sigma=True)
     nn.init.normal_(net.output_layer.linear.weight, std=0.02)
-    return net.to(run.device).train(dropout > 0)
+    return net.to(run.device).train(sizes["dropout"] > 0)
 
 
 def a_noised_batch(run: Run, size: int) -> tuple[Tensor, Tensor]:
@@ -595,17 +647,18 @@ def a_noised_batch(run: Run, size: int) -> tuple[Tensor, Tensor]:
     return Absorbing(n - 1).sample(x0, sigma), sigma
 
 
-def a_training_step(run: Run) -> tuple[Loss, Batch]:
-    """The module that is trained, and a batch."""
-    n = run.sizes["num_states"]
+def a_training_step(run: Run, sizes: dict[str, Any] | None = None, size: int | None = None) -> tuple[Loss, Batch]:
+    """The module that is trained, and a batch; of other sizes than the run's if they are given."""
+    sizes, size = sizes or run.sizes, size or run.batch
+    n = sizes["num_states"]
     graph, noise = Absorbing(n - 1), LogLinear()
-    x0 = torch.randint(n - 1, (run.batch, run.sizes["length"]), device=run.device)
-    t = (torch.arange(run.batch, device=run.device) + 0.5) / run.batch
+    x0 = torch.randint(n - 1, (size, sizes["length"]), device=run.device)
+    t = (torch.arange(size, device=run.device) + 0.5) / size
     xt = graph.sample(x0, noise(t)[0])
-    seeds = torch.arange(run.batch, device=run.device)
+    seeds = torch.arange(size, device=run.device)
     objective = ScoreEntropy(graph, noise)
     batch = (x0, xt, t, seeds, None, objective.positions(xt))
-    return Loss(a_network(run, dropout=run.sizes["dropout"]), objective), batch
+    return Loss(a_network(run, sizes), objective), batch
 
 
 def forward_and_backward(run: Run, loss: Loss, batch: Batch) -> None:
