@@ -62,7 +62,7 @@ def test_the_precision_is_the_device_s() -> None:
 
 ANY = [Euler(), TauLeaping(), Tweedie(), Ancestral(), Trapezoidal(), PredictorCorrector(), Psi(0.9)]
 MASKS = [Unmasking(), FirstHitting(), Remasking(at_rate(1.0)), ConfidenceUnmasking()]
-NOISED = [Uniformization(slack=20.0), EntropyBoundRenoising()]
+NOISED = [Uniformization(slack=3.0), EntropyBoundRenoising()]
 
 
 @pytest.mark.parametrize(
