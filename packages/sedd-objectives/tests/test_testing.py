@@ -57,6 +57,21 @@ def test_laws_of_bounds(kind, law, make_graphs, log_linear):
     law(bound, make_graphs(TOKENS)[kind], log_linear)
 
 
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_the_law_of_the_exact_score_counts_what_a_short_schedule_leaves_to_be_known(kind, make_graphs):
+    """At sigma(1) = 0.8 the end tells of the token, which the bound pays for in the prior's term and not twice."""
+    bound_of_the_exact_score_is_the_entropy(bound, make_graphs(TOKENS)[kind], short)
+    with pytest.raises(AssertionError, match="the bound of the exact score"):
+        bound_of_the_exact_score_is_the_entropy(
+            lambda *a, generator: bound(*a[:2], lambda t: short(t / 2), *a[3:], generator=generator),
+            *(make_graphs(TOKENS)[kind], short),
+        )
+
+
+def short(t):
+    return 0.8 * t, torch.full_like(t, 0.8)
+
+
 @pytest.mark.parametrize("law", BOUND_LAWS, ids=lambda law: law.__name__)
 def test_laws_of_the_masked_bound(law, make_graphs, log_linear):
     law(masked_bound, make_graphs(TOKENS)["absorbing"], log_linear)

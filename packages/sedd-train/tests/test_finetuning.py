@@ -111,6 +111,12 @@ def test_it_begins_where_the_checkpoint_is(family, based, tuned):
     assert after.net.sections["init"] == str(base)
 
 
+@pytest.mark.parametrize(("eos", "ends"), [("", None), ("z", "z"), ("none", None)])
+def test_a_tokenizer_by_its_name_ends_texts_with_the_token_that_the_recipe_names(based, tmp_path, eos, ends):
+    recipe = dataclasses.replace(recipes.Recipe(), init=str(based()), tokenizer="characters", eos=eos)
+    assert finetuning.begin(recipe, tmp_path / "run", resume=False).tokenizer.eos_token == ends
+
+
 def test_a_published_checkpoint_without_a_tokenizer_is_given_one(tuned, tmp_path):
     golden = Path(sedd_nets.__file__).parents[2] / "tests" / "golden" / "radd-tiny"
     if not golden.is_dir():
