@@ -61,11 +61,12 @@ def test_laws_of_bounds(kind, law, make_graphs, log_linear):
 def test_the_law_of_the_exact_score_counts_what_a_short_schedule_leaves_to_be_known(kind, make_graphs):
     """At sigma(1) = 0.8 the end tells of the token, which the bound pays for in the prior's term and not twice."""
     bound_of_the_exact_score_is_the_entropy(bound, make_graphs(TOKENS)[kind], short)
+
+    def half_as_far(score, graph, noise, x0, *, generator):
+        return bound(score, graph, lambda t: noise(t / 2), x0, generator=generator)
+
     with pytest.raises(AssertionError, match="the bound of the exact score"):
-        bound_of_the_exact_score_is_the_entropy(
-            lambda *a, generator: bound(*a[:2], lambda t: short(t / 2), *a[3:], generator=generator),
-            *(make_graphs(TOKENS)[kind], short),
-        )
+        bound_of_the_exact_score_is_the_entropy(half_as_far, make_graphs(TOKENS)[kind], short)
 
 
 def short(t):

@@ -107,22 +107,30 @@ class Run:
 
 @pytest.fixture(scope="session")
 def world():
-    """The environment of a world of one process, this one; torch and DeepSpeed can be started only once in it."""
+    """world(patch) puts this process into a world of one, in which torch and DeepSpeed can be started only once.
+
+    Nobody launched it: who started the tests may leave, as a shell does, and no run in here is to stop for that.
+    """
     before = dict(os.environ)
     torch.set_num_threads(1)  # as the runs that are processes of their own
     distributed.start()
     inside = {name: value for name, value in os.environ.items() if before.get(name) != value}
     os.environ.clear()  # a run that another test starts would take this process's place in the world
     os.environ.update(before)
-    yield inside
+
+    def enter(patch: pytest.MonkeyPatch) -> None:
+        for name, value in inside.items():
+            patch.setenv(name, value)
+        patch.setattr("sedd_train.launchers._launcher", list)
+
+    yield enter
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
 def process(world, monkeypatch):
     """This process in a world of one, for engines in the test itself."""
-    for name, value in world.items():
-        monkeypatch.setenv(name, value)
+    world(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -212,8 +220,7 @@ def trained(text, cache, world, tmp_path_factory) -> Path:
     output: Path = tmp_path_factory.mktemp("trained") / "run"
     recipe = recipes.override(recipes.read_recipe("tiny"), VALUES | {"corpus": str(text), "steps": 3})
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in world.items():
-            patch.setenv(name, value)
+        world(patch)
         sedd_train.train(recipe, output=output, cache=cache, tensorboard=False)
     return output
 

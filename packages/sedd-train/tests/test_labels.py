@@ -209,8 +209,7 @@ def learnt(letters, cache, world, tmp_path_factory):
     output = tmp_path_factory.mktemp("learnt") / "run"
     recipe = recipes.override(recipes.read_recipe("tiny"), VALUES | {"corpus": str(letters)})
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in world.items():
-            patch.setenv(name, value)
+        world(patch)
         return output, train(recipe, output=output, cache=cache, tensorboard=False)
 
 

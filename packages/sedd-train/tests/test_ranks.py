@@ -41,8 +41,7 @@ def runs(tmp_path_factory, text, cache, world, values):
         return launch_step(*args, **given)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in world.items():
-            patch.setenv(name, value)
+        world(patch)
         train(recipe, output=folder / "alone", cache=cache, tensorboard=False)
         patch.setattr("sedd_train.training.launch_step", left)
         without = recipes.override(recipe, {"zero_stage": 0})
