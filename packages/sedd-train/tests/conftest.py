@@ -22,6 +22,11 @@ INTEGRATION = Path(__file__).parents[3] / "integration"
 TRAIN = INTEGRATION / "train_owt.py"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+LONGEST = [  # the files that take longest, which start processes and wait for them
+    *("test_finetuning.py", "test_launchers.py", "test_ranks.py", "test_commands.py", "test_resume.py"),
+    *("test_token_cache.py", "test_lost_rank.py", "test_nonfinite.py", "test_plan.py", "test_labels.py"),
+    *("test_many_readers.py", "test_mutated.py", "test_no_waiting.py", "test_training.py", "test_data.py"),
+]
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 
 VALUES: dict[str, Any] = {  # a network that trains in seconds, and everything logged
@@ -44,6 +49,12 @@ VALUES: dict[str, Any] = {  # a network that trains in seconds, and everything l
     "sample_steps": 2,
     "evaluate_every": 1000,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: what of them begins last is what one of several workers is left with at the end."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 def options_of(values: dict[str, Any]) -> list[str]:
