@@ -1,0 +1,250 @@
+"""What holds of every method, each asked the same: sequences by themselves, levels of noise, calls, blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sedd_samplers import (
+    Ancestral,
+    ByConfidence,
+    ConfidenceUnmasking,
+    EntropyBoundRenoising,
+    Euler,
+    FirstHitting,
+    LeaveOneOut,
+    PathPlanning,
+    PredictorCorrector,
+    Psi,
+    Remasking,
+    Reverse,
+    TauLeaping,
+    Trapezoidal,
+    Tweedie,
+    Uniformization,
+    Unmasking,
+    at_rate,
+    blockwise,
+    clamped,
+    confidence,
+    entropy,
+    entropy_bound,
+    infill,
+    margin,
+    threshold,
+    trajectory,
+)
+from sedd_samplers.adapters.processes import Masking, Replacing
+from sedd_samplers.autoregressive import left_to_right
+from sedd_samplers.controls import top_k
+from sedd_samplers.steps import final_denoise
+from torch import Tensor
+
+N, MASK = 6, 2
+
+
+def planner(x: Tensor, sigma: Tensor) -> Tensor:
+    return 2 * torch.cos(x.sum(1)[:, None, None] * 1.1 + x[..., None] * torch.arange(N).double()) + sigma[:, None, None]
+
+
+def lively(x: Tensor, sigma: Tensor) -> Tensor:
+    """A score of no law, which depends on all of the sequence and on its noise."""
+    near = torch.roll(x, 1, 1) + 2 * torch.roll(x, -1, 1)
+    wave = torch.sin(near[..., None] + torch.arange(N).double() + 0.7 * x.sum(1)[:, None, None] + sigma[:, None, None])
+    return wave - torch.log(torch.expm1(sigma.double()))[:, None, None] - 1.6
+
+
+MASKS: dict[str, Any] = {
+    "unmasking": Unmasking(),
+    "first hitting": FirstHitting(),
+    "remasking": Remasking(at_rate(1.5)),
+    "confidence": ConfidenceUnmasking(),
+    "confidence, disturbed, of two": ConfidenceUnmasking(confidence, randomness=1.0, controls=(top_k(2),)),
+    "margin": ConfidenceUnmasking(margin),
+    "threshold": ConfidenceUnmasking(rule=threshold(0.45)),
+    "entropy bound": ConfidenceUnmasking(entropy, rule=entropy_bound(1.2)),
+    "by confidence": ByConfidence(at_rate(1.5)),
+    "path planning": PathPlanning(planner, 0.8),
+    "path planning, draft": PathPlanning(planner, 1.2, reads_draft=True),
+}
+ANY: dict[str, Any] = {
+    "Euler": Euler(),
+    "tau-leaping": TauLeaping(),
+    "Tweedie": Tweedie(),
+    "ancestral": Ancestral(),
+    "trapezoidal": Trapezoidal(0.4),
+    "uniformization": Uniformization(slack=3.0),
+    "corrected": PredictorCorrector(),
+    "corrected twice": PredictorCorrector(Trapezoidal(), corrections=2, ratio=0.3),
+    "superposition": Psi(lambda t: 1 - t / 2),
+}
+NOISED: dict[str, Any] = {
+    "one out": LeaveOneOut(share=0.5, corrections=2),
+    "renoising": EntropyBoundRenoising(1.5, confident=1.2),
+}
+EACH = [
+    *((Masking(N, MASK), name) for name in MASKS | ANY),
+    *((Replacing(N), name) for name in ANY | NOISED if name != "uniformization"),  # which takes its time
+]
+
+
+def noise(t: Tensor) -> tuple[Tensor, Tensor]:
+    """No number at one time is that at another, nor in proportion."""
+    return 2 * t + t**2, 2 + 2 * t
+
+
+def method_of(name: str) -> Any:
+    return (MASKS | ANY | NOISED)[name]
+
+
+X = torch.tensor([[2, 2, 1, 2, 0], [2, 3, 2, 4, 2], [5, 5, 5, 5, 5], [2, 2, 2, 2, 2]])
+FROZEN = torch.tensor([[0, 0, 1, 0, 0], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
+T = torch.tensor([0.9, 0.6, 0.8, 0.7], dtype=torch.float64)
+S = torch.tensor([0.2, 0.3, 0.1, 0.25], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("graph", "name"), EACH)
+def test_a_sequence_at_its_own_times_moves_as_it_would_alone(graph: Any, name: str) -> None:
+    """Two steps in a row, of four sequences of which no two have a time in common; one is given throughout."""
+
+    def steps(rows: list[int]) -> Tensor:
+        reverse = Reverse(lively, graph, noise, frozen=FROZEN[rows], seeds=torch.tensor([3, 1, 4, 1])[rows])
+        x, t, s = X[rows].clone(), T[rows], S[rows]
+        method = method_of(name)
+        x = method(reverse, x, t, s)
+        x = method(reverse, x, s, s / 3)
+        return final_denoise(reverse, x, s / 3)
+
+    together = steps([0, 1, 2, 3])
+    assert torch.equal(together[FROZEN], X[FROZEN])
+    for rows in ([0], [1], [2], [3], [3, 1]):
+        assert torch.equal(steps(rows), together[rows])
+
+
+LEVELS = {  # of one step from t to s, as multiples of t - s before t; the others are asked at t alone
+    "trapezoidal": [0.0, 0.4],
+    "corrected": [0.0, 1.0],
+    "corrected twice": [0.0, 0.5, 1.0, 1.0],
+    "one out": [0.0, 1.0, 1.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("graph", "name"), [each for each in EACH if "hitting" not in each[1] and "uniformi" not in each[1]]
+)
+def test_a_model_is_asked_at_these_levels_of_noise(graph: Any, name: str) -> None:
+    asked = list[Tensor]()
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        asked.append(sigma)
+        return lively(x, sigma)
+
+    reverse = Reverse(score, graph, noise, frozen=torch.zeros(1, 9).bool(), seeds=torch.tensor([5]))
+    method_of(name)(reverse, torch.full((1, 9), MASK), T[:1], S[:1])
+    expected = [noise(T[:1] - part * (T[:1] - S[:1]))[0].float() for part in LEVELS.get(name, [0.0])]
+    torch.testing.assert_close(torch.cat(asked), torch.cat(expected))
+
+
+@pytest.mark.parametrize("name", ["first hitting", "uniformization"])
+def test_an_exact_method_asks_between_the_levels_of_its_step(name: str) -> None:
+    asked = list[Tensor]()
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        asked.append(sigma)
+        return lively(x, sigma)
+
+    reverse = Reverse(score, Masking(N, MASK), noise, frozen=torch.zeros(1, 9).bool(), seeds=torch.tensor([5]))
+    method_of(name)(reverse, torch.full((1, 9), MASK), T[:1], S[:1])
+    levels = torch.cat(asked)
+    assert (levels <= noise(T[:1])[0].float()).all()
+    assert (levels >= noise(S[:1])[0].float()).all()
+    assert len(levels.unique()) > 2
+    if name == "first hitting":
+        assert (levels.diff() < 0).all()
+
+
+@pytest.mark.parametrize(("graph", "name"), EACH)
+def test_a_sequence_that_is_given_throughout_is_not_asked_about(graph: Any, name: str) -> None:
+    """Nor anything where all are; the others by their numbers in the run."""
+    asked = set[int]()
+
+    def told(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        asked.update(rows.tolist())
+        return lively(x, sigma)
+
+    score: Any = told
+
+    x = X.clamp(min=3)  # tokens under both graphs
+    how: dict[str, Any] = {"steps": 3, "t_min": 0.05, "method": method_of(name), "conditioning": clamped}
+    out = infill(score, graph, noise, x=x, given=FROZEN, seeds=range(4), **how)
+    assert asked == {0, 1, 3}
+    assert torch.equal(out[FROZEN], x[FROZEN])
+    assert graph.mask_id is None or not (out == MASK).any()
+    asked.clear()
+    assert torch.equal(infill(score, graph, noise, x=x, given=FROZEN | True, seeds=range(4), **how), x)
+    assert not asked
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS | ANY if name != "uniformization"])
+def test_blocks_that_see_nothing_of_each_other_are_the_same_absent_or_masked(name: str) -> None:
+    """Of tokens that do not depend on each other, behind given ones, in blocks of 3 with the last one shorter."""
+    graph = Masking(N, MASK)
+    table = torch.randn(8, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        law = table[: x.shape[1]].index_fill(1, torch.tensor([MASK]), -torch.inf).log_softmax(-1)
+        return law.expand(len(x), -1, -1) - torch.log(torch.expm1(sigma.double()))[:, None, None]
+
+    method: Any = method_of(name)
+    if isinstance(method, PathPlanning):
+        method = PathPlanning(lambda x, sigma: table[: x.shape[1]].expand(len(x), -1, -1), method.eta)
+    x, given = torch.full((3, 8), 4), torch.arange(8) < torch.tensor([[0], [1], [4]])
+    how: dict[str, Any] = {"x": x, "given": given, "block_size": 3, "steps": 2, "t_min": 0.05, "method": method,
+                           "seeds": range(3)}  # fmt: skip
+    runs = [list(blockwise(score, graph, noise, growing=growing, **how)) for growing in (False, True)]
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one.x, other.x)
+        assert (one.t, one.step, one.steps) == (other.t, other.step, other.steps)
+        assert torch.equal(one.x[given], x[given])
+        done = 3 * (one.step // 3)
+        assert not (one.x[:, :done] == MASK).any()
+    assert not (runs[0][-1].x == MASK).any()
+
+
+def test_a_block_of_given_positions_takes_no_step() -> None:
+    """Nor one in which all that are not finished have nothing left; steps are counted as if it did."""
+    calls = list[int]()
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(len(x))
+        return lively(x, sigma)
+
+    x, given = torch.full((2, 6), 4), torch.tensor([[0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]).bool()
+    run = blockwise(score, Masking(N, MASK), noise, x=x, given=given, block_size=2, steps=1, t_min=0.1, seeds=[0, 1])
+    assert [state.step for state in run] == [0, 1, 2, 5, 6]
+    assert calls[0] == 1
+    until = lambda state: torch.tensor([True, state.step > 0])  # noqa: E731
+    run = blockwise(score, Masking(N, MASK), noise, x=x, given=given, block_size=2, steps=1, t_min=0.1, seeds=[0, 1],
+                    until=until, pad_id=0)  # fmt: skip
+    assert [state.step for state in run] == [0, 5, 6]
+
+
+def test_what_is_finished_stays_so_whatever_is_said_of_it_later() -> None:
+    """In every loop: of two sequences one is finished after a step, and then said not to be."""
+    said = lambda state: torch.tensor([state.step == 1, False])  # noqa: E731
+    graph, x = Masking(N, MASK), torch.zeros(2, 6, dtype=torch.int64)
+    run: Any = trajectory(lively, graph, noise, x=x, given=x > 0, steps=4, t_min=0.1, seeds=[0, 1], until=said)
+    states = [state.x for state in run]
+    assert all(torch.equal(later[0], states[1][0]) for later in states[1:])
+    assert not (states[-1][1] == MASK).any()
+    run = blockwise(lively, graph, noise, x=x, given=x > 0, block_size=1, steps=1, denoise=False, t_min=0.1, pad_id=3,
+                    seeds=[0, 1], until=said, method=FirstHitting())  # fmt: skip
+    states = [state.x for state in run]
+    assert states[-1][0, 1:].tolist() == [3] * 5
+    assert not (states[-1][1] == MASK).all()
+    run = left_to_right(lambda x: torch.zeros(*x.shape, 4), x=x, given=x > 0, start=0, num_states=4, seeds=[0, 1],
+                        until=said)  # fmt: skip
+    states = [state.x for state in run]
+    assert states[-1][0, 1:].tolist() == [-1] * 5
+    assert (states[-1][1] >= 0).all()
