@@ -427,3 +427,31 @@ def test_a_page_that_cannot_be_written_at_the_end_is_a_warning(tmp_path: Path) -
                 path.mkdir()
     assert [str(each.message)[:9] for each in seen] == ["the page "]
     assert "could not be written" in str(seen[0].message)
+
+
+@pytest.mark.parametrize(
+    ("characters", "shown", "columns"),
+    [
+        ("ab", "ab", 2),
+        ("e\u0301x", "e\u0301x", 2),  # an accent stands over its letter
+        ("\u4e16", "\u4e16", 2),
+        ("\uff21", "\uff21", 2),
+        ("\u00e9", "\u00e9", 1),
+        ("a\r\nb\nc\rd\te", "a\u23ceb\u23cec\u23ced\u21e5e", 9),
+        ("\x1b[2J\x07\x00", "\ufffd[2J\ufffd\ufffd", 6),
+        ("a b\u00a0c", "a b\ufffdc", 5),
+        ("", "", 0),
+    ],
+)
+def test_characters_take_their_columns(
+    characters: str, shown: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none of them moves the cursor: 40 times the same are as many lines of 20 as that takes."""
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda fallback=(80, 24): os.terminal_size((20, 99)))
+    stream = Terminal()
+    list(live(course([0] * 40, [0] * 40), lambda token: characters, stream=stream, every=0))
+    text = stream.getvalue().split("\r\x1b[J")[1].split("\n", 1)[1]
+    assert text.replace("\n", "").startswith(shown * 40)
+    assert text.count("\n") == max(1, math.ceil(40 * columns / 20)) or "\u4e16" in characters or "\uff21" in characters
+    if not columns % 2:
+        assert text.count("\n") == max(1, 2 * columns)

@@ -35,9 +35,10 @@ from sedd_samplers import (
     threshold,
     trajectory,
 )
+from sedd_samplers.adapters import from_logits
 from sedd_samplers.adapters.processes import Masking, Replacing
 from sedd_samplers.autoregressive import left_to_right
-from sedd_samplers.controls import top_k
+from sedd_samplers.controls import allowed_tokens, controlled, top_k
 from sedd_samplers.steps import final_denoise
 from torch import Tensor
 
@@ -248,3 +249,43 @@ def test_what_is_finished_stays_so_whatever_is_said_of_it_later() -> None:
     states = [state.x for state in run]
     assert states[-1][0, 1:].tolist() == [-1] * 5
     assert (states[-1][1] >= 0).all()
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("graph", "name"), EACH)
+def test_what_is_said_of_positions_that_do_not_move_is_nothing(graph: Any, name: str, static: bool) -> None:
+    """No number at given ones, nor at tokens under absorption: the sample is the same, and no error."""
+    x = X.clamp(min=3)
+
+    def spoilt(x: Tensor, sigma: Tensor, rows: Tensor | None = None) -> Tensor:
+        fixed = FROZEN if rows is None else FROZEN[rows]
+        if graph.mask_id is not None and not moves_tokens:
+            fixed = fixed | (x != MASK)
+        return lively(x, sigma).masked_fill(fixed[..., None], torch.nan)
+
+    method, score = method_of(name), lively
+    moves_tokens = isinstance(method, PredictorCorrector | Psi)  # under any graph
+    how: dict[str, Any] = {"x": x, "given": FROZEN, "steps": 3, "t_min": 0.05, "method": method, "seeds": range(4),
+                           "conditioning": clamped}  # fmt: skip
+    expected = infill(score, graph, noise, **how)
+    assert torch.equal(infill(spoilt, graph, noise, static_shapes=static, **how), expected)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["Tweedie", "unmasking", "confidence", "by confidence"])
+def test_a_constraint_is_none_on_what_is_given(name: str, static: bool) -> None:
+    """A prompt's own token may be one that is not allowed at its place; a mask's that leaves nothing is told."""
+    graph, given = Masking(N, MASK), torch.tensor([[True, False, False]])
+    allowed = torch.ones(3, N, dtype=torch.bool)
+    allowed[0, 4] = False
+    score = from_logits(planner, graph, controls=[allowed_tokens(allowed)])
+    how: dict[str, Any] = {"x": torch.full((1, 3), 4), "given": given, "steps": 2, "static_shapes": static}
+    controls = (allowed_tokens(allowed),)
+    plain = from_logits(planner, graph)
+    methods = {"confidence": ConfidenceUnmasking(controls=controls)}
+    assert infill(score, graph, noise, method=method_of(name), **how)[0, 0] == 4
+    assert infill(controlled(plain, graph, *controls), graph, noise, method=method_of(name), **how)[0, 0] == 4
+    assert infill(plain, graph, noise, method=methods.get(name, method_of(name)), **how)[0, 0] == 4
+    allowed[1] = torch.arange(N) == MASK
+    with pytest.raises(ValueError, match="the controls leave no token at sequence 0, position 1"):
+        infill(score, graph, noise, method=method_of(name), **how)

@@ -21,8 +21,10 @@ from sedd_samplers import (
 )
 from sedd_samplers.adapters import from_logits, from_masked_lm, from_posterior
 from sedd_samplers.adapters.processes import Masking, Proportional, Replacing
+from sedd_samplers.controls import apply_controls
 from sedd_samplers.fast import draw_by_blocks, log, spread, times_row
 from sedd_samplers.infilling import _mixed
+from sedd_samplers.positions import Positions
 from sedd_samplers.precision import check_recoverable
 from sedd_samplers.randomness import draw_categorical, philox, uniforms
 from sedd_samplers.sampling import grid_of
@@ -321,6 +323,10 @@ def test_where_reading_waits_what_cannot_be_drawn_stays(monkeypatch: pytest.Monk
     uniform, old = torch.full((4,), 0.5).double(), torch.tensor([0, 1, 1, 0])
     with pytest.raises(ValueError, match=r"row 1 of the probabilities sums to 0\.0"):
         draw_categorical(probs, uniform, old=old)
+    some = torch.tensor([True, False, False, False])
+    assert draw_categorical(probs, uniform, old=old, wanted=some).tolist() == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match=r"row 2 of the probabilities sums to nan"):
+        draw_categorical(probs, uniform, old=old, wanted=some ^ torch.tensor([False, False, True, True]))
     monkeypatch.setattr("sedd_samplers.randomness.reading_waits", lambda device: True)
     assert draw_categorical(probs, uniform, old=old).tolist() == [1, 1, 1, 0]
     with pytest.raises(ValueError, match=r"row 1 of the probabilities sums to 0\.0"):
@@ -376,3 +382,30 @@ def test_a_kernel_is_left_out_where_probabilities_are_asked_for(monkeypatch: pyt
         asked.clear()
         list(trajectory(flat, Masking(4, 3), NOISE, x=x, given=x > 0, steps=2, method=Euler(), log_probs=log_probs))
         assert bool(asked) != log_probs
+
+
+def test_rows_that_do_not_matter_may_be_left_nothing() -> None:
+    """Of them comes no number; of one that matters the sequence and the position are told."""
+    p, at = torch.full((3, 2), 0.5), torch.tensor([4, 5, 6])
+    nothing: Any = lambda p, sequence, position: p * torch.tensor([[1.0], [0.0], [1.0]])  # noqa: E731
+    law = apply_controls([nothing], p, at, at + 10, wanted=torch.tensor([True, False, True]))
+    assert law[[0, 2]].tolist() == [[0.5, 0.5]] * 2
+    assert law[1].isnan().all()
+    for wanted in (None, torch.tensor([False, True, False])):
+        with pytest.raises(ValueError, match="leave no token at sequence 5, position 15"):
+            apply_controls([nothing], p, at, at + 10, wanted=wanted)
+
+
+def test_positions_asked_about_without_need_are_known() -> None:
+    """With static shapes, of all that are asked about those that can move; else all."""
+    where = torch.tensor([[True, False, False], [False, True, True]])
+    reverse = Reverse(
+        flat, Masking(4, 3), NOISE, frozen=torch.zeros(2, 3).bool(), seeds=torch.arange(2), static_shapes=True
+    )
+    at = reverse.positions(where)
+    assert (len(at), at.sequences, at.whole) == (6, 2, True)
+    for part in (slice(1, 5), torch.tensor([5, 0, 1])):
+        wanted = at.wanted_in(part)
+        assert wanted is not None
+        assert torch.equal(wanted, where.flatten()[part])
+    assert Positions.of(where).wanted_in(slice(0, 2)) is None

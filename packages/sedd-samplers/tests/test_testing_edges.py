@@ -348,6 +348,22 @@ def test_memory_is_counted_of_every_tensor_that_is_made() -> None:
     assert testing.units_held(lambda: None, (3, 5, 7)) == 0.0
 
 
+def test_what_is_let_go_is_counted_once_however_often_it_was_written_to() -> None:
+    """What tensors of one storage hold is let go with the last of them."""
+    with testing.Peak() as meter:
+        one = torch.zeros(100)
+        one.add_(1.0).mul_(2.0)
+        other = one.detach()
+        other.sub_(1.0)
+        del one
+        two = torch.zeros(100)
+        assert meter.peak == 800
+        del other, two
+        three = torch.zeros(300)
+        assert meter.peak == 1200
+    assert len(three) == 300
+
+
 def test_a_scheduler_is_called_as_diffusers_call_it() -> None:
     """From the prior, at each of its timesteps with what a network would have said, and the run's generator."""
     seen, generator = list[Any](), torch.Generator().manual_seed(3)

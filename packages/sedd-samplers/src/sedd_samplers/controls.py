@@ -90,7 +90,8 @@ def controlled(score: ScoreModel, graph: Graph, *controls: Control) -> RowModel:
 
         def convert(log_score: Tensor, part: Part) -> Tensor:
             pi = leave_one_out(log_score, here[part], graph, level[part])
-            pi = apply_controls(controls, pi, sequence[part], position[part], x, at.sequence[part])
+            how = x, at.sequence[part], at.wanted_in(part)
+            pi = apply_controls(controls, pi, sequence[part], position[part], *how)
             return score_of(pi, here[part], graph, level[part])
 
         return answer.then(convert, working_dtype(rate, answer.device))
@@ -105,6 +106,7 @@ def apply_controls(
     position: Tensor,
     x: Tensor | None = None,
     index: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """One control after another, each on rows that sum to 1.
 
@@ -115,6 +117,7 @@ def apply_controls(
         position: (M,) int64, and where in it.
         x: (B, L) int64, the states that controls with a parameter `counts` count; negative ones stand for nothing.
         index: (M,) int64, which row of x each is; `sequence` when None.
+        wanted: (M,) bool, the rows that matter: of another that has nothing left comes NaN. All when None.
 
     On an accelerator a control that leaves nothing gives NaN, from which nothing can be drawn: whoever draws finds it,
     and asks again.
@@ -134,8 +137,9 @@ def apply_controls(
         else:
             p = control(p, sequence, position)
         total = p.sum(-1, keepdim=True)
-        if not reading_waits(p.device) and (total == 0).any():
-            row = int((total[:, 0] == 0).nonzero()[0])
+        none = total[:, 0] == 0 if wanted is None else (total[:, 0] == 0) & wanted
+        if not reading_waits(p.device) and none.any():
+            row = int(none.nonzero()[0])
             raise ValueError(
                 f"the controls leave no token at sequence {int(sequence[row])}, position {int(position[row])}: "
                 "the model gives those that they allow no probability"

@@ -196,7 +196,7 @@ class ByConfidence:
         token, drawn = torch.empty_like(old), torch.empty_like(uniform)
         for part in posteriors.parts():
             posterior = posteriors[part]
-            token[part] = draw_categorical(posterior, uniform[part], old=old[part])
+            token[part] = draw_categorical(posterior, uniform[part], old=old[part], wanted=at.wanted_in(part))
             reverse.tell(at.flat[part], posterior, token[part], old[part])
             drawn[part] = posterior.gather(1, token[part, None])[:, 0].to(drawn.dtype)
         psi.copy_(torch.where(where, psi.flatten().index_put((at.flat,), drawn.to(psi.dtype)).view_as(psi), psi))

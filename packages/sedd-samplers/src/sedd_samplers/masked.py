@@ -306,10 +306,11 @@ class ConfidenceUnmasking:
         token, rank, value = torch.empty_like(at.flat), torch.empty_like(u), torch.empty_like(u)
         for part in posteriors.parts():
             law = posterior = posteriors[part]
+            old, wanted = x.flatten()[at.flat[part]], at.wanted_in(part)
             if self.controls:
-                law = apply_controls(self.controls, posterior, at.sequence[part], at.position[part], x)
-            token[part] = draw_categorical(law, uniform[part], old=x.flatten()[at.flat][part])
-            reverse.tell(at.flat[part], law, token[part], x.flatten()[at.flat[part]])
+                law = apply_controls(self.controls, posterior, at.sequence[part], at.position[part], x, wanted=wanted)
+            token[part] = draw_categorical(law, uniform[part], old=old, wanted=wanted)
+            reverse.tell(at.flat[part], law, token[part], old)
             rank[part] = self.order(posterior, token[part]).to(wide(x.device))
             if self.rule is not None:
                 value[part] = self.rule.statistic(posterior, token[part]).to(wide(x.device))

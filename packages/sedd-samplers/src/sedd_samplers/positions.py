@@ -24,12 +24,14 @@ class Positions:
         flat: (M,) int64, the same as indices into the flattened batch, ascending.
         sequences: how many sequences have any that matters.
         whole: whether models are to be asked at all positions, whatever they offer, so that no shape ever changes.
+        wanted: (B, L) bool, at which of these it matters what comes out; None for all.
     """
 
     where: Tensor
     flat: Tensor
     sequences: int
     whole: bool = False
+    wanted: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -43,6 +45,10 @@ class Positions:
     def position(self) -> Tensor:
         """(M,) int64, the column of each."""
         return self.flat % self.where.shape[1]
+
+    def wanted_in(self, part: slice | Tensor) -> Tensor | None:
+        """(m,) bool, for which of some of these, a part of 0..M, it matters what comes out; None for all."""
+        return None if self.wanted is None else self.wanted.flatten()[self.flat[part]]
 
     @classmethod
     def of(cls, where: Tensor) -> Positions:

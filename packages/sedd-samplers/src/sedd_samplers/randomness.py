@@ -59,7 +59,9 @@ def uniforms(seed: Tensor, draw: Tensor, position: Tensor) -> Tensor:
     return ((high << 21) | (low >> 11)).double() * 2.0**-53
 
 
-def draw_categorical(probs: Tensor, uniform: Tensor, *, old: Tensor | None = None) -> Tensor:
+def draw_categorical(
+    probs: Tensor, uniform: Tensor, *, old: Tensor | None = None, wanted: Tensor | None = None
+) -> Tensor:
     """One state a row; a state of probability zero is never drawn.
 
     Args:
@@ -67,6 +69,7 @@ def draw_categorical(probs: Tensor, uniform: Tensor, *, old: Tensor | None = Non
         uniform: (M,) float64 in [0, 1): the only source of randomness.
         old: (M,) int64, what to return for rows from which nothing can be drawn, where values are not to be read
             because the host would wait for them; None to read them all the same.
+        wanted: (M,) bool, the rows from which something has to be drawn, the others giving `old`; None for all.
 
     Returns:
         (M,) int64.
@@ -76,15 +79,14 @@ def draw_categorical(probs: Tensor, uniform: Tensor, *, old: Tensor | None = Non
     """
     state, total = draw_by_blocks(probs, uniform)
     bad = ~((total > 0) & total.isfinite())
-    if old is not None and reading_waits(probs.device):
-        return torch.where(bad, old, state)
-    if bad.any():
-        row = int(bad.nonzero()[0])
+    wrong = bad if wanted is None else bad & wanted
+    if (old is None or not reading_waits(probs.device)) and wrong.any():
+        row = int(wrong.nonzero()[0])
         raise ValueError(
             f"row {row} of the probabilities sums to {float(total[row])}; expected a finite, positive sum: "
             "no state to draw is left (0) or an entry is NaN or infinite"
         )
-    return state
+    return state if old is None else torch.where(bad, old, state)
 
 
 def draw_shared(law: Tensor, uniform: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ class EntropyBoundRenoising:
         token, likeliest, entropy = torch.empty_like(old), torch.empty_like(old), torch.empty_like(uniform)
         for part in posteriors.parts():
             p = posteriors[part]
-            token[part], likeliest[part] = draw_categorical(p, uniform[part], old=old[part]), p.argmax(1)
+            token[part] = draw_categorical(p, uniform[part], old=old[part], wanted=at.wanted_in(part))
+            likeliest[part] = p.argmax(1)
             entropy[part] = -torch.xlogy(p, p).sum(1).to(entropy.dtype)
         drawn, best = (torch.where(where, x.flatten().index_put((at.flat,), found).view_as(x), x)
                        for found in (token, likeliest))  # fmt: skip

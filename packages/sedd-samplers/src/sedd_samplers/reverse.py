@@ -149,7 +149,7 @@ class Reverse:
         self.unfinished = bool(unfinished)
         self._settle(bool(gone_wrong))
         if self._static:
-            return replace(self._everywhere, sequences=sequences)
+            return replace(self._everywhere, sequences=sequences, wanted=where)
         return Positions(where, true_indices(where.flatten(), count), sequences)
 
     def free(self) -> Positions:

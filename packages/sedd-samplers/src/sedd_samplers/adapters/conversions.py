@@ -318,7 +318,8 @@ def _from_law(law: Model, name: str, graph: Graph, delta_sigma: Levels, controls
             pi = without_own(p, here[part], graph, level[part])
             del p  # of a piece's size
             if controls:
-                pi = apply_controls(controls, pi, sequence[part], position[part], x, at.sequence[part])
+                how = x, at.sequence[part], at.wanted_in(part)
+                pi = apply_controls(controls, pi, sequence[part], position[part], *how)
             return score_of(pi, here[part], graph, level[part])
 
         return answer.then(convert, working_dtype(rate, answer.device))
