@@ -284,7 +284,7 @@ def test_a_text_of_one_s_own_is_measured_whole_if_asked(monkeypatch, capsys, tmp
     model = Model(net.eval(), Absorbing(27), LogLinear(), character_tokenizer())
     monkeypatch.setattr(evaluate, "load", lambda name: model)
     for name in ("text.txt", "more.txt"):
-        (tmp_path / name).write_text(name[0] + " quick brown fox jumps over the lazy dog" * 50)
+        (tmp_path / name).write_text(name[0] + " quick brown fox jumps over the lazy dog" * 8)
     words = ["--checkpoint", "it", "--num-times", "2", "--json", "--corpus", str(tmp_path)]
     sizes = {}
     for split in ("train", "valid", "all"):
