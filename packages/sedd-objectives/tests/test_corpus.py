@@ -87,3 +87,8 @@ def test_what_no_number_holds_is_infinite():
     assert corpus_likelihood(Estimate(torch.tensor([1416.0]), torch.tensor([0.1])), 2).perplexity == math.exp(708)
     with pytest.raises(ValueError, match=r"got \(2,\) and \(3,\)"):
         corpus_likelihood(Estimate(torch.ones(2), torch.ones(3)), 3)
+
+
+def test_an_estimate_says_its_mean_and_the_mean_s_error():
+    assert repr(Estimate(torch.tensor([2.0, 4.0]), torch.tensor([0.3, 0.4]))) == "Estimate((2,): 3 +- 0.25 on average)"
+    assert repr(Estimate(torch.tensor(2.0), torch.tensor(0.3))) == "Estimate((): 2 +- 0.3 on average)"

@@ -290,6 +290,25 @@ def test_a_head_over_the_tokens_alone_is_told_what_to_add(name, absorbing, log_l
         CALLS[name](absorbing, log_linear, x0=X0.expand(50, 2))
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "fused_denoising_loss"])
+def test_a_network_of_the_tokens_alone_is_told_what_to_hand_in(name, absorbing, log_linear, monkeypatch):
+    def alone(x, *, where=None):
+        raise AssertionError
+
+    for kind in ("score", "posterior"):
+        monkeypatch.setitem(globals(), kind, alone)
+    with pytest.raises(ValueError, match=r"takes the tokens alone: hand in lambda x, sigma: network\(x\)"):
+        CALLS[name](absorbing, log_linear, x0=X0)
+
+    def broken(x, sigma):
+        raise TypeError("of its own")
+
+    for kind in ("score", "posterior"):
+        monkeypatch.setitem(globals(), kind, broken)
+    with pytest.raises(TypeError, match="of its own"):
+        CALLS[name](absorbing, log_linear, x0=X0)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_padding_may_hold_the_mask(name, absorbing, log_linear):
     assert CALLS[name](absorbing, log_linear, x0=torch.tensor([[0, 3]]), weight=torch.tensor([[1, 0]])) is not None

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from sedd_samplers import Euler, Particles, Tweedie, infill, sample, trajectory
-from sedd_samplers.adapters import from_logits, per_sequence, to_posterior
+from sedd_samplers import Euler, Particles, Tweedie, generate, infill, sample, trajectory
+from sedd_samplers.adapters import from_logits, from_posterior, per_sequence, to_posterior
 from sedd_samplers.controls import controlled, temperature
 from sedd_samplers.guidance import classifier_free
 from sedd_samplers.infilling import clamped
@@ -121,3 +121,31 @@ def test_conditions_of_different_numbers(ref):
     with pytest.raises(ValueError, match=r"different numbers of sequences: \{'label': 2, 'size': 3\}"):
         per_sequence(labelled, label=torch.arange(2), size=torch.arange(3))
     assert not hasattr(per_sequence(network), "sequences")
+
+
+def test_a_network_of_the_tokens_alone(ref):
+    graph = ref.StructuredAbsorbing(V)
+
+    class Network(torch.nn.Module):
+        def forward(self, x, *, hurry=False):
+            return network(x, None)
+
+    for alone in (Network(), lambda x: network(x, None)):
+        for adapt in (from_logits, from_posterior, to_posterior, lambda model, graph: controlled(model, graph)):
+            with pytest.raises(ValueError, match=r"called as .*\(x, sigma\), .* tokens alone: hand in lambda x, sigma"):
+                adapt(alone, graph)
+        with pytest.raises(ValueError, match=r"the score model is called as score\(x, sigma\), and this"):
+            sample(alone, graph, ref.LogLinear(), shape=(1, 2))
+    from_logits(lambda *given: network(*given), graph)
+    from_logits(lambda x, sigma: Network()(x), graph)
+
+
+def test_text_in_the_place_of_its_ids(ref):
+    graph, x = ref.StructuredAbsorbing(V), torch.zeros(1, 2, dtype=torch.int64)
+    score, noise = from_logits(network, graph), ref.LogLinear()
+    for run in (infill, generate):
+        more: dict[str, Any] = {"block_size": 1} if run is generate else {}
+        with pytest.raises(ValueError, match=r"x must be a tensor \(batch, length\), got 'to be': pad_prompts makes"):
+            run(score, graph, noise, x="to be", given=x > 0, **more)
+        with pytest.raises(ValueError, match=r"given must be a tensor \(batch, length\), got None"):
+            run(score, graph, noise, x=x, given=None, **more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import Generator, Tensor, nn
@@ -183,10 +184,18 @@ def score_rows(
     Returns:
         log_score and positions: either rows (M, N) and None, or all rows (B, L, N) and the (M,) int64 flat positions.
     """
-    if _offers_where(score):
-        log_score, shape, positions = score(x, sigma, where=where), (int(where.sum()), num_states), None  # type: ignore[call-arg]
-    else:
-        log_score, shape, positions = score(x, sigma), (*x.shape, num_states), where.flatten().nonzero()[:, 0]
+    try:
+        if _offers_where(score):
+            log_score, shape, positions = score(x, sigma, where=where), (int(where.sum()), num_states), None  # type: ignore[call-arg]
+        else:
+            log_score, shape, positions = score(x, sigma), (*x.shape, num_states), where.flatten().nonzero()[:, 0]
+    except TypeError as error:
+        if _takes_tokens_alone(score):
+            raise ValueError(
+                f"the model is called as model(x, sigma), and this {type(score).__name__} takes the tokens alone: hand "
+                "in lambda x, sigma: network(x)"
+            ) from error
+        raise
     if not isinstance(log_score, Tensor) or log_score.shape != shape:
         raise ValueError(f"{demand} of shape {shape}, got {_shape_told(log_score, shape)}")
     return log_score, positions
@@ -231,10 +240,20 @@ def check_logits(logits: Tensor) -> None:
 
 
 def _offers_where(score: ScoreModel) -> bool:
+    return "where" in _parameters(score)
+
+
+def _takes_tokens_alone(score: ScoreModel) -> bool:
+    kinds = [parameter.kind for parameter in _parameters(score).values()]
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in by_place for kind in kinds) == 1 and inspect.Parameter.VAR_POSITIONAL not in kinds
+
+
+def _parameters(score: ScoreModel) -> Mapping[str, inspect.Parameter]:
     try:
-        return "where" in inspect.signature(score.forward if isinstance(score, nn.Module) else score).parameters
+        return inspect.signature(score.forward if isinstance(score, nn.Module) else score).parameters
     except (TypeError, ValueError):  # traced and scripted modules have none
-        return False
+        return {}
 
 
 def over_tokens(logits: Tensor, mask_id: int | None) -> Tensor:

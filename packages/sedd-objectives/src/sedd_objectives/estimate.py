@@ -26,6 +26,10 @@ class Estimate:
     standard_error: Tensor
     """The standard deviation of the mean, estimated without bias in its square from the draws' spread."""
 
+    def __repr__(self) -> str:
+        error = float(self.standard_error.square().sum().sqrt()) / max(1, self.value.numel())
+        return f"Estimate({tuple(self.value.shape)}: {float(self.value.mean()):.4g} +- {error:.2g} on average)"
+
 
 @torch.no_grad()
 def monte_carlo(draw: Callable[[], Tensor], num_draws: int) -> Estimate:

@@ -228,7 +228,12 @@ def of_time(network: Callable[..., Any], noise: InvertibleNoise) -> ScoreModel:
     Args:
         network: (x (B, L) int64, t (B,) or (B, L)) -> log-scores or logits (B, L, N), for all positions.
         noise: the schedule that the network was, or is to be, trained with.
+
+    Raises:
+        ValueError: the schedule has no inverse; the usual slip is the other order.
     """
+    if not callable(getattr(noise, "inverse", None)):
+        raise ValueError(f"noise must be a schedule with an inverse, got a {type(noise).__name__}: is the order right?")
 
     def model(x: Tensor, sigma: Tensor) -> Any:
         ends = torch.tensor([0.0, 1.0], dtype=sigma.dtype, device=sigma.device)

@@ -30,7 +30,7 @@ from .infilling import Clamped
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import warn_of_training
 from .precision import wide
-from .prompts import check_prompt
+from .prompts import check_prompt, check_tensors
 from .randomness import row_seeds
 from .reverse import Reverse
 from .sampling import State, batches, check_finished, check_method, check_process, grid_of, named_step, told
@@ -115,6 +115,7 @@ def generate(
     Returns:
         x (B, L), equal to the given tokens where they are given, and lengths (B,).
     """
+    check_tensors(x, given)
     out = []
     for rows, own, seeds in batches(score, graph, len(x), batch_size, options):
         part: BlockOptions = {**options, "seeds": seeds, "generator": None}

@@ -64,7 +64,7 @@ class ModelCall:
         widths: for logits, other widths that will do beside N and what heads are padded to; None for N alone.
 
     Raises:
-        ValueError: the model is not callable.
+        ValueError: the model is not callable, or takes the tokens alone.
     """
 
     def __init__(
@@ -73,6 +73,11 @@ class ModelCall:
         if not callable(model):
             raise ValueError(f"the {name} must be callable as {name.split()[0]}({takes}), got a {type(model).__name__}")
         check_conditions(model, name)
+        if "," in takes and _takes_one(model):
+            raise ValueError(
+                f"the {name} is called as {name.split()[0]}({takes}), and this {type(model).__name__} takes the tokens "
+                f"alone: hand in lambda {takes}: network(x)"
+            )
         self.model, self._num_states, self._name, self._widths = model, num_states, name, widths
         self._offers_where, self._offers_rows = offers(model, "where"), offers(model, "rows")
         self._offers_positions, self._offers_apart = offers(model, "positions"), offers(model, "apart")
@@ -193,6 +198,13 @@ def _required(model: Any, *names: str) -> bool:
     """Whether one of these parameters has to be given."""
     found = _parameters(model)
     return any(name in found and found[name].default is inspect.Parameter.empty for name in names)
+
+
+def _takes_one(model: Any) -> bool:
+    """Whether a model has one parameter alone that can be given by its place."""
+    kinds = [parameter.kind for parameter in _parameters(model).values()]
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in by_place for kind in kinds) == 1 and inspect.Parameter.VAR_POSITIONAL not in kinds
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:

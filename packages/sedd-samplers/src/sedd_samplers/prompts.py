@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .randomness import draw_shared, uniforms
 
-__all__ = ["pad_prompts", "draw_lengths", "check_prompt", "check_shape", "check_start"]
+__all__ = ["pad_prompts", "draw_lengths", "check_prompt", "check_tensors", "check_shape", "check_start"]
 
 
 def pad_prompts(
@@ -90,6 +90,7 @@ def draw_lengths(law: Tensor, seeds: Sequence[int] | Tensor) -> Tensor:
 
 def check_prompt(x: Tensor, given: Tensor, num_states: int, mask_id: int | None) -> None:
     """ValueError unless x (B, L) int64 holds tokens at the given positions (B, L) bool."""
+    check_tensors(x, given)
     if x.ndim != 2 or x.dtype != torch.int64:
         raise ValueError(f"x must be int64 of shape (batch, length), got {x.dtype} {tuple(x.shape)}")
     if given.shape != x.shape or given.dtype != torch.bool:
@@ -101,6 +102,15 @@ def check_prompt(x: Tensor, given: Tensor, num_states: int, mask_id: int | None)
         raise ValueError(f"x holds the state {state} at a given position; states are 0..{num_states - 1}")
     if mask_id is not None and (tokens == mask_id).any():
         raise ValueError(f"x holds the mask ({mask_id}) at a given position, which would stay; leave it free")
+
+
+def check_tensors(x: object, given: object) -> None:
+    """ValueError for a text where its ids should be, and the like."""
+    for name, what in (("x", x), ("given", given)):
+        if not isinstance(what, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor (batch, length), got {what!r:.80}: pad_prompts makes x and given"
+            )
 
 
 def check_shape(shape: tuple[int, int]) -> None:

@@ -27,7 +27,7 @@ from .infilling import Clamped, Particles
 from .interfaces import Graph, Noise, ScoreModel, check_graph
 from .model_calls import ScoreCall, Wrapper, check_sequences, device_of, warn_of_training
 from .precision import wide
-from .prompts import check_prompt, check_shape, check_start
+from .prompts import check_prompt, check_shape, check_start, check_tensors
 from .randomness import row_seeds
 from .reverse import NoticedLate, Reverse
 from .steps import Method, Tweedie, final_denoise
@@ -134,6 +134,7 @@ def infill(
         (B, L) int64, equal to x at the given positions.
     """
     check_options(options, "infill")
+    check_tensors(x, given)
     out = []
     for rows, own, seeds in batches(score, graph, len(x), batch_size, options):
         part: TrajectoryOptions = {**options, "seeds": seeds, "generator": None}
