@@ -264,7 +264,7 @@ def test_a_network_of_time_is_told_the_time_and_the_nearest_end_beyond_the_sched
         return torch.zeros(*x.shape, 6)
 
     with pytest.raises(ValueError, match="must be a schedule with an inverse, got a function: is the order right"):
-        of_time(Schedule(), network)
+        of_time(Schedule(), network)  # type: ignore[arg-type]
     model, x = of_time(network, Schedule()), torch.zeros(3, 4, dtype=torch.int64)
     t = torch.tensor([0.001, 0.25, 0.9])
     assert model(x, log_linear(t)[0]).shape == (3, 4, 6)

@@ -71,7 +71,7 @@ def test_a_model_is_given_what_it_offers(name: str, whole: bool) -> None:
     sigma = None if name == "clock" else SIGMA
     if name == "positions before where" and whole:
         model = heard.__wrapped__ = MODELS["where"]
-    got = ModelCall(heard, N, "score model")(X, sigma, at, ROWS)
+    got = ModelCall(heard, N, "score model", "x" if name == "clock" else "x, sigma")(X, sigma, at, ROWS)
     expected = answer(X, sigma, ROWS if "rows" in name else None).flatten(0, 1)[at.flat]
     assert torch.equal(got.tensor(), expected)
     assert got.shape == (len(at), N)

@@ -280,7 +280,7 @@ def test_kernels_serve_rows_on_a_gpu_in_float32_or_less() -> None:
     serve = importlib.import_module("sedd_samplers.reverse").kernels_serve
     has = importlib.util.find_spec("triton") is not None
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        rows: Any = SimpleNamespace(is_cuda=True, dtype=dtype)
+        rows: Any = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
         assert serve(rows) == (has and dtype != torch.float64)
         assert not serve(torch.zeros(1, dtype=dtype))
 

@@ -124,13 +124,14 @@ def test_conditions_of_different_numbers(ref):
 
 
 def test_a_network_of_the_tokens_alone(ref):
-    graph = ref.StructuredAbsorbing(V)
+    graph: Any = ref.StructuredAbsorbing(V)
 
     class Network(torch.nn.Module):
         def forward(self, x, *, hurry=False):
             return network(x, None)
 
-    for alone in (Network(), lambda x: network(x, None)):
+    networks: list[Any] = [Network(), lambda x: network(x, None)]
+    for alone in networks:
         for adapt in (from_logits, from_posterior, to_posterior, lambda model, graph: controlled(model, graph)):
             with pytest.raises(ValueError, match=r"called as .*\(x, sigma\), .* tokens alone: hand in lambda x, sigma"):
                 adapt(alone, graph)
@@ -143,7 +144,8 @@ def test_a_network_of_the_tokens_alone(ref):
 def test_text_in_the_place_of_its_ids(ref):
     graph, x = ref.StructuredAbsorbing(V), torch.zeros(1, 2, dtype=torch.int64)
     score, noise = from_logits(network, graph), ref.LogLinear()
-    for run in (infill, generate):
+    runs: list[Any] = [infill, generate]
+    for run in runs:
         more: dict[str, Any] = {"block_size": 1} if run is generate else {}
         with pytest.raises(ValueError, match=r"x must be a tensor \(batch, length\), got 'to be': pad_prompts makes"):
             run(score, graph, noise, x="to be", given=x > 0, **more)
