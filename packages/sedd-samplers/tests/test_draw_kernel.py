@@ -275,13 +275,12 @@ def test_what_is_said_of_states_of_no_weight_does_not_count(generator):
         torch.testing.assert_close(total, law.sum(-1), rtol=1e-6, atol=0)
 
 
-def test_a_block_and_a_place_in_it_are_found():
-    """A block holds its lower end and not its upper; at the end of all it is the last that has any."""
-    cumulative = torch.tensor([0.0, 2.0, 2.0, 5.0, 5.0], dtype=torch.float64)
-    numbers = torch.tensor([0.0, 0.3, 0.4, 0.7, 1 - 2.0**-53, 1.0], dtype=torch.float64)
-    block, place = draw_kernel._find(cumulative.repeat(6, 1), numbers)
-    assert block.tolist() == [1, 1, 3, 3, 3, 3]
-    assert place.tolist() == pytest.approx([0.0, 0.75, 0.0, 0.5, 1.0, 1.0], abs=1e-12)
-    assert (place < 1).all()
-    block, place = draw_kernel._find(cumulative[None, 1:], torch.tensor([0.1], dtype=torch.float64))
-    assert (block.tolist(), place.tolist()) == ([0], [0.25])
+def test_a_state_holds_its_lower_end_and_not_its_upper():
+    """Two fifths in the second of four blocks, the others in the last; x, which has nothing, in the third."""
+    log_score = torch.full((5, 4 * BLOCK), -torch.inf)
+    log_score[:, BLOCK + 3], log_score[:, 3 * BLOCK + 1] = math.log(2.0), math.log(3.0)
+    weight = torch.ones(5), torch.empty(5, 0, dtype=torch.int64), torch.empty(5, 0)
+    uniform = torch.tensor([0.0, 0.3999, 0.4001, 0.7, 1 - 2.0**-53], dtype=torch.float64)
+    state, total = draw(log_score, torch.full((5,), 2 * BLOCK), weight, STAY["never"], uniform)
+    assert state.tolist() == [BLOCK + 3] * 2 + [3 * BLOCK + 1] * 3
+    torch.testing.assert_close(total, torch.full((5,), 5.0, dtype=torch.float64), rtol=1e-6, atol=0)
