@@ -132,6 +132,7 @@ def main() -> int:
     run = Run(torch.device(given.device), given.small)
     print(f"{card(run)}, torch {torch.__version__}, CUDA {torch.version.cuda}\n", flush=True)
     started, failed = time.perf_counter(), []
+    distributed.start()  # once: DeepSpeed keeps the group that it first met
     with as_on_a_gpu(run):
         for part in parts:
             if part.__name__ not in given.parts:
@@ -147,6 +148,7 @@ def main() -> int:
             print(f"  [{part.__name__}: {time.perf_counter() - start:.0f} s]\n", flush=True)
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
+    torch.distributed.destroy_process_group()
     seconds = time.perf_counter() - started
     told = {"card": card(run), "torch": torch.__version__, "cuda": torch.version.cuda, "small": run.small}
     told |= {"seconds": round(seconds), "failed": failed, "checks": run.checks, "rows": run.rows}
@@ -359,22 +361,19 @@ def weight_on(row: Any, device: torch.device) -> Any:
 def waiting(run: Run) -> None:
     """How often a step waits for the device: of a run, DeepSpeed's own included, and of a sampler."""
     loss, batch = a_training_step(run)
-    distributed.start()
-    try:
-        how: dict[str, Any] = {"batch_size": run.batch, "micro_batches": 1, "stage": 1, "precision": "bf16"}
-        engine, launched = start_engine(loss, **how), []
+    how: dict[str, Any] = {"batch_size": run.batch, "micro_batches": 1, "stage": 1, "precision": "bf16"}
+    engine, launched = start_engine(loss, **how), []
 
-        def step() -> None:
-            launched.append(launch_step(engine, [batch], 1e-4))
+    def step() -> None:
+        launched.append(launch_step(engine, [batch], 1e-4))
 
-        step()
-        step()
-        found = reads(run, step)
-        late = found if isinstance(found, str) else found + 1  # its numbers, which are read while the next one computes
-        run.row("reads back to the host, a training step, ZeRO 1", late, goal="<= 1")
-        run.check("a launched step is not applied", float(not launched[-1].read().applied), 0.0)
-    finally:
-        torch.distributed.destroy_process_group()
+    step()
+    step()
+    found = reads(run, step)
+    late = found if isinstance(found, str) else found + 1  # its numbers, which are read while the next one computes
+    run.row("reads back to the host, a training step, ZeRO 1", late, goal="<= 1")
+    run.check("a launched step is not applied", float(not launched[-1].read().applied), 0.0)
+    engine.destroy()
     step_of_sampler = a_sampling_step(run, 2, half=True)
     step_of_sampler()
     run.row("reads back to the host, a sampling step", reads(run, step_of_sampler), goal="<= 1")
@@ -402,16 +401,12 @@ def zero(run: Run) -> None:
     """Three steps of a small network, compiled, at every ZeRO stage and with activation checkpointing."""
     small = {"num_states": 130, "width": 64, "depth": 2, "heads": 2, "length": 32, "dropout": 0.1}
     sizes = small if run.small else small | {"num_states": 5003, "width": 256, "heads": 4, "length": 256}
-    distributed.start()
-    try:
-        expected = three_steps(run, sizes, 0, compiled=False, checkpointed=False)
-        for stage in range(4):
-            for checkpointed in (False, True):
-                found = three_steps(run, sizes, stage, compiled=True, checkpointed=checkpointed)
-                name = f"ZeRO {stage}, compiled{', checkpointed' if checkpointed else ''}: three steps' losses"
-                run.check(name, distance(torch.tensor(found), torch.tensor(expected)), 1e-4)
-    finally:
-        torch.distributed.destroy_process_group()
+    expected = three_steps(run, sizes, 0, compiled=False, checkpointed=False)
+    for stage in range(4):
+        for checkpointed in (False, True):
+            found = three_steps(run, sizes, stage, compiled=True, checkpointed=checkpointed)
+            name = f"ZeRO {stage}, compiled{', checkpointed' if checkpointed else ''}: three steps' losses"
+            run.check(name, distance(torch.tensor(found), torch.tensor(expected)), 1e-4)
 
 
 def three_steps(run: Run, sizes: dict[str, Any], stage: int, *, compiled: bool, checkpointed: bool) -> list[float]:

@@ -98,6 +98,17 @@ def test_an_engine_of_stage_3_changes_no_later_one():
     assert LINEAR.__module__ == "torch._C._nn"
 
 
+def test_what_is_compiled_is_compiled_with_torchs_linear_layer():
+    """Of DeepSpeed's a compiler made, on a GPU, a step that left weights without a gradient."""
+    plain, blocks, again, whole = (network() for _ in range(4))
+    blocks.compile_blocks()
+    whole.compile()
+    for net, own in ((plain, False), (blocks, True), (again, False), (whole, True)):
+        start_engine(Loss(net, ScoreEntropy(GRAPH, NOISE)), batch_size=4, micro_batches=1, stage=3)
+        assert (torch.nn.functional.linear is LINEAR) == own
+    start_engine(Loss(network(), ScoreEntropy(GRAPH, NOISE)), batch_size=4, micro_batches=1, stage=1)
+
+
 def test_the_learning_rate():
     rates = [learning_rate(step, peak=1.0, warmup=4, steps=10, decay_to=0.1) for step in range(10)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]

@@ -322,7 +322,7 @@ def test_a_young_network_s_sample_may_fail(said, monkeypatch):
 
 
 def test_the_bar_tells_the_log_s_loss_and_the_time_left_is_of_steps_to_come(tmp_path, monkeypatch):
-    """The seconds move by a twentieth towards each step's; the loss is the step's own."""
+    """The seconds move by a twentieth towards each step's; the speed is the median's, the loss the step's own."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])  # type: ignore[attr-defined]
     for name in ("RANK", "WORLD_SIZE"):
@@ -343,7 +343,7 @@ def test_the_bar_tells_the_log_s_loss_and_the_time_left_is_of_steps_to_come(tmp_
     assert [line["loss"] for line in lines] == [3.0, 2.0, None]
     assert [line["mfu"] for line in lines] == [None] * 3
     assert postfix[:2] == [
-        "loss 3.000 nats a token, 16 tokens/s", "loss 2.000 nats a token, 8 tokens/s"
+        "loss 3.000 nats a token, 16 tokens/s", "loss 2.000 nats a token, 11 tokens/s"
     ]  # fmt: skip
     assert [line["waited_for_data"] for line in lines] == [0.0] * 3
     shown.close()

@@ -53,6 +53,20 @@ def test_a_line_of_the_log(clock, tmp_path, monkeypatch):
     assert first["memory_gb"] > 0.01
 
 
+def test_the_speed_is_that_of_a_typical_step(clock, tmp_path):
+    """Not of one that was compiled in, nor of the last one, which a host that ran ahead finds done."""
+    recipe = recipes.override(recipes.Recipe(), {"length": 8, "batch_size": 4, "steps": 60, "log_every": 1})
+    shown = progress.Progress(tmp_path, recipe, first=0, flops_a_token=300.0, peak=4800.0, tensorboard=False, wandb="")
+    for number, seconds in enumerate([100.0, *[2.0] * 40, 0.001, *[4.0] * 11]):
+        clock.now += seconds
+        shown.step_taken(number, step(), 1e-3, loss=1.25)
+    told = [line["tokens_per_second"] for line in loggers.read(tmp_path / "log.jsonl")]
+    assert told[0] == 0  # 0.32: it is all there is
+    assert told[2:42] == [16] * 40
+    assert told[-1] == 8  # eleven of the last twenty
+    assert loggers.read(tmp_path / "log.jsonl")[-1]["mfu"] == pytest.approx(32 * 300 / 4 / 4800)
+
+
 def test_other_ranks_than_the_first_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -140,6 +140,9 @@ def start_engine(
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     loss.in_float16 = precision == "fp16"
     engine, *_ = deepspeed.initialize(model=loss, optimizer=made, config=with_options(config, options or {}))
+    if stage == 3 and _is_compiled(loss.net):
+        # Traced by torch 2.11's compiler on a GPU, DeepSpeed's linear layer left the modulations without a gradient.
+        nn.functional.linear = LINEAR
     engine.clip_without_zero = clip
     engine.loss_scale_of_ours = LossScale(loss.net if loss.in_float16 else None, engine.device)
     return engine
@@ -159,6 +162,10 @@ def _groups(loss: Any, weight_decay: float, *, muon: bool) -> list[dict[str, Any
         one = {"params": rest, "weight_decay": weight_decay if matrices else 0.0}
         return [*groups, one] if rest else groups
     return [*groups, {"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _is_compiled(net: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None or getattr(module, "compiled", None) for module in net.modules())
 
 
 def compile_network(net: nn.Module, stage: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import sys
 import time
 import warnings
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ class Progress:
             total=recipe.steps, initial=first, unit="step", disable=rank != 0, smoothing=0.05, mininterval=calm
         )
         self.seconds = math.nan  # smoothed
+        self.recent: deque[float] = deque(maxlen=20)  # what the last steps took
         self.restart_clock()
 
     def write(self, kind: str, *, copy: bool = True, **values: Any) -> None:
@@ -93,15 +96,18 @@ class Progress:
     def step_taken(self, step: int, done: Step, lr: float, loss: float) -> None:
         """Move the bar by a step, whose loss is in nats a token of text, and log it if its turn has come.
 
-        It is told when its numbers are there: from one step's to the next one's is what a step takes.
+        It is told when its numbers are there: from one step's to the next one's is what a step takes. On a GPU, whose
+        host runs ahead, one alone may seem to have taken next to nothing: the speed is that of the median of twenty.
         """
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         waited, self.waited = self.waited, 0.0
         self.seconds = seconds if math.isnan(self.seconds) else 0.95 * self.seconds + 0.05 * seconds
-        used = self.peak_share / seconds if self.peak_share else None
+        self.recent.append(seconds)
+        typical = statistics.median(self.recent)
+        used = self.peak_share / typical if self.peak_share else None
         self.bar.set_postfix_str(
-            f"loss {loss:.3f} nats a token, {self.tokens_a_step / seconds:,.0f} tokens/s"
+            f"loss {loss:.3f} nats a token, {self.tokens_a_step / typical:,.0f} tokens/s"
             + (f", MFU {used:.0%}" if used is not None else ""),
             refresh=False,
         )
@@ -113,7 +119,7 @@ class Progress:
                 loss=loss,
                 grad_norm=done.grad_norm,
                 lr=lr,
-                tokens_per_second=round(self.tokens_a_step / seconds),
+                tokens_per_second=round(self.tokens_a_step / typical),
                 mfu=used,
                 waited_for_data=waited / seconds,
                 memory_gb=flops.memory() / 1e9,
