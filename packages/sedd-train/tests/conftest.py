@@ -23,9 +23,9 @@ TRAIN = INTEGRATION / "train_owt.py"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 LONGEST = [  # the files that take longest, which start processes and wait for them
-    *("test_finetuning.py", "test_launchers.py", "test_ranks.py", "test_commands.py", "test_resume.py"),
-    *("test_token_cache.py", "test_lost_rank.py", "test_nonfinite.py", "test_plan.py", "test_labels.py"),
-    *("test_many_readers.py", "test_mutated.py", "test_no_waiting.py", "test_training.py", "test_data.py"),
+    *("test_finetuning.py", "test_launchers.py", "test_ranks.py", "test_labels.py", "test_resume.py"),
+    *("test_commands.py", "test_token_cache.py", "test_no_waiting.py", "test_lost_rank.py", "test_nonfinite.py"),
+    *("test_plan.py", "test_many_readers.py", "test_mutated.py", "test_training.py", "test_data.py"),
 ]
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 
