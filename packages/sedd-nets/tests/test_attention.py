@@ -83,6 +83,31 @@ def test_flex_gives_the_same_numbers(dtype, packed):
     torch.testing.assert_close(out, sdpa(q, k, v, documents), atol=TOLERANCE[dtype], rtol=0)
 
 
+@imports_compiler
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_gradients_of_flex_are_those_of_a_dense_mask(monkeypatch, dtype, tolerance):
+    """Uncompiled. torch refuses a backward pass on a CPU, where it has no kernel; its plain formula needs none."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    flex = FlexAttention()
+    flex.attend = flex_attention
+    inputs = [a.to(dtype).requires_grad_() for a in heads(torch.float32)]
+    slope = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = torch.autograd.grad((flex(*inputs, Documents(IDS)) * slope).sum(), inputs)
+
+    plain = [a.detach().double().requires_grad_() for a in inputs]
+    q, k, v = (a.transpose(1, 2) for a in plain)
+    within = (IDS[:, :, None] == IDS[:, None, :])[:, None]
+    law = torch.softmax((q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~within, -torch.inf), dim=-1)
+    out = (law @ v).transpose(1, 2) * (IDS >= 0)[:, :, None, None]
+    expected = torch.autograd.grad((out * slope).sum(), plain)
+    for ours, dense in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), dense, atol=tolerance, rtol=0)
+        assert (ours[IDS < 0] == 0).all()
+        assert ours[IDS >= 0].abs().min() > 0
+
+
 @pytest.mark.slow
 @imports_compiler
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -77,6 +77,7 @@ class BlockOptions(TypedDict, total=False):
     pad_id: int | None
     until: Callable[[BlockState], Tensor] | None
     conditioning: Clamped | None
+    static_shapes: bool
     log_probs: bool
 
 
@@ -109,8 +110,8 @@ def generate(
         batch_size: how many sequences go through the model at a time, as for `sample`.
         progress: whether to show a bar, one for each batch.
         **options: `origin=0`, `growing=False`, `steps=block_size`, `method=Tweedie()`, `generator`, `seeds`, `times`,
-            `t_min=1e-5`, `denoise=True`, `end_id`, `pad_id`, `until`, `conditioning`, `log_probs`; and the errors: see
-            `blockwise`.
+            `t_min=1e-5`, `denoise=True`, `end_id`, `pad_id`, `until`, `conditioning`, `static_shapes`, `log_probs`; and
+            the errors: see `blockwise`.
 
     Returns:
         x (B, L), equal to the given tokens where they are given, and lengths (B,).
@@ -153,6 +154,7 @@ def blockwise(
     pad_id: int | None = None,
     until: Callable[[BlockState], Tensor] | None = None,
     conditioning: Clamped | None = None,
+    static_shapes: bool = False,
     log_probs: bool = False,
 ) -> Iterator[BlockState]:
     """The states on the way, the whole canvas each time.
@@ -182,6 +184,8 @@ def blockwise(
             block; what is not written of a finished sequence becomes padding.
         conditioning: `clamped` where the graph noises tokens: the model then sees clean tokens beside noised ones. That
             is exact for a network trained so (with sigma = 0 for a clean block), else an approximation.
+        static_shapes: whether the model is called with all sequences and for all positions of the canvas, as for
+            `trajectory`; a canvas that grows has one shape a block.
         log_probs: whether `BlockState.log_prob` says with what probability each token was drawn; see `trajectory`.
 
     Yields:
@@ -201,7 +205,7 @@ def blockwise(
     grid = finite_start(noise, grid_of(block_size if steps is None and times is None else steps, t_min, times))
     warn_of_text_left(graph, noise, given.new_full((), float(grid[0]), dtype=wide(given.device)))
     seeds = row_seeds(seeds, generator, len(x)).to(x.device)
-    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds)
+    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds, static_shapes=static_shapes)
     if conditioning is None and reverse.noises_tokens and (len(bounds) > 1 or bool(given.any())):
         raise ValueError(
             "this graph noises tokens, and finished blocks are clean: say conditioning=clamped, which is exact for a "
@@ -218,20 +222,24 @@ def blockwise(
     yield replace(state, x=x, lengths=endings.lengths)
     for number, (begin, end) in enumerate(bounds):
         free = ~given & ~endings.done[:, None] & (place >= begin) & (place < end)
-        if not free.any():
-            continue
         width = end if growing else x.shape[1]
-        reverse.frozen = ~free[:, :width]
+        reverse.frozen, reverse.unfinished = ~free[:, :width], None
+        to = given.new_full((len(x),), ends[0][0], dtype=wide(given.device))
         for step, (t, s) in enumerate(ends, 1):
             with named_step(reverse, step, len(ends), t, s, f" of block {number}"):
                 before = x[:, :width]
                 reverse.log_prob = None if log_prob is None else torch.full_like(log_prob[:, :width], torch.nan)
-                at, to = (given.new_full((len(x),), time, dtype=wide(given.device)) for time in (t, s))
+                at, to = to, torch.full_like(to, s)  # the same tensor, so that its noise is known
                 after = final_denoise(reverse, before, at) if step == len(grid) else method(reverse, before, at, to)
-                if step == len(ends):
+                if reverse.unfinished is None:  # the step had nothing to read
                     reverse.finish()
+                    reverse.unfinished = bool(free.any())
+                if not reverse.unfinished:
+                    break
                 if log_prob is not None:
                     log_prob = torch.cat([told(log_prob[:, :width], reverse, before, after), log_prob[:, width:]], 1)
+                if end == x.shape[1] and step == len(ends):
+                    reverse.finish()
             x, count = torch.cat([after, x[:, width:]], 1), number * len(ends) + step
             state = BlockState(x, s, count, total, log_prob, lengths=endings.lengths)
             x = endings.after(state, begin, end) if step == len(ends) else state.x

@@ -17,13 +17,14 @@ Both compare contents, so that they serve under any adapter and any method, what
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .interfaces import KeyValues, RowModel
 from .model_calls import Wrapper, offers
-from .positions import Positions
+from .positions import Positions, true_indices
 
 __all__ = ["cached", "prefix_cached"]
 
@@ -51,18 +52,17 @@ def cached(model: Callable[..., Tensor]) -> RowModel:
             "cached takes a network that does not know the time, and this is a score model, which depends on sigma by "
             "the factor of its graph: cache the network inside, as in from_logits(cached(network), graph)"
         )
-    offers_where, offers_rows = offers(model, "where"), offers(model, "rows")
-    kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # sequence -> x (L,), where (L,) and the answer (m, N)
+    offers_rows, rows_of, kept = offers(model, "rows"), _by_number(model), _Answers()
 
-    def ask(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-        further = {"rows": rows} if offers_rows else {}
-        return model(x, sigma, where=where, **further) if offers_where else model(x, sigma, **further)[where]
+    def ask(x: Tensor, sigma: Tensor, flat: Tensor, rows: Tensor) -> Tensor:
+        return rows_of(x, sigma, flat, {"rows": rows} if offers_rows else {})
 
     checked: list[bool] = []
 
     def check(x: Tensor, sigma: Tensor, where: Tensor, rows: Tensor) -> None:
         """Two calls about one sequence at different noise."""
-        one, other = (ask(x[:1], level * torch.ones_like(sigma[:1]), where[:1], rows[:1]) for level in (0.5, 1.5))
+        flat = where[0].nonzero()[:, 0]
+        one, other = (ask(x[:1], level * torch.ones_like(sigma[:1]), flat, rows[:1]) for level in (0.5, 1.5))
         if not torch.allclose(one, other, rtol=1e-4, atol=1e-4, equal_nan=True):
             raise ValueError(
                 "cached takes a network that does not know the time; this one's answer changes with sigma, by up to "
@@ -72,25 +72,71 @@ def cached(model: Callable[..., Tensor]) -> RowModel:
 
     def rows_at(x: Tensor, sigma: Tensor, at: Positions, rows: Tensor) -> Tensor:
         where = at.where
-        sequences = rows.tolist()
         if not checked and len(x):
             check(x, sigma, where, rows)
-        changed = [
-            i
-            for i, b in enumerate(sequences)
-            if b not in kept or not (torch.equal(kept[b][0], x[i]) and torch.equal(kept[b][1], where[i]))
-        ]
-        for finished in kept.keys() - set(sequences):
-            del kept[finished]
-        if changed:
-            answer = ask(x[changed], sigma[changed], where[changed], rows[changed])
-            for i, part in zip(changed, torch.split(answer, where[changed].sum(1).tolist()), strict=True):
-                kept[sequences[i]] = (x[i].clone(), where[i].clone(), part)  # x may be edited in place
-            if len(changed) == len(sequences):
-                return answer
-        return kept[sequences[0]][2] if len(sequences) == 1 else torch.cat([kept[b][2] for b in sequences])
+        changed, counts = kept.changed(x, where, rows)
+        picked = [i for i, own in enumerate(changed.on_host) if own]
+        if len(picked) == len(x):
+            answer = ask(x, sigma, at.flat, rows)
+            kept.keep(x, where, list(torch.split(answer, counts)))
+            return answer
+        parts = kept.parts
+        if picked:
+            some, own = true_indices(changed.there, len(picked)), [counts[i] for i in picked]
+            answer = ask(x[some], sigma[some], true_indices(where[some].flatten(), sum(own)), rows[some])
+            for i, part in zip(picked, torch.split(answer, own), strict=True):
+                parts[i] = part
+            kept.keep(x, where, parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return Wrapper(rows_at, model)
+
+
+class _Answers:
+    """What `cached` keeps: of which sequences, their states and what was asked about them, and the answers (m, N)."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self._rows: list[int] = []
+        self._x, self._where = torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0, dtype=torch.bool)
+
+    def changed(self, x: Tensor, where: Tensor, rows: Tensor) -> tuple[_Changed, list[int]]:
+        """Which sequences are not as they are kept, and how many positions of each are asked about: one read."""
+        differs = self._differs(x, where) if self._x.shape == x.shape else torch.ones_like(where[:, 0])
+        told = torch.cat([rows.to(x.device), where.sum(1), differs]).tolist()
+        numbers, counts, changed = (told[i * len(x) : (i + 1) * len(x)] for i in range(3))
+        if numbers != self._rows:  # some came or left, and it takes another read
+            differs = self._aligned(numbers, x, where)
+            changed = differs.tolist()
+        return _Changed(differs, changed), counts
+
+    def keep(self, x: Tensor, where: Tensor, parts: list[Tensor]) -> None:
+        """These states, which may be edited in place, and the answers about them."""
+        self._x, self._where, self.parts = x.clone(), where.clone(), parts
+
+    def _differs(self, x: Tensor, where: Tensor) -> Tensor:
+        return ((self._x != x) | (self._where != where)).any(1)
+
+    def _aligned(self, numbers: list[int], x: Tensor, where: Tensor) -> Tensor:
+        """Which sequences differ, (b,) bool, once what is kept stands in the order of these numbers."""
+        place = {b: i for i, b in enumerate(self._rows)} if self._x.shape[1] == x.shape[1] else {}
+        self._rows = numbers
+        if not place:
+            self.parts = [x.new_empty(0)] * len(numbers)
+            return torch.ones_like(where[:, 0])
+        old = torch.tensor([place.get(b, -1) for b in numbers], device=x.device)
+        self._x, self._where = self._x[old], self._where[old]
+        self.parts = [self.parts[place.get(b, -1)] for b in numbers]
+        return self._differs(x, where) | (old < 0)
+
+
+class _Changed(NamedTuple):
+    """Which sequences differ."""
+
+    there: Tensor
+    """(b,) bool, on the device."""
+    on_host: list[int]
+    """The same numbers."""
 
 
 def prefix_cached(
@@ -113,8 +159,9 @@ def prefix_cached(
 
     of the positions that go through it otherwise: the first call of a block goes through the one before it, too, which
     was not finished when it was last seen. A sequence that was left out of a call is a new one when it comes back, so
-    that this serves methods that ask about all sequences, `ConfidenceUnmasking` or `Tweedie`. How far contents agree is
-    read back from the device, once a call.
+    that this serves methods that ask about all sequences, `ConfidenceUnmasking` or `Tweedie`. With `static_shapes`
+    every call is about all positions, and nothing is kept. How far contents agree is read back from the device, once a
+    call, beside the sampler's own read.
 
     With `approximate`, for a network that looks both ways: the first call about a block is about the whole canvas, and
     until the block is finished what stands before it keeps the keys and values that it had there: the prefix cache of
@@ -127,15 +174,15 @@ def prefix_cached(
 
     Args:
         model: (x (b, l) int64, sigma (b,), cache=) -> (b, l, N) about the positions behind those in the cache, which it
-            adds to it; it may offer `where`. A model of the next token is called without sigma. For a model of
-            transformers: `lambda x, sigma, cache: model(x, past_key_values=cache, attention_mask=...).logits`.
+            adds to it; it may offer `where` or `positions`. A model of the next token is called without sigma. For one
+            of transformers: `lambda x, sigma, cache: model(x, past_key_values=cache, attention_mask=...).logits`.
         new_cache: an empty one: `sedd_nets.KeyValueCache`, transformers' `DynamicCache`.
         block_size: within what positions may see each other; 1 for a model that reads from left to right.
         origin: where blocks are counted from; what stands before it is a block.
         approximate: whether the model may look both ways.
 
     Returns:
-        A model of sequences, (x, sigma=None, where=None, rows=None), with the same answers, or nearly.
+        A model of sequences, (x, sigma=None, where=None, rows=None, positions=None), with the same answers, or nearly.
 
     Raises:
         ValueError: for a block_size below 1 or a model that does not offer `cache`; without `approximate`, when first
@@ -145,29 +192,39 @@ def prefix_cached(
         raise ValueError(f"block_size must be a positive integer, got {block_size!r}")
     if not offers(model, "cache"):
         raise ValueError("prefix_cached takes a model with a parameter `cache`, and this one has none")
-    offers_where = offers(model, "where")
-    kept = _Kept(new_cache, block_size, origin, approximate)
+    rows_of, kept = _by_number(model), _Kept(new_cache, block_size, origin, approximate)
 
-    def ask(x: Tensor, sigma: Tensor | None, where: Tensor, cache: KeyValues) -> Tensor:
-        inputs = (x,) if sigma is None else (x, sigma)
-        return model(*inputs, where=where, cache=cache) if offers_where else model(*inputs, cache=cache)[where]
+    def ask(x: Tensor, sigma: Tensor | None, flat: Tensor, cache: KeyValues) -> Tensor:
+        return rows_of(x, sigma, flat, {"cache": cache})
 
-    def check(x: Tensor, sigma: Tensor | None, where: Tensor, begin: int) -> None:
+    def check(x: Tensor, sigma: Tensor | None, flat: Tensor, begin: int) -> None:
         """One sequence as a whole, and behind keys and values that were made beside another text than its own."""
         cache, other = new_cache(), x.clone()
         other[:, begin:] = x[:, begin - 1 : begin]
-        ask(other, sigma, where, cache)
+        ask(other, sigma, flat, cache)
         cache.crop(begin - x.shape[1])
-        _check_same(ask(x[:, begin:], sigma, where[:, begin:], cache), ask(x, sigma, where, new_cache()))
+        _check_same(ask(x[:, begin:], sigma, flat - begin, cache), ask(x, sigma, flat, new_cache()))
 
-    def at(x: Tensor, sigma: Tensor | None = None, where: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        asked = torch.ones_like(x, dtype=torch.bool) if where is None else where
-        begin = kept.begin(x, asked, torch.arange(len(x)) if rows is None else rows)
-        answer = ask(x[:, begin:], sigma, asked[:, begin:], kept.cache)
+    def at(
+        x: Tensor,
+        sigma: Tensor | None = None,
+        where: Tensor | None = None,
+        rows: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        length, whole = x.shape[1], where is None and positions is None
+        if positions is None:
+            flat = torch.arange(x.numel(), device=x.device) if where is None else where.flatten().nonzero()[:, 0]
+        else:
+            flat = positions
+        rows = torch.arange(len(x), device=x.device) if rows is None else rows
+        begin = kept.begin(x, _true_at(flat, x), rows)
+        behind = flat // length * (length - begin) + flat % length - begin
+        answer = ask(x[:, begin:], sigma, behind, kept.cache)
         if begin and not approximate and not kept.checked:
             kept.checked = True
-            check(x[:1], None if sigma is None else sigma[:1], asked[:1], begin)
-        return answer.view(*x.shape, -1) if where is None else answer
+            check(x[:1], None if sigma is None else sigma[:1], flat[flat < length], begin)
+        return answer.view(*x.shape, -1) if whole else answer
 
     return at
 
@@ -198,20 +255,20 @@ class _Kept:
         return begin
 
     def _where(self, x: Tensor, asked: Tensor, rows: Tensor) -> tuple[int, int]:
-        """The first position that is not as it was, in any sequence, and the first that is asked about."""
-        numbers = rows.tolist()
+        """The first position that is not as it was, in any sequence, and the first that is asked about: one read."""
+        kept = self._x if len(self._x) == len(x) else x[:, :0]
+        *numbers, changed, first = torch.cat([rows.to(x.device), _agreement(x, kept, asked)]).tolist()
+        if numbers == self._rows:
+            return changed, first
         place = {b: i for i, b in enumerate(self._rows)}
+        self._rows = numbers
         if not all(b in place for b in numbers):
             self._x = x[:, :0]
-        elif numbers != self._rows:
+        else:  # some were left out, and it takes another read
             index = torch.tensor([place[b] for b in numbers], device=x.device)
             self.cache.batch_select_indices(index)
             self._x = self._x[index]
-        self._rows = numbers
-        width = min(x.shape[1], self._x.shape[1])
-        same = (x[:, :width] == self._x[:, :width]).all(0).long().cumprod(0).sum()
-        before = (~asked.any(0)).long().cumprod(0).sum()
-        changed, first = torch.stack([same, before]).tolist()
+        changed, first = _agreement(x, self._x, asked).tolist()
         return changed, first
 
     def _floor(self, position: int) -> int:
@@ -219,6 +276,34 @@ class _Kept:
         if position < self._origin:
             return 0
         return position - (position - self._origin) % self._block_size
+
+
+def _by_number(model: Callable[..., Tensor]) -> Callable[[Tensor, Tensor | None, Tensor, dict[str, Any]], Tensor]:
+    """The model's rows (M, N) at positions of x (b, L), as indices into the flattened batch: nothing is read."""
+    offers_positions, offers_where = offers(model, "positions"), offers(model, "where")
+
+    def rows_of(x: Tensor, sigma: Tensor | None, flat: Tensor, further: dict[str, Any]) -> Tensor:
+        inputs = (x,) if sigma is None else (x, sigma)
+        if offers_positions:
+            return model(*inputs, positions=flat, **further)
+        if offers_where:
+            return model(*inputs, where=_true_at(flat, x), **further)
+        return model(*inputs, **further).flatten(0, 1)[flat]
+
+    return rows_of
+
+
+def _true_at(flat: Tensor, x: Tensor) -> Tensor:
+    """True at these positions of x (b, L), as indices into the flattened batch: (b, L) bool."""
+    return torch.zeros(x.numel(), dtype=torch.bool, device=x.device).index_fill(0, flat, True).view(x.shape)
+
+
+def _agreement(x: Tensor, kept: Tensor, asked: Tensor) -> Tensor:
+    """(2,) int64: where x (b, L) first differs from what is kept of it (b, l), and the first position asked about."""
+    width = min(x.shape[1], kept.shape[1])
+    same = (x[:, :width] == kept[:, :width]).all(0).long().cumprod(0).sum()
+    before = (~asked.any(0)).long().cumprod(0).sum()
+    return torch.stack([same, before])
 
 
 def _check_same(answer: Tensor, whole: Tensor) -> None:

@@ -103,7 +103,8 @@ class LeaveOneOut:
 
     The concrete score is that law up to its norm, whatever the graph. A position by itself leaves p_s exactly as it is;
     several at once do not see each other, so that a small share at a time is redrawn. Of a token under an absorbing
-    graph the score says nothing, and there `Remasking` is the way.
+    graph the score says nothing, and there `Remasking` is the way. How many are redrawn the host reads once a
+    correction; where any state can be left it reads nothing else.
 
     Zhao et al., *Informed correctors for discrete diffusion models* (arXiv 2407.21243, 2024), use the same law.
 
@@ -134,7 +135,8 @@ class LeaveOneOut:
                 "LeaveOneOut redraws tokens from their score, and under this graph a token's score says nothing: take "
                 "tokens back by Remasking, ByConfidence or Psi"
             )
-        x = self.predictor(reverse, x, t, s)
+        with reverse.reading_later():
+            x = self.predictor(reverse, x, t, s)
         sigma = reverse.noise(s)[0]
         for _ in range(self.corrections):
             where = reverse.movable(x) & (sigma > 0)[:, None]
@@ -253,56 +255,64 @@ class PathPlanning:
         sigma, free, masked = reverse.noise(t)[0], ~reverse.frozen, reverse.movable(x)
         left = (free.sum(1) * mask_probability(reverse.noise(s)[0], rate)).round()
         free &= (masked.any(1) | (left > 0))[:, None]
-        draft, plausible = self._draft(reverse, x, sigma, free)
-        standing = free & ~masked
-        if self.eta > 0:
-            seen = draft if self.reads_draft else x
-            plausible[standing] = self.eta * self._planned(reverse, seen, x, sigma, free)[standing]
+        at, masks, tokens = reverse.positions_of(free, free & masked, free & ~masked)
+        draft, plausible = x, torch.zeros(x.shape, dtype=wide(x.device), device=x.device)
+        if masks.sequences:
+            draft, plausible = self._draft(reverse, x, sigma, at, masks, free & masked)
+        if self.eta > 0 and tokens.sequences:
+            standing = self._planned(reverse, draft if self.reads_draft else x, x, sigma, at, tokens)
+            plausible = torch.where(free & ~masked, self.eta * standing, plausible)
         lowest = plausible.masked_fill(~free, torch.inf).argsort(1).argsort(1) < left[:, None]
         return torch.where(free & lowest, graph.mask_id, draft)
 
-    def _draft(self, reverse: Reverse, x: Tensor, sigma: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-        """X (B, L) with a token for every free mask, and the log-probability of each (B, L), elsewhere 0."""
-        draft, plausible = x.clone(), torch.zeros(x.shape, dtype=wide(x.device), device=x.device)
-        sequence, position = free.nonzero(as_tuple=True)
-        masks = reverse.movable(x)[sequence, position].nonzero()[:, 0]
-        if not len(masks):
-            return draft, plausible
-        posteriors = reverse.rows(
-            x, sigma, free, lambda log_score, x, b, _: tweedie_posterior(log_score, x, reverse.graph, sigma[b])
-        )
-        uniform = reverse.uniforms(sequence[masks], position[masks])
-        for part in posteriors.pieces(len(masks)):
-            rows = masks[part]
-            b, i = sequence[rows], position[rows]
-            law = posterior = posteriors[rows]
-            if self.controls:
-                law = apply_controls(self.controls, posterior, b, i, x)
-            draft[b, i] = token = draw_categorical(law, uniform[part])
-            reverse.tell(b * x.shape[1] + i, law, token, x[b, i])
-            plausible[b, i] = posterior.gather(1, token[:, None])[:, 0].to(plausible.dtype).log()
-        return draft, plausible
+    def _draft(
+        self, reverse: Reverse, x: Tensor, sigma: Tensor, at: Positions, masks: Positions, where: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """X (B, L) with a token for every mask of `where` (B, L) bool, and the log-probability of each, elsewhere 0.
 
-    def _planned(self, reverse: Reverse, seen: Tensor, x: Tensor, sigma: Tensor, free: Tensor) -> Tensor:
-        """The planner's log-probability of each free token of x, having seen `seen`; (B, L), elsewhere 0."""
-        graph, rows = reverse.graph, free.any(1).nonzero()[:, 0]
-        plausible = torch.zeros(x.shape, dtype=wide(x.device), device=x.device)
-        sequence, position = free.nonzero(as_tuple=True)
-        tokens = (~reverse.movable(x))[sequence, position].nonzero()[:, 0]
-        if not len(tokens):
-            return plausible
+        `at` are the positions that are asked about, and `masks` those of them that hold all of `where`.
+        """
+        posteriors = reverse.rows_at(
+            x, sigma, at, lambda log_score, x, b, _: tweedie_posterior(log_score, x, reverse.graph, sigma[b]), where
+        )
+        rows, old, uniform = masks.rows_of(at), x.flatten()[masks.flat], reverse.uniforms_at(where, masks)
+        token, drawn = torch.empty_like(old), torch.empty_like(uniform)
+        for part in posteriors.pieces(len(masks)):
+            law = posterior = posteriors[rows[part]]
+            if self.controls:
+                law = apply_controls(self.controls, posterior, masks.sequence[part], masks.position[part], x)
+            token[part] = draw_categorical(law, uniform[part], old=old[part])
+            reverse.tell(masks.flat[part], law, token[part], old[part])
+            drawn[part] = posterior.gather(1, token[part, None])[:, 0].to(drawn.dtype).log()
+        draft = torch.where(where, x.flatten().index_put((masks.flat,), token).view_as(x), x)
+        return draft, torch.where(where, _spread(drawn, masks), 0.0)
+
+    def _planned(
+        self, reverse: Reverse, seen: Tensor, x: Tensor, sigma: Tensor, at: Positions, tokens: Positions
+    ) -> Tensor:
+        """The planner's log-probability of each of the tokens of x, having seen `seen`; (B, L), elsewhere 0."""
+        graph, rows, picked = reverse.graph, torch.arange(len(x), device=x.device), tokens.rows_of(at)
+        if not at.whole:
+            at, rows = at.in_sequences_that_have_any()
         call = ModelCall(self.planner, graph.num_states, "planner", widths=without_mask(graph))
-        logits = call(seen[rows], sigma[rows].to(torch.float32), Positions.of(free[rows]), rows)
+        logits = call(seen[rows], sigma[rows].to(torch.float32), at, rows)
+        plausible = torch.empty(len(tokens), dtype=wide(x.device), device=x.device)
         for part in logits.pieces(len(tokens)):
-            b, i = sequence[tokens[part]], position[tokens[part]]
-            log_p = fit(logits[tokens[part]], graph).index_fill(1, _column(graph, x.device), -torch.inf).log_softmax(-1)
-            plausible[b, i] = log_p.gather(1, x[b, i, None])[:, 0].to(plausible.dtype)
-        return plausible
+            token = x.flatten()[tokens.flat[part], None]
+            log_p = fit(logits[picked[part]], graph).index_fill(1, _column(graph, x.device), -torch.inf).log_softmax(-1)
+            plausible[part] = log_p.gather(1, token)[:, 0].to(plausible.dtype)
+        return _spread(plausible, tokens)
+
+
+def _spread(values: Tensor, at: Positions) -> Tensor:
+    """Values (M,) of some positions as (B, L), elsewhere 0."""
+    return values.new_zeros(at.where.numel()).index_put((at.flat,), values).view(at.where.shape)
 
 
 def _column(graph: Graph, device: torch.device) -> Tensor:
     """The mask's."""
-    return torch.tensor([graph.mask_id], device=device)
+    assert graph.mask_id is not None
+    return torch.full((1,), graph.mask_id, device=device)
 
 
 @dataclass(frozen=True)

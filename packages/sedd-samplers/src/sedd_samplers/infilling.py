@@ -104,7 +104,9 @@ class Particles:
         )
         for step, (states, weight) in enumerate(population):
             u = lots.uniforms(row, torch.zeros_like(row))
-            chosen = draw_categorical(weight.exp(), u) if step == len(ends) else torch.zeros_like(row)
+            chosen = torch.zeros_like(row)
+            if step == len(ends):
+                chosen = draw_categorical(weight.exp(), u, old=chosen)
             yield torch.where(given, x, states[row, chosen])
 
     def population(
@@ -176,15 +178,13 @@ class _GivenRows:
 
 def _given_rows(reverse: Reverse, x: Tensor, tokens: Tensor, t: Tensor, s: Tensor | None) -> _GivenRows:
     """The model's step from t to s (None: home) at the given positions, and sum of log p(x0 = c | x_t) over them."""
-    graph, given = reverse.graph, reverse.frozen
-    sequence = given.nonzero()[:, 0]
-    slot = given.flatten().cumsum(0).view_as(given) - 1
+    graph, (at, slot) = reverse.graph, _given(reverse)
     ahead = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
-    if not len(sequence):
+    if not at.sequences:
         return _GivenRows(Answer(ahead.new_empty(0, graph.num_states)), slot, ahead)
     sigma = reverse.noise(t)[0]
     delta = sigma if s is None else sigma - reverse.noise(s)[0]
-    clean = torch.empty(len(sequence), dtype=wide(x.device), device=x.device)
+    clean = torch.empty(len(at), dtype=wide(x.device), device=x.device)
 
     def kernel(log_score: Tensor, x: Tensor, b: Tensor, i: Tensor) -> Tensor:
         posterior = tweedie_posterior(log_score, x, graph, sigma[b])
@@ -195,11 +195,21 @@ def _given_rows(reverse: Reverse, x: Tensor, tokens: Tensor, t: Tensor, s: Tenso
         step = tweedie_probs(log_score, x, graph, delta[b]).clamp_(min=0)
         return step / step.sum(-1, keepdim=True)
 
-    rows = reverse.rows(x, sigma, given, kernel)
+    rows = reverse.rows_at(x, sigma, at, kernel)
     for part in rows.parts():
         rows[part]
-    ahead.index_add_(0, sequence, _log(clean))
+    ahead.index_add_(0, at.sequence, _log(clean))
     return _GivenRows(rows, slot, ahead)
+
+
+def _given(reverse: Reverse) -> tuple[Positions, Tensor]:
+    """The given positions, and which of them each is, (R, L): read once a run, in which they stay the same."""
+
+    def read() -> tuple[Positions, Tensor]:
+        given = reverse.frozen
+        return Positions.of(given), given.flatten().cumsum(0).view_as(given) - 1
+
+    return reverse.once("given", read)
 
 
 def _start(reverse: Reverse, tokens: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,9 +220,10 @@ def _start(reverse: Reverse, tokens: Tensor, t: Tensor) -> tuple[Tensor, Tensor]
     """
     x, graph = reverse.prior(), reverse.graph
     gain = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
-    sequence, position = reverse.frozen.nonzero(as_tuple=True)
-    if not len(sequence):
+    at, _ = _given(reverse)
+    if not at.sequences:
         return x, gain
+    sequence, position = at.sequence, at.position
     prior = limit_law(graph, x.device)
     sigma = reverse.noise(t.expand(len(x)))[0][sequence]
     home, uniform = tokens[sequence, position], reverse.uniforms(sequence, position)
@@ -229,22 +240,33 @@ def _bridge(
 ) -> tuple[Tensor, Tensor]:
     """X with the given positions moved on their bridges from t to s, or home (None), and the log-weights (R,)."""
     graph = reverse.graph
-    sequence, position = reverse.frozen.nonzero(as_tuple=True)
+    at, _ = _given(reverse)
     gain = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
-    if not len(sequence):
+    if not at.sequences:
         return x, gain
+    sequence, position = at.sequence, at.position
     home, here = tokens[sequence, position], x[sequence, position]
     moved, log_q, own = home.clone(), torch.zeros_like(gain[sequence]), torch.empty_like(gain[sequence])
     if s is not None:
         sigma_s = reverse.noise(s)[0][sequence]
         delta, uniform = reverse.noise(t)[0][sequence] - sigma_s, reverse.uniforms(sequence, position)
     slot = model.slot[parent[sequence], position]
+
+    def bridges(part: slice) -> Tensor:
+        back = graph.transition_into(here[part], delta[part].to(gain.dtype))
+        return times_row(_forward(graph, home[part], sigma_s[part]), back).clamp_(min=0)
+
+    def again() -> None:
+        for part in _pieces(len(home), graph, x.device):
+            draw_categorical(bridges(part), uniform[part])
+
     for part in _pieces(len(home), graph, x.device):
         if s is not None:
-            back = graph.transition_into(here[part], delta[part].to(gain.dtype))
-            bridge = times_row(_forward(graph, home[part], sigma_s[part]), back).clamp_(min=0)
-            moved[part] = draw_categorical(bridge, uniform[part])
-            log_q[part] = (bridge.gather(1, moved[part, None])[:, 0] / bridge.sum(-1)).log()
+            bridge = bridges(part)
+            moved[part] = draw_categorical(bridge, uniform[part], old=home[part])
+            total = bridge.sum(-1)
+            reverse.notice(~((total > 0) & (total < torch.inf)), again)
+            log_q[part] = (bridge.gather(1, moved[part, None])[:, 0] / total).log()
             del bridge  # of a piece's size
         own[part] = model.rows[slot[part]].gather(1, moved[part, None])[:, 0].to(wide(x.device))
     gain.index_add_(0, sequence, _log(own) - log_q)

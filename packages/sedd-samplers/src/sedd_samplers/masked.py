@@ -295,7 +295,7 @@ class ConfidenceUnmasking:
         left = ((~reverse.frozen).sum(1) * mask_probability(reverse.noise(s)[0], rate)).round()
         due = (masked.sum(1) - left).clamp(min=0)
         if self.rule is None:
-            masked &= (due > 0)[:, None]
+            masked = masked & (due > 0)[:, None]
         at = reverse.positions(masked)
         if not at.sequences:
             return x

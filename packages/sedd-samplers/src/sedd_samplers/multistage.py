@@ -61,14 +61,16 @@ class Trapezoidal:
 
     def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """One step; see `Method`."""
-        free = reverse.movable(x)
-        at = reverse.positions(free)
-        if at.whole or len(at) <= 4 * rows_at_a_time(reverse.graph.num_states, x.device):
+        free, most = reverse.movable(x), 4 * rows_at_a_time(reverse.graph.num_states, x.device)
+        parts = []
+        if x.numel() > most:  # the rates of all may be many pieces
+            number = torch.arange(len(x), device=x.device)[:, None]
+            parts = [free & (number % 4 == k) for k in range(min(4, len(x)))]
+        at, *each = reverse.positions_of(free, *parts)
+        if at.whole or len(at) <= most:
             return self._step(reverse, x, t, s, free, at)
-        part = torch.arange(len(x), device=x.device)[:, None] % 4  # the rates of all would be many pieces
-        for k in range(min(4, len(x))):
-            some = free & (part == k)
-            x = self._step(reverse, x, t, s, some, reverse.positions(some))
+        for part, own in zip(parts, each, strict=True):
+            x = self._step(reverse, x, t, s, part, own)
         return x
 
     def _step(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor, free: Tensor, at: Positions) -> Tensor:

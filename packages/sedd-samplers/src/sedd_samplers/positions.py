@@ -50,11 +50,15 @@ class Positions:
         """(m,) bool, for which of some of these, a part of 0..M, it matters what comes out; None for all."""
         return None if self.wanted is None else self.wanted.flatten()[self.flat[part]]
 
+    def rows_of(self, others: Positions) -> Tensor:
+        """Which of others' positions each of these is, (M,) int64: all of them must be among those."""
+        return torch.searchsorted(others.flat, self.flat)
+
     @classmethod
     def of(cls, where: Tensor) -> Positions:
         """The true positions of `where` (B, L) bool: one read back to the host."""
-        count, sequences = torch.stack([where.sum(), where.any(1).sum()]).tolist()
-        return cls(where, true_indices(where.flatten(), count), sequences)
+        counts = where.sum(1).tolist()
+        return cls(where, true_indices(where.flatten(), sum(counts)), len(counts) - counts.count(0))
 
     @classmethod
     def everywhere(cls, shape: torch.Size, device: torch.device, *, whole: bool = False) -> Positions:

@@ -78,7 +78,7 @@ def draw_categorical(
         ValueError: if a row's sum is not finite and positive; names the first such row.
     """
     state, total = draw_by_blocks(probs, uniform)
-    bad = ~((total > 0) & total.isfinite())
+    bad = ~((total > 0) & (total < torch.inf))
     wrong = bad if wanted is None else bad & wanted
     if (old is None or not reading_waits(probs.device)) and wrong.any():
         row = int(wrong.nonzero()[0])

@@ -10,7 +10,8 @@ before drew all its states, and whether any sequence is unfinished, in one tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -70,7 +71,6 @@ class Reverse:
         static_shapes: whether the model is asked at all positions of all sequences in every call; see `trajectory`.
 
     Attributes:
-        frozen: may be assigned anew between two steps, with more positions.
         step: what errors call the step that is being made.
         unfinished: whether any position was not frozen at the last read; None when nothing was read since it was set
             to None.
@@ -89,8 +89,8 @@ class Reverse:
     ) -> None:
         self.score = score
         self.graph = graph
-        self.noise = noise
-        self.frozen = frozen
+        self._noise = noise
+        self._levels: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         self.step = "a step"
         self.unfinished: bool | None = None
         self.log_prob: Tensor | None = None
@@ -99,16 +99,37 @@ class Reverse:
         self._sequences = torch.arange(len(seeds), device=frozen.device)
         self._all = Positions.everywhere(frozen.shape, frozen.device, whole=True)
         self._static = static_shapes
-        self._free: tuple[Tensor, Positions] | None = None
+        self._later = False
         self._unread: list[_Unread] = []
         self._call = ScoreCall(score, graph)
         into = graph.rates_into(torch.arange(graph.num_states, device=frozen.device))
         # a jump leads into x where the row Q[x, .] is positive; its one negative entry is the diagonal
         self._enterable = (into.base > 0) | (into.value > 0).any(-1)
+        self._all_enterable = bool(self._enterable.all())
         rate = fastest_rate(graph, frozen.device)
         self.noises_tokens = rate > 0  # else only the mask is jumped to
         self._work = working_dtype(rate, frozen.device)
         self._once: dict[object, Any] = {}
+        self.frozen = frozen
+
+    @property
+    def frozen(self) -> Tensor:
+        """(B, L) bool, the positions that never move; may be assigned anew between two steps, with more of them."""
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, frozen: Tensor) -> None:
+        self._frozen, self._unfrozen = frozen, ~frozen
+        self._unfinished = self._unfrozen.any()
+        self._free: Positions | None = None
+
+    def noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(sigma, dsigma) at t, both of t's shape; of the last two tensors of times they are kept."""
+        for times, levels in self._levels:
+            if times is t:
+                return levels
+        self._levels = [*self._levels[-1:], (t, self._noise(t))]
+        return self._levels[-1][1]
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What is the same in every step of a run, made when it is first asked for."""
@@ -123,8 +144,8 @@ class Reverse:
         return draw_shared(law, self.uniforms_at(torch.ones_like(self.frozen)).flatten()).view(self.frozen.shape)
 
     def movable(self, x: Tensor) -> Tensor:
-        """The positions of x (B, L) whose state the reverse process can still leave: (B, L) bool."""
-        return self._enterable[x] & ~self.frozen
+        """The positions of x (B, L) that the reverse process can still leave, (B, L) bool: not to be modified."""
+        return self._unfrozen if self._all_enterable else self._enterable[x] & self._unfrozen
 
     @property
     def _everywhere(self) -> Positions:
@@ -141,22 +162,43 @@ class Reverse:
         Raises:
             NoticedLate: for what went wrong since the last read.
         """
-        wrong = torch.zeros((), dtype=torch.bool, device=where.device)
-        for unread in self._unread:
-            wrong = wrong | unread.wrong
-        told = [where.sum(), where.any(1).sum(), (~self.frozen).any(), wrong]
-        count, sequences, unfinished, gone_wrong = torch.stack([number.long() for number in told]).tolist()
-        self.unfinished = bool(unfinished)
-        self._settle(bool(gone_wrong))
+        if self._later and where is self._unfrozen and self._free is not None:
+            return self._free
+        return self.positions_of(where)[0]
+
+    def positions_of(self, *wheres: Tensor) -> list[Positions]:
+        """The same of several, in one read."""
+        flags = torch.stack([self._unfinished, *(unread.wrong for unread in self._unread)])
+        numbers = torch.cat([*(where.sum(1) for where in wheres), flags]).tolist()
+        batch = len(self._seeds)
+        self.unfinished, *wrong = map(bool, numbers[batch * len(wheres) :])
+        self._settle(any(wrong))
+        counts = [numbers[i : i + batch] for i in range(0, batch * len(wheres), batch)]
         if self._static:
-            return replace(self._everywhere, sequences=sequences, wanted=where)
-        return Positions(where, true_indices(where.flatten(), count), sequences)
+            return [
+                replace(self._everywhere, sequences=batch - own.count(0), wanted=where)
+                for where, own in zip(wheres, counts, strict=True)
+            ]
+        return [
+            Positions(where, true_indices(where.flatten(), sum(own)), batch - own.count(0))
+            for where, own in zip(wheres, counts, strict=True)
+        ]
 
     def free(self) -> Positions:
         """The positions that are not frozen; read again only when these are others."""
-        if self._free is None or self._free[0] is not self.frozen:
-            self._free = self.frozen, self.positions(~self.frozen)
-        return self._free[1]
+        if self._free is None:
+            self._free = self.positions_of(self._unfrozen)[0]
+        return self._free
+
+    @contextmanager
+    def reading_later(self) -> Iterator[None]:
+        """Inside, a step that asks about all free positions reads nothing: for methods that read after it."""
+        self.free()
+        self._later = True
+        try:
+            yield
+        finally:
+            self._later = False
 
     def finish(self) -> None:
         """Reads how the last step ended; ValueError if something went wrong in it. No read where none is pending."""
@@ -221,11 +263,11 @@ class Reverse:
         at = self.positions(where) if among is None else among
         if not at.sequences:
             return x
-        uniform = self.uniforms_at(where, at)
-        log_scores = self._answer(x, sigma, at)
+        log_scores = self._answer(x, sigma, at)  # before anything else, so that a GPU need not wait for it
+        uniform, old = self.uniforms_at(where, at), x.flatten()[at.flat]
         drawn = None
         if moves is not None and self.log_prob is None:
-            drawn = _by_moves(log_scores, x.flatten()[at.flat], moves, at, uniform)
+            drawn = _by_moves(log_scores, old, moves, at, uniform)
         if drawn is None:
             drawn = self._by_rows(log_scores, x, sigma, at, where, kernel, uniform)
         state, right = drawn
@@ -233,9 +275,10 @@ class Reverse:
         def again() -> None:
             self._by_rows(self._answer(x, sigma, at), x, sigma, at, where, kernel, uniform)
 
-        self.notice(~right & where.flatten()[at.flat], again)
-        out = x.flatten().index_put((at.flat,), torch.where(right, state, x.flatten()[at.flat])).view_as(x)
-        return out if at.where is where else torch.where(where, out, x)
+        exactly = at.where is where
+        self.notice(~right if exactly else ~right & where.flatten()[at.flat], again)
+        out = x.flatten().index_put((at.flat,), torch.where(right, state, old)).view_as(x)
+        return out if exactly else torch.where(where, out, x)
 
     def evaluate(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel) -> Tensor:
         """The kernel's rows (M, N) at `where` (B, L) bool, at noise sigma (B,), in row-major order; nothing is drawn.
@@ -249,12 +292,10 @@ class Reverse:
         rows = self.rows_at(x, sigma, at, kernel)
         return rows.tensor() if len(rows) else torch.empty(0, self.graph.num_states, device=x.device)
 
-    def rows(self, x: Tensor, sigma: Tensor, where: Tensor, kernel: Kernel) -> Answer:
-        """The same, to be read piece by piece: beside the model's output nothing of its size is held."""
-        return self.rows_at(x, sigma, Positions.of(where) if self._static else self.positions(where), kernel)
-
     def rows_at(self, x: Tensor, sigma: Tensor, at: Positions, kernel: Kernel, where: Tensor | None = None) -> Answer:
-        """The same at positions that are known; with `where` (B, L) bool, the rows of others may be what they like."""
+        """The same at positions that are known, to be read piece by piece: beside the model's output nothing of its
+        size is held. With `where` (B, L) bool, the rows of others may be what they like.
+        """
         if not at.sequences:
             return Answer(torch.empty(0, self.graph.num_states, device=x.device))
         old, wanted = x.flatten()[at.flat], None if where is None else where.flatten()[at.flat]
@@ -262,7 +303,7 @@ class Reverse:
         def checked(log_score: Tensor, part: Part) -> Tensor:
             sequence, position = at.sequence[part], at.position[part]
             rows = kernel(log_score, old[part], sequence, position)
-            bad = ~rows.sum(-1).isfinite()
+            bad = ~(rows.sum(-1).abs() < torch.inf)
             bad = bad if wanted is None else bad & wanted[part]
             if reading_waits(x.device):
                 self.notice(bad, again)
@@ -336,7 +377,7 @@ class Reverse:
             state[part], total = draw_by_blocks(probs, uniform[part])
             if self.log_prob is not None:
                 self.tell(at.flat[part], probs, state[part], old[part])
-            right[part] = found = (total > 0) & total.isfinite()
+            right[part] = found = (total > 0) & (total < torch.inf)
             if not reading_waits(x.device) and not (found | ~wanted[part]).all():
                 row = int((~found & wanted[part]).nonzero()[0])
                 raise _named(log_scores[part][row], probs[row], at.sequence[part][row], at.position[part][row], sigma)

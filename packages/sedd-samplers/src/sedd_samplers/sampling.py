@@ -226,7 +226,7 @@ def trajectory(
             that of the state among those that it could have moved to, controls included, in the step in which it last
             moved; 0 where it was given, has not moved, or is masked. Of a token under an absorbing graph that is log
             p(x0 = token | x_t), and the sum is log p(x) where one position moves at a time, in an order that does not
-            look at what was drawn. One more number is read back a step.
+            look at what was drawn.
 
     Yields:
         `State`, steps + 1 of them, one more with the final denoise; fewer when `until` ends the loop.
@@ -273,17 +273,18 @@ def trajectory(
     log_prob = torch.zeros(x.shape, dtype=wide(x.device), device=x.device) if log_probs else None
     state = State(x, clock[0], 0, total, log_prob)
     yield state
+    to = given.new_full((len(x),), clock[0], dtype=wide(given.device))
     for step, (t, s) in enumerate(itertools.pairwise(clock), 1):
         if until is not None:
             reverse.frozen = reverse.frozen | check_finished(until(state), len(x))[:, None]
             reverse.unfinished = None
         with named_step(reverse, step, total, t, s):
-            at, to = (given.new_full((len(x),), time, dtype=wide(given.device)) for time in (t, s))
+            at, to = to, torch.full_like(to, s)  # the same tensor, so that its noise is known
             reverse.log_prob = None if log_prob is None else torch.full_like(log_prob, torch.nan)
             x = method(reverse, x, at, to) if step <= len(grid) - 1 else final_denoise(reverse, x, at)
+            log_prob = None if log_prob is None else told(log_prob, reverse, state.x, x)
             if step == total:
                 reverse.finish()
-            log_prob = None if log_prob is None else told(log_prob, reverse, state.x, x)
         if until is not None:
             if reverse.unfinished is None:  # the step had nothing to read
                 reverse.unfinished = not bool(reverse.frozen.all())
@@ -297,13 +298,16 @@ def told(log_prob: Tensor, reverse: Reverse, before: Tensor, after: Tensor) -> T
     """The log-probabilities (B, L) after a step, from those before it and what the step has told.
 
     Raises:
-        ValueError: the method has drawn a state and not said with what probability.
+        ValueError: the method has drawn a state and not said with what probability; on a GPU a step late.
     """
+
+    def refuse() -> None:
+        raise ValueError("log_probs: this method does not say with what probability it draws: see Reverse.tell")
+
     assert reverse.log_prob is not None
     moved = before != after
     masked = after == (-1 if reverse.graph.mask_id is None else reverse.graph.mask_id)
-    if (moved & ~masked & reverse.log_prob.isnan()).any():
-        raise ValueError("log_probs: this method does not say with what probability it draws: see Reverse.tell")
+    reverse.notice(moved & ~masked & reverse.log_prob.isnan(), refuse)
     return torch.where(moved, torch.where(masked, 0.0, reverse.log_prob.nan_to_num()), log_prob)
 
 

@@ -35,8 +35,8 @@ class EMA:
     def update(self) -> None:
         """Move towards the weights; call it after each step that the engine applied, and after no other."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for piece, master in zip(self.pieces, zero_shards.owned(self.engine), strict=True):
-            piece.lerp_(master.detach(), 1 - decay)
+        masters = [master.detach() for master in zero_shards.owned(self.engine)]
+        torch._foreach_lerp_(self.pieces, masters, 1 - decay)
         self.updates += 1
 
     def gather(self, *, keep: bool = True) -> dict[str, Tensor]:
