@@ -33,8 +33,8 @@ from .precision import wide
 from .prompts import check_prompt, check_tensors
 from .randomness import row_seeds
 from .reverse import Reverse
-from .sampling import State, batches, check_finished, check_method, check_process, grid_of, named_step, told
-from .steps import Method, Tweedie, final_denoise
+from .sampling import State, batches, check_finished, check_method, check_process, grid_of, named_step, one_step, told
+from .steps import Method, Tweedie
 
 __all__ = ["BlockState", "Generated", "generate", "blockwise"]
 
@@ -205,7 +205,8 @@ def blockwise(
     grid = finite_start(noise, grid_of(block_size if steps is None and times is None else steps, t_min, times))
     warn_of_text_left(graph, noise, given.new_full((), float(grid[0]), dtype=wide(given.device)))
     seeds = row_seeds(seeds, generator, len(x)).to(x.device)
-    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds, static_shapes=static_shapes)
+    times = grid.to(x.device, wide(x.device))
+    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds, static_shapes=static_shapes, times=times)
     if conditioning is None and reverse.noises_tokens and (len(bounds) > 1 or bool(given.any())):
         raise ValueError(
             "this graph noises tokens, and finished blocks are clean: say conditioning=clamped, which is exact for a "
@@ -224,13 +225,11 @@ def blockwise(
         free = ~given & ~endings.done[:, None] & (place >= begin) & (place < end)
         width = end if growing else x.shape[1]
         reverse.frozen, reverse.unfinished = ~free[:, :width], None
-        to = given.new_full((len(x),), ends[0][0], dtype=wide(given.device))
         for step, (t, s) in enumerate(ends, 1):
             with named_step(reverse, step, len(ends), t, s, f" of block {number}"):
                 before = x[:, :width]
                 reverse.log_prob = None if log_prob is None else torch.full_like(log_prob[:, :width], torch.nan)
-                at, to = to, torch.full_like(to, s)  # the same tensor, so that its noise is known
-                after = final_denoise(reverse, before, at) if step == len(grid) else method(reverse, before, at, to)
+                after = one_step(reverse, before, method, step, len(grid))
                 if reverse.unfinished is None:  # the step had nothing to read
                     reverse.finish()
                     reverse.unfinished = bool(free.any())

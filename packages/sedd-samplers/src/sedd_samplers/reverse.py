@@ -69,6 +69,7 @@ class Reverse:
         frozen: (B, L) bool, the positions that never move.
         seeds: (B,) int64, one seed a sequence.
         static_shapes: whether the model is asked at all positions of all sequences in every call; see `trajectory`.
+        times: (K,) those of the run, whose noise is worked out at once; see `time`.
 
     Attributes:
         step: what errors call the step that is being made.
@@ -86,10 +87,12 @@ class Reverse:
         frozen: Tensor,
         seeds: Tensor,
         static_shapes: bool = False,
+        times: Tensor | None = None,
     ) -> None:
         self.score = score
         self.graph = graph
         self._noise = noise
+        self._times = times
         self._levels: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         self.step = "a step"
         self.unfinished: bool | None = None
@@ -128,8 +131,18 @@ class Reverse:
         for times, levels in self._levels:
             if times is t:
                 return levels
-        self._levels = [*self._levels[-1:], (t, self._noise(t))]
-        return self._levels[-1][1]
+        return self._kept(t, self._noise(t))[1]
+
+    def time(self, number: int) -> Tensor:
+        """The time of that number, of those of the run, for every sequence: (B,), with its noise known."""
+        assert self._times is not None
+        levels = self.once("levels", lambda: self._noise(self._times))
+        t, sigma, dsigma = (of[number].expand(len(self._seeds)) for of in (self._times, *levels))
+        return self._kept(t, (sigma, dsigma))[0]
+
+    def _kept(self, t: Tensor, levels: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self._levels = [*self._levels[-1:], (t, levels)]
+        return self._levels[-1]
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What is the same in every step of a run, made when it is first asked for."""

@@ -262,7 +262,8 @@ def trajectory(
         for step, x in enumerate(states):
             yield State(x, clock[step], step, total)
         return
-    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds, static_shapes=static_shapes)
+    times = grid.to(x.device, wide(x.device))
+    reverse = Reverse(score, graph, noise, frozen=given, seeds=seeds, static_shapes=static_shapes, times=times)
     if conditioning is None and reverse.noises_tokens and bool((given.any(1) & ~given.all(1)).any()):
         raise ValueError(
             "this graph noises tokens, and a given token that is held still would be an approximation: choose "
@@ -273,15 +274,13 @@ def trajectory(
     log_prob = torch.zeros(x.shape, dtype=wide(x.device), device=x.device) if log_probs else None
     state = State(x, clock[0], 0, total, log_prob)
     yield state
-    to = given.new_full((len(x),), clock[0], dtype=wide(given.device))
     for step, (t, s) in enumerate(itertools.pairwise(clock), 1):
         if until is not None:
             reverse.frozen = reverse.frozen | check_finished(until(state), len(x))[:, None]
             reverse.unfinished = None
         with named_step(reverse, step, total, t, s):
-            at, to = to, torch.full_like(to, s)  # the same tensor, so that its noise is known
             reverse.log_prob = None if log_prob is None else torch.full_like(log_prob, torch.nan)
-            x = method(reverse, x, at, to) if step <= len(grid) - 1 else final_denoise(reverse, x, at)
+            x = one_step(reverse, x, method, step, len(grid))
             log_prob = None if log_prob is None else told(log_prob, reverse, state.x, x)
             if step == total:
                 reverse.finish()
@@ -292,6 +291,12 @@ def trajectory(
                 return
         state = State(x, s, step, total, log_prob)
         yield state
+
+
+def one_step(reverse: Reverse, x: Tensor, method: Method, step: int, times: int) -> Tensor:
+    """X (B, L) after step 1, 2, ... of a run of so many times, the final denoise behind them."""
+    t = reverse.time(step - 1)
+    return method(reverse, x, t, reverse.time(step)) if step < times else final_denoise(reverse, x, t)
 
 
 def told(log_prob: Tensor, reverse: Reverse, before: Tensor, after: Tensor) -> Tensor:
