@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Positions", "true_indices"]
+__all__ = ["Positions", "true_first", "true_indices"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class Positions:
 
 def true_indices(values: Tensor, count: int) -> Tensor:
     """The indices (count,) of the true entries of `values` (R,) bool, of which there are `count`: nothing is read."""
-    place = torch.where(values, values.cumsum(0) - 1, count)
+    return true_first(values)[:count]
+
+
+def true_first(values: Tensor) -> Tensor:
+    """The indices (R + 1,) of the true entries of `values` (R,) bool, and behind them whatever there is."""
+    place = torch.where(values, values.cumsum(0) - 1, len(values))
     states = torch.arange(len(values), device=values.device)
-    return states.new_empty(count + 1).scatter_(0, place, states)[:count]
+    return states.new_empty(len(values) + 1).scatter_(0, place, states)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .fast import Answer, Part, draw_by_blocks
 from .interfaces import Graph, Noise, Row, ScoreModel
 from .model_calls import ScoreCall
-from .positions import Positions, true_indices
+from .positions import Positions, true_first
 from .precision import fastest_rate, wide, working_dtype
 from .randomness import draw_shared, uniforms
 from .waiting import at_once, has_kernels, reading_waits
@@ -181,6 +181,8 @@ class Reverse:
 
     def positions_of(self, *wheres: Tensor) -> list[Positions]:
         """The same of several, in one read."""
+        # before the read, behind which a GPU waits for what comes next
+        indices = [] if self._static else [true_first(where.flatten()) for where in wheres]
         flags = torch.stack([self._unfinished, *(unread.wrong for unread in self._unread)])
         numbers = torch.cat([*(where.sum(1) for where in wheres), flags]).tolist()
         batch = len(self._seeds)
@@ -193,8 +195,8 @@ class Reverse:
                 for where, own in zip(wheres, counts, strict=True)
             ]
         return [
-            Positions(where, true_indices(where.flatten(), sum(own)), batch - own.count(0))
-            for where, own in zip(wheres, counts, strict=True)
+            Positions(where, first[: sum(own)], batch - own.count(0))
+            for where, first, own in zip(wheres, indices, counts, strict=True)
         ]
 
     def free(self) -> Positions:
