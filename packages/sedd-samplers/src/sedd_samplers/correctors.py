@@ -278,10 +278,13 @@ class PathPlanning:
         rows, old, uniform = masks.rows_of(at), x.flatten()[masks.flat], reverse.uniforms_at(where, masks)
         token, drawn = torch.empty_like(old), torch.empty_like(uniform)
         for part in posteriors.pieces(len(masks)):
-            law = posterior = posteriors[rows[part]]
+            posterior, wanted = posteriors[rows[part]], masks.wanted_in(part)
+            law = posterior
             if self.controls:
-                law = apply_controls(self.controls, posterior, masks.sequence[part], masks.position[part], x)
-            token[part] = draw_categorical(law, uniform[part], old=old[part])
+                law = apply_controls(
+                    self.controls, posterior, masks.sequence[part], masks.position[part], x, wanted=wanted
+                )
+            token[part] = draw_categorical(law, uniform[part], old=old[part], wanted=wanted)
             reverse.tell(masks.flat[part], law, token[part], old[part])
             drawn[part] = posterior.gather(1, token[part, None])[:, 0].to(drawn.dtype).log()
         draft = torch.where(where, x.flatten().index_put((masks.flat,), token).view_as(x), x)
