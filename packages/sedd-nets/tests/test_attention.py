@@ -92,11 +92,11 @@ def test_gradients_of_flex_are_those_of_a_dense_mask(monkeypatch, dtype, toleran
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     flex = FlexAttention()
     flex.attend = flex_attention
-    inputs = [a.to(dtype).requires_grad_() for a in heads(torch.float32)]
-    slope = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = torch.autograd.grad((flex(*inputs, Documents(IDS)) * slope).sum(), inputs)
+    q, k, v = (a.to(dtype).requires_grad_() for a in heads(torch.float32))
+    slope = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = torch.autograd.grad((flex(q, k, v, Documents(IDS)) * slope).sum(), (q, k, v))
 
-    plain = [a.detach().double().requires_grad_() for a in inputs]
+    plain = [a.detach().double().requires_grad_() for a in (q, k, v)]
     q, k, v = (a.transpose(1, 2) for a in plain)
     within = (IDS[:, :, None] == IDS[:, None, :])[:, None]
     law = torch.softmax((q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~within, -torch.inf), dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -63,8 +63,8 @@ def network(x, sigma, positions):
 
 
 def launches_of_a_step(graph, noise, method, **options):
-    free = torch.zeros(B, L, dtype=torch.bool)
-    states = trajectory(network, graph, noise, x=free.long(), given=free, steps=6, method=method,
+    free, score = torch.zeros(B, L, dtype=torch.bool), cast(Any, network)
+    states = trajectory(score, graph, noise, x=free.long(), given=free, steps=6, method=method,
                         seeds=torch.arange(B), **options)  # fmt: skip
     next(states), next(states), next(states)
     with Launches() as launches:

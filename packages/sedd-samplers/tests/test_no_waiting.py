@@ -587,7 +587,8 @@ def test_keys_and_values_take_a_read_of_their_own(ref, as_on_an_accelerator):
 @pytest.mark.parametrize("step", [2, 4])
 def test_what_is_wrong_in_a_block_is_told_a_step_late(ref, as_on_an_accelerator, step):
     """In its final denoise, too: then in the first step of the next block that has something to write."""
-    graph, seen = graph_of(ref, "absorbing"), []
+    graph = graph_of(ref, "absorbing")
+    seen: list[int] = []
 
     def score(x, sigma):
         rows = everywhere(x, sigma)

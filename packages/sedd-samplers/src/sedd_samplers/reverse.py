@@ -135,9 +135,10 @@ class Reverse:
 
     def time(self, number: int) -> Tensor:
         """The time of that number, of those of the run, for every sequence: (B,), with its noise known."""
-        assert self._times is not None
-        levels = self.once("levels", lambda: self._noise(self._times))
-        t, sigma, dsigma = (of[number].expand(len(self._seeds)) for of in (self._times, *levels))
+        times = self._times
+        assert times is not None
+        levels = self.once("levels", lambda: self._noise(times))
+        t, sigma, dsigma = (of[number].expand(len(self._seeds)) for of in (times, *levels))
         return self._kept(t, (sigma, dsigma))[0]
 
     def _kept(self, t: Tensor, levels: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
