@@ -50,6 +50,14 @@ def test_what_does_not_fit_is_named(net, wide):
         bind(net, lengths=LENGTHS)(x[:, :4], sigma)
 
 
+def test_labels_may_be_a_list_and_no_number_alone(net, wide):
+    x, sigma = wide
+    assert torch.equal(bind(net, condition=LABELS.tolist())(x, sigma), bind(net, condition=LABELS)(x, sigma))
+    for name in ("lengths", "condition"):
+        with pytest.raises(ValueError, match=f"{name} must have one entry for each sequence, got 3 alone"):
+            bind(net, **{name: 3})  # type: ignore[arg-type]
+
+
 def test_it_says_of_how_many_sequences_it_is(net):
     """Samplers hand rows on, and nothing else would notice a label too many."""
     assert bind(net, lengths=LENGTHS).sequences == bind(net, condition=LABELS).sequences == 3  # type: ignore[attr-defined]

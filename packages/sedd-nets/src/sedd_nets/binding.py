@@ -20,7 +20,10 @@ ScoreModel = Callable[..., Tensor]
 
 
 def bind(
-    net: Transformer, *, lengths: Sequence[int] | Tensor | None = None, condition: Tensor | None = None
+    net: Transformer,
+    *,
+    lengths: Sequence[int] | Tensor | None = None,
+    condition: Sequence[int] | Tensor | None = None,
 ) -> ScoreModel:
     """A score model of one run's sequences, each of a length and under a condition of its own.
 
@@ -41,11 +44,14 @@ def bind(
         is B, by which samplers refuse a run of another number.
 
     Raises:
-        ValueError: lengths and condition are of different numbers of sequences; when called, x has not as many rows as
-            there are sequences, and no `rows`, or is shorter than a length, or a row is none of the sequences.
+        ValueError: lengths and condition are of different numbers of sequences, or one number alone; when called, x has
+            not as many rows as there are sequences, and no `rows`, or is shorter than a length.
     """
-    sizes = None if lengths is None else torch.as_tensor(lengths)
-    numbers = {len(a) for a in (sizes, condition) if a is not None}
+    sizes, told = (None if a is None else torch.as_tensor(a) for a in (lengths, condition))
+    for name, a in (("lengths", sizes), ("condition", told)):
+        if a is not None and a.ndim == 0:
+            raise ValueError(f"{name} must have one entry for each sequence, got {a.item()!r} alone")
+    numbers = {len(a) for a in (sizes, told) if a is not None}
     if len(numbers) > 1:
         raise ValueError(f"lengths and condition are of different numbers of sequences: {sorted(numbers)}")
 
@@ -61,7 +67,7 @@ def bind(
         if rows is None and numbers and len(x) not in numbers:
             raise ValueError(f"x has {len(x)} rows, and {max(numbers)} sequences were bound: say which they are, rows=")
         if x.device not in there:  # a copy at every step would wait
-            there[x.device] = [None if a is None else a.to(x.device) for a in (sizes, condition)]
+            there[x.device] = [None if a is None else a.to(x.device) for a in (sizes, told)]
         of_rows = there[x.device]
         if rows is not None:
             of_rows = [None if a is None else a[rows] for a in of_rows]
