@@ -14,6 +14,7 @@ from sedd_samplers import (
     Euler,
     FirstHitting,
     LeaveOneOut,
+    Particles,
     PathPlanning,
     PredictorCorrector,
     Psi,
@@ -289,3 +290,33 @@ def test_a_constraint_is_none_on_what_is_given(name: str, static: bool) -> None:
     allowed[1] = torch.arange(N) == MASK
     with pytest.raises(ValueError, match="the controls leave no token at sequence 0, position 1"):
         infill(score, graph, noise, method=method_of(name), **how)
+
+
+@pytest.mark.parametrize("loop", ["trajectory", "blocks", "left to right", "particles"])
+def test_a_state_that_was_shown_does_not_change_any_more(loop: str) -> None:
+    """Whoever keeps all states of a run has all states of a run; nor does what was given to it."""
+    x, given = torch.full((2, 5), 4), torch.tensor([[True, False, False, False, False]] * 2)
+    how: dict[str, Any] = {"x": x, "given": given, "seeds": [0, 1]}
+    before = x.clone(), given.clone()
+    runs: dict[str, Any] = {
+        "trajectory": lambda: trajectory(lively, Masking(N, MASK), noise, steps=4, t_min=0.1, log_probs=True, **how),
+        "blocks": lambda: blockwise(lively, Masking(N, MASK), noise, block_size=2, end_id=3, log_probs=True, **how),
+        "left to right": lambda: left_to_right(lambda x: torch.zeros(*x.shape, 5), start=0, num_states=5, **how),
+        "particles": lambda: trajectory(
+            lively, Replacing(N), noise, steps=3, t_min=0.1, conditioning=Particles(4), **how
+        ),
+    }
+    kept, copies = list[Any](), list[Any]()
+
+    def parts(state: Any) -> list[Tensor]:
+        return [part for part in vars(state).values() if isinstance(part, Tensor)]
+
+    for state in runs[loop]():
+        kept.append(state)
+        copies.append([part.clone() for part in parts(state)])
+    assert len(kept) > 3
+    for state, copy in zip(kept, copies, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(parts(state), copy, strict=True))
+    assert len({tuple(state.x.flatten().tolist()) for state in kept}) > 1
+    assert torch.equal(x, before[0])
+    assert torch.equal(given, before[1])
