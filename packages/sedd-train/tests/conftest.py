@@ -78,7 +78,13 @@ class Run:
             "python": [sys.executable],
             "deepspeed": [tools / "deepspeed", "--num_gpus", str(ranks), "--master_port", port],
             "torchrun": [tools / "torchrun", "--standalone", "--nproc_per_node", str(ranks)],
+            "mpirun": ["mpirun", "-np", str(ranks), sys.executable],  # both kinds take this
         }
+        ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        if launcher == "mpirun":
+            # Open MPI wants to be told to run as root, and more processes than there are cores.
+            ours |= dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+            ours |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "MASTER_PORT": port}
         # This process may be a world of its own: whose place is not the place of the run's.
         outside = {name: value for name, value in os.environ.items() if name not in PLACE}
         self.process = subprocess.Popen(
@@ -87,7 +93,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env=outside | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+            env=outside | ours | environment,
         )
 
     def __enter__(self) -> Run:

@@ -26,7 +26,7 @@ def batches(texts, skip=0):
 
 
 def test_a_batch_is_full_with_so_many_characters_or_pieces(monkeypatch):
-    assert (coding.BATCH, coding.ALONE) == (1 << 20, 8)
+    assert (coding.BATCH, coding.ALONE, coding.AHEAD) == (1 << 20, 8, 2)
     monkeypatch.setattr(coding, "BATCH", 5)
     assert batches(["aa", "aaa", "a", "", "aaaa"]) == [(["aa", "aaa"], [True] * 2), (["a", "", "aaaa"], [True] * 3)]
     assert batches(["aaaa"]) == [(["aaaa"], [True])]
@@ -59,7 +59,7 @@ def test_what_is_said_of_a_batch(coder, monkeypatch):
     assert list(coded(["ab"], coder, BYTES, skip=1, processes=0)) == []
 
 
-def test_the_first_batches_are_coded_here_and_only_then_others_are_started(coder, monkeypatch):
+def test_the_first_batches_are_coded_here_and_others_are_started_before_they_are_needed(coder, monkeypatch):
     started: list[int] = []
     workers = coding._workers
 
@@ -71,8 +71,10 @@ def test_the_first_batches_are_coded_here_and_only_then_others_are_started(coder
     monkeypatch.setattr(coding, "BATCH", 1)
     monkeypatch.setattr(coding, "cores", lambda: 3)
     texts = ["a", "b"] * 4
-    found = [part.flat.tolist() for part in coded(texts, coder, BYTES)]
-    assert (found, started) == ([[0, 3], [1, 3]] * 4, [])
+    found = [part.flat.tolist() for part in coded(texts[:6], coder, BYTES)]
+    assert (found, started) == ([[0, 3], [1, 3]] * 3, [])
+    found = [part.flat.tolist() for part in coded(texts[:7], coder, BYTES)]
+    assert (found[6], started.pop()) == ([0, 3], 3)
     found = [part.flat.tolist() for part in coded([*texts, "ab"], coder, BYTES)]
     assert (found, started) == ([*[[0, 3], [1, 3]] * 4, [0, 1, 3]], [3])
     found = [part.flat.tolist() for part in coded([*texts, "ab"], coder, BYTES, processes=0)]

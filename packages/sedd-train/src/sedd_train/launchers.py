@@ -5,7 +5,9 @@ Slurm's `srun` and the `mpirun`s have variables of their own, which `adopt` tran
 them would train alone, beside others that do the same in the same folder.
 
 A scheduler sends SIGTERM to some process or to all of them, once or often. A launcher that is killed itself, or dies of
-that SIGTERM, tells its ranks nothing: they see that it is gone.
+that SIGTERM, tells its ranks nothing: they see that it is gone. Open MPI's mpirun hands its SIGTERM on and kills its
+processes a fifth of a second later, which no step and save fit into; a SIGUSR1 it hands on and no more, as MPICH's does
+with both. So SIGUSR1 asks for the same.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ PLACES = {  # of each launcher: its variables for rank, world size, rank on this
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "mpirun (MPICH, Intel MPI)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 def adopt() -> None:
@@ -34,48 +37,54 @@ def adopt() -> None:
     Raises:
         ValueError: one of several processes, of which it is not known where the first one is.
     """
-    if "RANK" in os.environ:
+    launcher = _other_launcher()
+    if "RANK" in os.environ or launcher is None:
         return
-    for launcher, (rank, size, local) in PLACES.items():
-        if rank not in os.environ or int(os.environ.get(size, "1")) < 2:
-            continue
-        here = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", os.environ.get("MPI_LOCALNRANKS", "0")))
-        one_machine = here == int(os.environ[size]) or os.environ.get("SLURM_STEP_NUM_NODES") == "1"
-        address = os.environ.get("MASTER_ADDR") or (
-            "127.0.0.1" if one_machine else os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    rank, size, local = PLACES[launcher]
+    here = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", os.environ.get("MPI_LOCALNRANKS", "0")))
+    one_machine = here == int(os.environ[size]) or os.environ.get("SLURM_STEP_NUM_NODES") == "1"
+    address = os.environ.get("MASTER_ADDR") or (
+        "127.0.0.1" if one_machine else os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    )
+    if address is None:
+        raise ValueError(
+            f"{launcher} started {os.environ[size]} processes, and this one cannot tell where the first of them "
+            "is: export MASTER_ADDR=HOST of the first machine, and MASTER_PORT=PORT, or start them by torchrun"
         )
-        if address is None:
-            raise ValueError(
-                f"{launcher} started {os.environ[size]} processes, and this one cannot tell where the first of them "
-                "is: export MASTER_ADDR=HOST of the first machine, and MASTER_PORT=PORT, or start them by torchrun"
-            )
-        job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        os.environ |= {
-            "RANK": os.environ[rank],
-            "WORLD_SIZE": os.environ[size],
-            "LOCAL_RANK": os.environ.get(local, "0"),
-            "MASTER_ADDR": address,
-            "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + job % 20000)),
-        }
-        return
+    job = int(os.environ.get("SLURM_JOB_ID", "0"))
+    os.environ |= {
+        "RANK": os.environ[rank],
+        "WORLD_SIZE": os.environ[size],
+        "LOCAL_RANK": os.environ.get(local, "0"),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + job % 20000)),
+    }
+
+
+def _other_launcher() -> str | None:
+    """Which of `PLACES` started this process as one of several, if any did."""
+    for launcher, (rank, size, _) in PLACES.items():
+        if rank in os.environ and int(os.environ.get(size, "1")) > 1:
+            return launcher
+    return None
 
 
 class Preemption:
     """Inside `with`, `requested` becomes true when the run should save and leave.
 
-    That is at SIGTERM, however often it comes and to however many of the processes; at SIGINT, of which the second ends
-    the process at once; and when the launcher is gone. In another thread than the main one, which Python gives no
-    signals, only the last is noticed.
+    That is at SIGTERM or SIGUSR1, however often it comes and to however many of the processes; at SIGINT, of which the
+    second ends the process at once; and when the launcher is gone. In another thread than the main one, which Python
+    gives no signals, only the last is noticed.
     """
 
     def __init__(self) -> None:
         self.heard = False
         self.before: dict[int, Any] = {}
-        self.launcher = _launcher() if "RANK" in os.environ else []
+        self.launcher = _launcher() if "RANK" in os.environ or _other_launcher() else []
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

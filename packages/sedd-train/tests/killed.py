@@ -1,0 +1,110 @@
+"""Trains in processes that are killed again and again: python killed.py RECIPE FOLDER CACHE MOMENT KILLS.
+
+FOLDER/undisturbed is the run that nothing happens to. FOLDER/run is killed so many times at a random point of the
+moment, "saving" or "resuming", goes on each time from what it finds, and is let run to its end. Prints how it went, as
+JSON. The runs are children of this process, which has imported everything: a start takes a second, not ten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+from sedd_train import checkpoint, recipes, train
+
+MOST = 5  # tries for each kill that is to meet its moment
+
+
+def begin(recipe: recipes.Recipe, output: Path, cache: Path) -> int:
+    """A process that begins the run, or goes on with it; its number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        train(recipe, output=output, cache=cache, resume="auto", tensorboard=False)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+
+def ended(child: int) -> int:
+    """The exit code of a process that is waited for, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def wait(child: int, happened: Callable[[], bool]) -> None:
+    """Wait for something that a process does."""
+    while not happened():
+        if os.waitpid(child, os.WNOHANG)[0]:
+            raise RuntimeError("the run was over before it could be killed: give it more steps")
+        time.sleep(0.0005)
+
+
+def lines(output: Path) -> int:
+    """How many steps the log of a run tells of."""
+    log = output / "log.jsonl"
+    return log.read_text().count('"train"') if log.exists() else 0
+
+
+def half_written(output: Path) -> set[Path]:
+    """Checkpoints that are being written, or whose writing was cut short."""
+    return set(output.glob("checkpoints/.step-*"))
+
+
+def kill_while_saving(recipe: recipes.Recipe, output: Path, cache: Path, draw: random.Random) -> bool:
+    """Whether a checkpoint was being written when the run was killed."""
+    before, child = half_written(output), begin(recipe, output, cache)
+    wait(child, lambda: bool(half_written(output) - before))
+    time.sleep(draw.uniform(0, 0.03))
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == -signal.SIGKILL
+    return bool(half_written(output) - before)
+
+
+def kill_while_resuming(recipe: recipes.Recipe, output: Path, cache: Path, draw: random.Random, takes: float) -> bool:
+    """Whether no step had been taken since the start when the run was killed."""
+    found = checkpoint.find(output / "checkpoints")
+    assert found is not None
+    child = begin(recipe, output, cache)
+    time.sleep(draw.uniform(0, takes))
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == -signal.SIGKILL
+    return checkpoint.find(output / "checkpoints") == found
+
+
+def main() -> None:
+    """Kill, go on, and say how it went."""
+    assert deepspeed.__version__  # imported for its children
+    recipe, folder, cache, moment, kills = recipes.read_recipe(sys.argv[1]), *map(Path, sys.argv[2:4]), *sys.argv[4:6]
+    assert ended(begin(recipe, folder / "undisturbed", cache)) == 0
+    run, draw, met, tries, takes = folder / "run", random.Random(0), 0, 0, 0.0
+    if moment == "resuming":
+        for _ in range(2):  # the second time it goes on, and is measured
+            child, before, begun = begin(recipe, run, cache), lines(run), time.monotonic()
+            wait(child, lambda before=before: lines(run) > before + 2)
+            takes = time.monotonic() - begun
+            os.kill(child, signal.SIGKILL)
+            assert ended(child) == -signal.SIGKILL
+    while met < int(kills) and tries < MOST * int(kills):
+        tries += 1
+        if moment == "saving":
+            met += kill_while_saving(recipe, run, cache, draw)
+        else:
+            met += kill_while_resuming(recipe, run, cache, draw, takes)
+    assert not (run / "export").exists()
+    assert ended(begin(recipe, run, cache)) == 0
+    print(json.dumps({"met": met, "tries": tries, "left": len(half_written(run))}))
+
+
+if __name__ == "__main__":
+    main()
