@@ -130,7 +130,7 @@ def test_a_recipe_s_own_values():
     assert MASKING == ("absorb", "hybrid", "masked")
     assert set(recipes.OF_A_CHECKPOINT) == {
         *("objective", "network", "d3pm_steps", "graph", "noise", "sigma_min", "sigma_max", "width", "depth", "heads"),
-        *("cond_dim", "scale_by_sigma", "informed_start"),
+        *("cond_dim", "scale_by_sigma"),
     }
 
 
@@ -212,7 +212,7 @@ def test_a_run_s_recipe_is_a_new_one_s_or_its_own(tmp_path):
 
 
 def test_a_run_from_a_checkpoint_is_told_what_it_may_not_say(tmp_path):
-    for name, value in {"graph": "uniform", "width": 3, "informed_start": True, "sigma_max": 2.0}.items():
+    for name, value in {"graph": "uniform", "width": 3, "scale_by_sigma": True, "sigma_max": 2.0}.items():
         option = name.replace("_", "-")
         with pytest.raises(ValueError, match=f"with --init the checkpoint says what --{option} would: leave it out"):
             recipes.for_run(tmp_path, "finetune", {"init": "there", name: value}, resume=False)
@@ -225,5 +225,7 @@ def test_a_run_from_a_checkpoint_is_told_what_it_may_not_say(tmp_path):
 
 def test_every_recipe_of_the_package_is_named():
     assert recipes.recipe_names() == sorted(recipes.recipe_names())
-    assert {"tiny", "finetune", "text8-mini", "lm1b-mini", "sedd-small-absorb-owt"} <= set(recipes.recipe_names())
+    assert {"tiny", "finetune", "finetune-tiny", "text8-mini", "lm1b-mini", "sedd-small-absorb-owt"} <= set(
+        recipes.recipe_names()
+    )
     assert recipes.read_recipe(Path(recipes.__file__).parent / "recipes" / "tiny.toml") == recipes.read_recipe("tiny")

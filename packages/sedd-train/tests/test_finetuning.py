@@ -14,8 +14,10 @@ import sedd_nets
 import torch
 from sedd_graphs import Absorbing, Dense, Hybrid, LogLinear, Masked, Ordinal, Uniform
 from sedd_nets import MDLM, RADD, SEDD, UDLM, Causal
-from sedd_train import Model, SetupError, finetuning, load, load_trained, plan, recipes
+from sedd_train import Model, SetupError, finetuning, load, load_trained, plan, recipes, token_cache
 from sedd_train import train as train_here
+from sedd_train.loading import Batches
+from sedd_train.objectives import ScoreEntropy
 from sedd_train.sections import described, graph_section, in_a_word
 from sedd_train.text8 import character_tokenizer
 from tokenizers import Tokenizer, models
@@ -115,6 +117,41 @@ def test_it_begins_where_the_checkpoint_is(family, based, tuned):
 def test_a_tokenizer_by_its_name_ends_texts_with_the_token_that_the_recipe_names(based, tmp_path, eos, ends):
     recipe = dataclasses.replace(recipes.Recipe(), init=str(based()), tokenizer="characters", eos=eos)
     assert finetuning.begin(recipe, tmp_path / "run", resume=False).tokenizer.eos_token == ends
+
+
+def test_an_informed_start_moves_the_head_s_bias_and_nothing_else(based, tuned):
+    for family in FAMILIES:
+        base = based(family)
+        output = tuned(base, f"{family}-on", learning_rate=1e-30, informed_start=True)
+        absorbs = isinstance(FAMILIES[family][1], Absorbing)
+        assert recipes.read_recipe(output / "recipe.toml").informed_start == absorbs
+        before, after = weights(base), weights(output)
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == ({"output_layer.linear.bias"} if absorbs else set())
+    base = based()
+    frozen = tuned(base, "frozen", learning_rate=1e-30, informed_start=True, train_layers="blocks.1.*")
+    assert all(torch.equal(value, weights(frozen)[name]) for name, value in weights(base).items())
+
+
+@pytest.mark.parametrize("family", ["sedd", "radd", "mdlm"])
+def test_proportional_fitting_ends_at_the_frequencies(family, letters, cache):
+    """In one round where the context says nothing: the head's weight is 0, and the prediction is its bias."""
+    make, graph = FAMILIES[family]
+    torch.manual_seed(7)
+    net: Any = make()
+    torch.nn.init.zeros_(net.output_layer.linear.weight)
+    torch.nn.init.normal_(net.output_layer.linear.bias, std=0.3)
+    text = token_cache.prepare(str(letters), character_tokenizer(), cache)
+    recipe = dataclasses.replace(recipes.override(recipes.read_recipe("tiny"), STEPS), length=24)
+    batches = Batches(text.train, recipe, ScoreEntropy(graph, LogLinear()), 1, 2, None)
+    expected = net.output_layer.linear.bias.double()[:-1].softmax(-1)
+    counts = text.train.counts(28).double()[:-1]
+    for _ in range(finetuning.ROUNDS):
+        expected = (counts + finetuning.EXPECTED * expected) / (counts.sum() + finetuning.EXPECTED)
+    finetuning.fit_frequencies(net, batches.objective, batches)
+    found = net.output_layer.linear.bias.double()[:-1].softmax(-1)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=0)
+    assert net.training
 
 
 def test_a_published_checkpoint_without_a_tokenizer_is_given_one(tuned, tmp_path):

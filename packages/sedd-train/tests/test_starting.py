@@ -245,7 +245,8 @@ def test_a_recipe_adopts_what_the_checkpoint_says(net, objective, values):
     )
     coder = character_tokenizer()
     found = finetuning.adopted(asked, Trained(net, objective, coder))
-    sizes = {"width": 16, "depth": 2, "heads": 2, "length": 24, "informed_start": False, "tokenizer": identity(coder)}
+    sizes = {"width": 16, "depth": 2, "heads": 2, "length": 24, "tokenizer": identity(coder)}
+    sizes |= {"informed_start": isinstance(objective, ScoreEntropy) and isinstance(objective.graph, Absorbing)}
     kinds = {"objective": "score-entropy"} | values
     assert {name: getattr(found, name) for name in sizes | kinds} == sizes | kinds
     told = dataclasses.replace(asked, tokenizer="dna", length=40)

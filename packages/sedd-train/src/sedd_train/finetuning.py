@@ -3,29 +3,47 @@
 The network, graph, schedule, objective and tokenizer are the checkpoint's; the recipe says the rest, and of the network
 the length and dropout. All weights are trained, or those whose names fit a pattern, or LoRA's beside
 them (`sedd_train.adapters`).
+
+Another author's words are more or less frequent by factors of hundreds, and a bias of the head moves by a learning rate
+a step. Where the recipe says `informed_start` the biases begin where they fit. Let p(v | x_t) be the network's
+prediction at a masked position, q_v its mean over masked positions of the new text, and f_v how frequent v is there.
+The derivative of the cross-entropy by the bias b_v is q_v - f_v, and rounds of proportional fitting take it to zero:
+
+    b_v <- b_v + log f_v - log q_v,      f_v = (count_v + M q_v) / (count + M)
+
+where M occurrences are left to what the network expects, for tokens that the text happens to lack.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from fnmatch import fnmatch
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from sedd_nets import BD3LM
 from sedd_nets.files import HubOptions, Source
 from sedd_nets.layers import Block
 from sedd_nets.transformer import Transformer
+from torch import Tensor
 
 from sedd_train import checkpoint, pretrained, tokenizers
 from sedd_train.adapters import add_adapters
-from sedd_train.objectives import D3PM, Autoregressive
+from sedd_train.loading import Batches
+from sedd_train.objectives import D3PM, Autoregressive, ScoreEntropy
 from sedd_train.pretrained import Trained
 from sedd_train.recipes import Recipe
-from sedd_train.sections import graph_section, in_a_word, noise_section
+from sedd_train.sections import described, graph_section, in_a_word, noise_section
+from sedd_train.tokens import inside
 
-__all__ = ["begin", "adopted", "prepared"]
+__all__ = ["begin", "adopted", "prepared", "fit_frequencies"]
 
+ROUNDS, SEQUENCES = 2, 32  # of proportional fitting, and how much text each looks at
+EXPECTED = 1000.0  # M, occurrences
+FARTHEST = 3.0  # nats that a round moves a bias by: of rare tokens the mean is known roughly
 NETWORKS = {"SEDD": "sedd", "RADD": "radd", "MDLM": "mdlm", "Causal": "causal", "UDLM": "udlm"}
 
 
@@ -84,6 +102,8 @@ def adopted(recipe: Recipe, start: Trained) -> Recipe:
     if isinstance(objective, D3PM):
         values |= {"objective": "d3pm", "d3pm_steps": objective.num_steps}
     words = {"graph": in_a_word(graph_section(objective.graph)), "noise": in_a_word(noise_section(objective.noise))}
+    if isinstance(objective, ScoreEntropy) and described("graph", words["graph"])["type"] == "absorb":
+        values["informed_start"] = recipe.informed_start  # whose scores at a mask are a prediction of the token there
     return dataclasses.replace(recipe, **values | words).check()
 
 
@@ -104,6 +124,48 @@ def prepared(net: Transformer, recipe: Recipe) -> Transformer:
     if recipe.train_layers:
         _freeze_all_but(net, recipe.train_layers)
     return net
+
+
+@torch.no_grad()
+def fit_frequencies(net: Transformer, objective: ScoreEntropy, batches: Batches) -> None:
+    """Move the head's bias, in place, so that the network expects the text's tokens as often as they come.
+
+    Nothing where the recipe has no `informed_start`, or the bias is not trained.
+
+    Args:
+        net: a network of an absorbing process.
+        objective: how text is noised.
+        batches: of the text; of the first steps so many sequences are looked at, the same on every rank.
+    """
+    bias = net.output_layer.linear.bias
+    if not (batches.recipe.informed_start and bias.requires_grad):
+        return
+    device, mask, training = bias.device, objective.graph.mask_id, net.training
+    counts = batches.tokens.counts(net.num_states).to(device, torch.float64)
+    alone = dataclasses.replace(batches, rank=0, world_size=1)
+    net.eval()
+    for number in range(ROUNDS):
+        total = torch.zeros(net.num_states, dtype=torch.float64, device=device)
+        for xt, t, inside_text in islice(_sequences(alone, first=number * SEQUENCES), SEQUENCES):
+            x = xt.to(device)
+            weight = (x == mask) & inside_text.to(device)
+            log_score = net(x, objective.noise(t.to(device))[0])[weight]
+            log_score[:, mask] = -torch.inf
+            total += log_score.double().softmax(-1).sum(0)
+        mean = total / total.sum()
+        shift = ((counts / mean.clamp_min(1e-12) + EXPECTED) / (counts.sum() + EXPECTED)).log()
+        shift[mask] = 0
+        bias += shift.clamp(-FARTHEST, FARTHEST)
+    net.train(training)
+
+
+def _sequences(batches: Batches, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The noised samples of a run from one of them on: x_t (1, L), t (1,), and which positions are text (1, L) bool."""
+    for step in count(first // batches.recipe.batch_size):
+        for _, xt, t, _, *more in batches.make(step):
+            lengths = more[0] if more else None
+            text = torch.ones_like(xt, dtype=torch.bool) if lengths is None else inside(lengths, xt.shape[1]) > 0
+            yield from zip(xt.split(1), t.split(1), text.split(1), strict=True)
 
 
 def _where(init: str) -> tuple[str, HubOptions]:

@@ -97,7 +97,9 @@ class Recipe:
     dropout: float = _value(0.1, "dropout probability")
     scale_by_sigma: bool = _value(True, "subtract log(expm1 sigma) and log(N - 1) from the logits (graphs that mask)")
     informed_start: bool = _value(
-        False, "begin with the tokens' frequencies and with attention on the neighbours (absorb)"
+        False,
+        "begin with the tokens' frequencies and with attention on the neighbours (absorb); from a checkpoint, with its "
+        "head moved to the frequencies of the new text",
     )
 
     steps: int = _value(400_000, "optimiser steps")
@@ -285,7 +287,7 @@ FIXED = (  # what a run keeps to its end: another value would make it another ru
 )
 OF_A_CHECKPOINT = (  # what a run that begins from one takes from it
     *("objective", "network", "d3pm_steps", "graph", "noise", "sigma_min", "sigma_max"),
-    *("width", "depth", "heads", "cond_dim", "scale_by_sigma", "informed_start"),
+    *("width", "depth", "heads", "cond_dim", "scale_by_sigma"),
 )
 
 

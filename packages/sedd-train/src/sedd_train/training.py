@@ -155,6 +155,8 @@ def train(
                 sections |= labelled
             end = None if recipe.packing else text.tokenizer.eos_token_id  # what rows are filled up with
             batches = Batches(text.train, recipe, objective, rank, world_size, end)
+            if start is not None and not goes_on:
+                finetuning.fit_frequencies(net, objective, batches)
             if own_net:
                 starting.check_net(net, objective, batches)
             parameters = sum(p.numel() for p in net.parameters())

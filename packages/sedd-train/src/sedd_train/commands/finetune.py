@@ -1,6 +1,7 @@
 """Train on from a checkpoint, on text of your own: `sedd train` with --init, and a recipe of smaller steps.
 
 sedd finetune --init runs/tiny --corpus my-texts/ --output runs/mine
+sedd finetune --recipe finetune-tiny --init runs/tiny --corpus sonnets/               a checkpoint of `tiny`, little text
 sedd finetune --init louaaron/sedd-small --corpus my-texts/ --length 512
 sedd finetune --init kuleshov-group/mdlm-owt --corpus my-texts/ --lora 8               (pip install 'sedd-train[lora]')
 sedd finetune --init runs/tiny --corpus my-texts/ --train-layers 'blocks.3.*,output_layer.*'
@@ -20,7 +21,8 @@ EPILOG = """\
 what is kept and what is not
   Tokenizer, graph, noise schedule, network and objective are the checkpoint's; options that would say otherwise are
   refused. Its averaged weights are where training begins. AdamW begins anew, and so does the moving average. The length
-  may be another: positions are told apart by rotary embeddings, of which there is one for every length.
+  may be another: positions are told apart by rotary embeddings, of which there is one for every length. With
+  --informed-start the head begins with the frequencies of the new text's tokens (absorbing processes).
 
 how much to train
   all of it       the best for a small model, and for much text
