@@ -7,11 +7,12 @@ them (`sedd_train.adapters`).
 Another author's words are more or less frequent by factors of hundreds, and a bias of the head moves by a learning rate
 a step. Where the recipe says `informed_start` the biases begin where they fit. Let p(v | x_t) be the network's
 prediction at a masked position, q_v its mean over masked positions of the new text, and f_v how frequent v is there.
-The derivative of the cross-entropy by the bias b_v is q_v - f_v, and rounds of proportional fitting take it to zero:
+The derivative of the cross-entropy by the bias b_v is q_v - f_v, which a round of proportional fitting takes near zero:
 
     b_v <- b_v + log f_v - log q_v,      f_v = (count_v + M q_v) / (count + M)
 
-where M occurrences are left to what the network expects, for tokens that the text happens to lack.
+M, the number of different tokens in the text, is how often one came that had not come before, and as much is left to
+what the network expects (Witten and Bell 1991).
 """
 
 from __future__ import annotations
@@ -41,9 +42,8 @@ from sedd_train.tokens import inside
 
 __all__ = ["begin", "adopted", "prepared", "fit_frequencies"]
 
-ROUNDS, SEQUENCES = 2, 32  # of proportional fitting, and how much text each looks at
-EXPECTED = 1000.0  # M, occurrences
-FARTHEST = 3.0  # nats that a round moves a bias by: of rare tokens the mean is known roughly
+SEQUENCES = 96  # that the mean prediction is taken over
+FARTHEST = 3.0  # nats that a bias is raised by: of tokens that were rare the mean is known roughly
 NETWORKS = {"SEDD": "sedd", "RADD": "radd", "MDLM": "mdlm", "Causal": "causal", "UDLM": "udlm"}
 
 
@@ -144,24 +144,23 @@ def fit_frequencies(net: Transformer, objective: ScoreEntropy, batches: Batches)
     counts = batches.tokens.counts(net.num_states).to(device, torch.float64)
     alone = dataclasses.replace(batches, rank=0, world_size=1)
     net.eval()
-    for number in range(ROUNDS):
-        total = torch.zeros(net.num_states, dtype=torch.float64, device=device)
-        for xt, t, inside_text in islice(_sequences(alone, first=number * SEQUENCES), SEQUENCES):
-            x = xt.to(device)
-            weight = (x == mask) & inside_text.to(device)
-            log_score = net(x, objective.noise(t.to(device))[0])[weight]
-            log_score[:, mask] = -torch.inf
-            total += log_score.double().softmax(-1).sum(0)
-        mean = total / total.sum()
-        shift = ((counts / mean.clamp_min(1e-12) + EXPECTED) / (counts.sum() + EXPECTED)).log()
-        shift[mask] = 0
-        bias += shift.clamp(-FARTHEST, FARTHEST)
+    total = torch.zeros(net.num_states, dtype=torch.float64, device=device)
+    for xt, t, inside_text in islice(_sequences(alone), SEQUENCES):
+        x = xt.to(device)
+        weight = (x == mask) & inside_text.to(device)
+        log_score = net(x, objective.noise(t.to(device))[0])[weight]
+        log_score[:, mask] = -torch.inf
+        total += log_score.double().softmax(-1).sum(0)
     net.train(training)
+    different = (counts > 0).sum()
+    shift = ((counts / (total / total.sum()).clamp_min(1e-12) + different) / (counts.sum() + different)).log()
+    shift[mask] = 0
+    bias += shift.clamp(max=FARTHEST)
 
 
-def _sequences(batches: Batches, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The noised samples of a run from one of them on: x_t (1, L), t (1,), and which positions are text (1, L) bool."""
-    for step in count(first // batches.recipe.batch_size):
+def _sequences(batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The noised samples of a run, one by one: x_t (1, L), t (1,), and which positions are text (1, L) bool."""
+    for step in count():
         for _, xt, t, _, *more in batches.make(step):
             lengths = more[0] if more else None
             text = torch.ones_like(xt, dtype=torch.bool) if lengths is None else inside(lengths, xt.shape[1]) > 0

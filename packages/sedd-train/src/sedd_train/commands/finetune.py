@@ -1,7 +1,7 @@
 """Train on from a checkpoint, on text of your own: `sedd train` with --init, and a recipe of smaller steps.
 
 sedd finetune --init runs/tiny --corpus my-texts/ --output runs/mine
-sedd finetune --recipe finetune-tiny --init runs/tiny --corpus sonnets/               a checkpoint of `tiny`, little text
+sedd finetune --recipe finetune-tiny --init runs/tiny --corpus sonnets/               from `tiny`, on little text
 sedd finetune --init louaaron/sedd-small --corpus my-texts/ --length 512
 sedd finetune --init kuleshov-group/mdlm-owt --corpus my-texts/ --lora 8               (pip install 'sedd-train[lora]')
 sedd finetune --init runs/tiny --corpus my-texts/ --train-layers 'blocks.3.*,output_layer.*'
