@@ -58,6 +58,17 @@ def test_fifty_steps(precision, tolerance, stage, ranks, reference, train, losse
     assert worst <= tolerance
 
 
+def test_the_small_recipe_gives_the_same_bits_twice(train, losses, tmp_path):
+    """Its own network, tokens and optimizers, by the command; and another seed gives others."""
+    base = ("--recipe", "tiny", *TINY[TINY.index("--warmup") :], "--steps", "12", "--no-tensorboard")
+    for name, more in (("one", []), ("two", []), ("other", ["--seed", "1"])):
+        train(tmp_path / name, *more, base=base, seconds=LONG)
+    for file in ("export/model.safetensors", "export/config.json", "checkpoints/step-00000012/training.safetensors"):
+        one, two = ((tmp_path / name / file).read_bytes() for name in ("one", "two"))
+        assert one == two, file
+    assert losses(tmp_path / "one") == losses(tmp_path / "two") != losses(tmp_path / "other")
+
+
 def test_four_ranks_under_torchrun(reference, train, losses, tmp_path):
     train(tmp_path / "run", base=TINY, seconds=LONG, launcher="torchrun", ranks=4)
     found = losses(tmp_path / "run")
