@@ -127,14 +127,14 @@ def prepared(net: Transformer, recipe: Recipe) -> Transformer:
 
 
 @torch.no_grad()
-def fit_frequencies(net: Transformer, objective: ScoreEntropy, batches: Batches) -> None:
+def fit_frequencies(net: Any, objective: Any, batches: Batches) -> None:
     """Move the head's bias, in place, so that the network expects the text's tokens as often as they come.
 
     Nothing where the recipe has no `informed_start`, or the bias is not trained.
 
     Args:
-        net: a network of an absorbing process.
-        objective: how text is noised.
+        net: a network of sedd_nets, of an absorbing process.
+        objective: how text is noised: score entropy.
         batches: of the text; of the first steps so many sequences are looked at, the same on every rank.
     """
     bias = net.output_layer.linear.bias
@@ -155,7 +155,7 @@ def fit_frequencies(net: Transformer, objective: ScoreEntropy, batches: Batches)
     different = (counts > 0).sum()
     shift = ((counts / (total / total.sum()).clamp_min(1e-12) + different) / (counts.sum() + different)).log()
     shift[mask] = 0
-    bias += shift.clamp(max=FARTHEST)
+    bias.add_(shift.clamp(max=FARTHEST))
 
 
 def _sequences(batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -164,7 +164,8 @@ def _sequences(batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for _, xt, t, _, *more in batches.make(step):
             lengths = more[0] if more else None
             text = torch.ones_like(xt, dtype=torch.bool) if lengths is None else inside(lengths, xt.shape[1]) > 0
-            yield from zip(xt.split(1), t.split(1), text.split(1), strict=True)
+            for i in range(len(xt)):
+                yield xt[i : i + 1], t[i : i + 1], text[i : i + 1]
 
 
 def _where(init: str) -> tuple[str, HubOptions]:
