@@ -85,7 +85,8 @@ def kill_while_resuming(recipe: recipes.Recipe, output: Path, cache: Path, draw:
 def main() -> None:
     """Kill, go on, and say how it went."""
     assert deepspeed.__version__  # imported for its children
-    recipe, folder, cache, moment, kills = recipes.read_recipe(sys.argv[1]), *map(Path, sys.argv[2:4]), *sys.argv[4:6]
+    recipe, folder, cache = recipes.read_recipe(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    moment, kills = sys.argv[4], int(sys.argv[5])
     assert ended(begin(recipe, folder / "undisturbed", cache)) == 0
     run, draw, met, tries, takes = folder / "run", random.Random(0), 0, 0, 0.0
     if moment == "resuming":
@@ -95,7 +96,7 @@ def main() -> None:
             takes = time.monotonic() - begun
             os.kill(child, signal.SIGKILL)
             assert ended(child) == -signal.SIGKILL
-    while met < int(kills) and tries < MOST * int(kills):
+    while met < kills and tries < MOST * kills:
         tries += 1
         if moment == "saving":
             met += kill_while_saving(recipe, run, cache, draw)
