@@ -32,6 +32,7 @@ from sedd_samplers.controls import controlled, min_p, temperature, top_k, top_p
 from sedd_samplers.grids import finite_start
 from sedd_samplers.guidance import classifier_free, first_order_ratios
 from sedd_samplers.masked import mask_probability
+from sedd_samplers.positions import Positions
 from sedd_samplers.precision import fastest_rate
 from torch import Tensor
 
@@ -171,7 +172,7 @@ def test_rows_are_those_that_are_asked_for(static: bool) -> None:
     place = 1 + torch.arange(3)[:, None] + 10 * torch.arange(3)
     expected = (lively(x, sigma).exp() * place[..., None])[where]
     torch.testing.assert_close(reverse.evaluate(x, sigma, where, kernel), expected)
-    torch.testing.assert_close(reverse.rows(x, sigma, where, kernel).tensor(), expected)
+    torch.testing.assert_close(reverse.rows_at(x, sigma, Positions.of(where), kernel).tensor(), expected)
     none = reverse.evaluate(x, sigma, where & False, kernel)
     assert none.shape == (0, N)
     with pytest.raises(ValueError, match=r"returned a log-score of up to .* at sequence 1, position 2"):

@@ -40,10 +40,13 @@ def test_strided_arguments_and_shapes():
 
 def test_where_kernels_run_these_are_taken(monkeypatch):
     taken = []
+
+    def taking(*given):
+        taken.append(given)
+        return given[0]
+
     monkeypatch.setattr(randomness, "has_kernels", lambda device: True)
-    monkeypatch.setattr(
-        "sedd_samplers.fast.uniform_kernel.uniforms_by_kernel", lambda *given: taken.append(given) or given[0]
-    )
+    monkeypatch.setattr("sedd_samplers.fast.uniform_kernel.uniforms_by_kernel", taking)
     seed = torch.arange(3)
     assert uniforms(seed, seed, seed) is seed
     assert len(taken) == 1
