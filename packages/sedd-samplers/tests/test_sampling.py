@@ -470,7 +470,14 @@ def test_numbers_unless_told_otherwise(ref):
     """A changed one would change every sample of whoever leaves it out."""
     values: dict[Any, dict[str, Any]] = {
         trajectory: {"method": Tweedie(), "denoise": True, "static_shapes": False, "log_probs": False},
-        blockwise: {"origin": 0, "growing": False, "method": Tweedie(), "denoise": True, "log_probs": False},
+        blockwise: {
+            "origin": 0,
+            "growing": False,
+            "method": Tweedie(),
+            "denoise": True,
+            "static_shapes": False,
+            "log_probs": False,
+        },
         prefix_cached: {"origin": 0, "approximate": False},
         Particles: {"count": 64, "threshold": 0.5},
         Trapezoidal: {"theta": 0.5},
