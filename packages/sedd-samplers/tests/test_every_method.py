@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ from sedd_samplers.adapters.processes import Masking, Replacing
 from sedd_samplers.autoregressive import left_to_right
 from sedd_samplers.controls import allowed_tokens, controlled, top_k
 from sedd_samplers.steps import final_denoise
+from sedd_samplers.testing._enumerated import Enumerating
 from torch import Tensor
 
 N, MASK = 6, 2
@@ -319,3 +321,17 @@ def test_a_state_that_was_shown_does_not_change_any_more(loop: str) -> None:
     assert len({tuple(state.x.flatten().tolist()) for state in kept}) > 1
     assert torch.equal(x, before[0])
     assert torch.equal(given, before[1])
+
+
+def test_an_extrapolated_rate_below_nothing_is_none() -> None:
+    """Of two rates of a state that stood still: 2 (2/3) 2 - 2/3 = 2, and 2 (2/3) 0.1 - 2/3, which is less than 0."""
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        later = torch.tensor([1.0, 2.0, 0.1], dtype=torch.float64).log()
+        return torch.where(sigma[:, None, None] > 1.75, 0.0, later).expand(*x.shape, 3)
+
+    x, t = torch.tensor([[0]]), torch.tensor([1.0], dtype=torch.float64)
+    run = Enumerating(score, Replacing(3), lambda t: (2 * t, torch.full_like(t, 2.0)), x, [x])
+    Trapezoidal()(run, x, t, t / 2)
+    expected = torch.tensor([math.exp(-0.5), 1 - math.exp(-0.5), 0.0], dtype=torch.float64)
+    torch.testing.assert_close(run.draws[1][0, 0], expected, rtol=1e-6, atol=0)
