@@ -10,6 +10,7 @@ import torch
 from sedd_samplers import (
     ByConfidence,
     ConfidenceUnmasking,
+    EntropyBoundRenoising,
     FirstHitting,
     Remasking,
     Reverse,
@@ -244,3 +245,21 @@ def test_infilling_is_left_alone_by_the_seeds_of_others() -> None:
     whole = infill(lively, graph, NOISE, x=x, given=x > 0, steps=3, seeds=[5, 9, 2])
     assert torch.equal(infill(lively, graph, NOISE, x=x[1:2], given=x[1:2] > 0, steps=3, seeds=[9]), whole[1:2])
     assert torch.equal(infill(lively, graph, NOISE, x=x, given=x > 0, steps=3, seeds=[5, 9, 2], batch_size=2), whole)
+
+
+@pytest.mark.parametrize(("turning", "asked"), [((), 2), ((1,), 6), ((0, 1), 6)])
+def test_a_sequence_is_sure_of_itself_at_every_position(turning: tuple[int, ...], asked: int) -> None:
+    """Of three positions some are another token with each call: that is not finished before its last step."""
+    calls = list[int]()
+
+    def certain(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(1)
+        best = torch.tensor([1, 2, 0])
+        best[list(turning)] = (best[list(turning)] + len(calls)) % N
+        return torch.full((N,), 1e-9).repeat(1, 3, 1).scatter(2, best[None, :, None], 1.0)
+
+    times = torch.linspace(1, 0, 7, dtype=torch.float64)
+    x = sample(from_posterior(certain, Replacing(N)), Replacing(N), NOISE, shape=(1, 3), times=times, denoise=False,
+               method=EntropyBoundRenoising(bound=0.1, confident=0.01, stable=1), seeds=[0])  # fmt: skip
+    assert len(calls) == asked
+    assert x[0, 2] == 0
