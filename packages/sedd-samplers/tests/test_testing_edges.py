@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sedd_samplers import Reverse, Tweedie, testing
+from sedd_samplers.adapters import from_logits
 from sedd_samplers.adapters.processes import Masking, Replacing
 from sedd_samplers.testing import memory, scheduled
 from sedd_samplers.testing._enumerated import (
@@ -403,3 +404,11 @@ def test_a_scheduler_is_called_as_diffusers_call_it() -> None:
     for said in (first, second):
         assert said.shape == (5, 3, 2)
         torch.testing.assert_close(said.sum(1), torch.ones(5, 2, dtype=said.dtype))
+
+
+@pytest.mark.parametrize("law", testing.SCORE_LAWS, ids=lambda law: law.__name__)
+def test_a_network_of_tokens_that_do_not_depend_on_each_other_obeys(law: Any) -> None:
+    """Of a token under absorption it says nothing, and no law asks it to."""
+    graph, table = Masking(5, 4), torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    score = from_logits(lambda x, sigma: table[: x.shape[1]].expand(len(x), -1, -1), graph)
+    law(score, graph)
