@@ -56,6 +56,11 @@ def lines(output: Path) -> int:
     return log.read_text().count('"train"') if log.exists() else 0
 
 
+def wait_for_lines(child: int, output: Path, count: int) -> None:
+    """Wait until the log of a run tells of so many steps."""
+    wait(child, lambda: lines(output) >= count)
+
+
 def half_written(output: Path) -> set[Path]:
     """Checkpoints that are being written, or whose writing was cut short."""
     return set(output.glob("checkpoints/.step-*"))
@@ -91,8 +96,9 @@ def main() -> None:
     run, draw, met, tries, takes = folder / "run", random.Random(0), 0, 0, 0.0
     if moment == "resuming":
         for _ in range(2):  # the second time it goes on, and is measured
-            child, before, begun = begin(recipe, run, cache), lines(run), time.monotonic()
-            wait(child, lambda before=before: lines(run) > before + 2)
+            before, begun = lines(run), time.monotonic()
+            child = begin(recipe, run, cache)
+            wait_for_lines(child, run, before + 3)
             takes = time.monotonic() - begun
             os.kill(child, signal.SIGKILL)
             assert ended(child) == -signal.SIGKILL
