@@ -289,3 +289,14 @@ def test_what_a_configuration_says_goes_before_its_defaults():
     _, _, _, options = from_hf(OnItsOwn(**config), prompt=torch.tensor([[1, 2]]), own_decoder=True)
     assert options["method"] == EntropyBoundRenoising(0.2, 0.01, 1)
     assert options["times"].tolist() == [1.0, 0.5, 0.0]
+
+
+def test_a_canvas_of_another_length_is_a_new_one():
+    """It is not conditioned on an answer about fewer positions; the next one of its own length is."""
+    model = Canvas()
+    net = canvas_logits(model, torch.tensor([[1, 2]]))
+    for length, sigma in ((2, 4.0), (3, 2.0), (3, 1.0)):
+        x = torch.ones(1, length, dtype=torch.int64)
+        net(x, torch.tensor([sigma]), x > 0, torch.arange(1))
+    assert ["self_conditioning_logits" in told for told in model.told] == [False, False, True]
+    assert model.told[2]["self_conditioning_logits"].shape == (1, 3, 7)
