@@ -149,6 +149,7 @@ def test_an_answer_with_a_gradient_hands_it_on() -> None:
     (slope,) = torch.autograd.grad(answer.tensor().sum(), rows)
     assert slope.tolist() == [[4.0, 4.0], [0.0, 0.0], [4.0, 4.0]]
     assert Answer(rows[:0]).tensor().shape == (0, 2)
+    assert answer.then(lambda r, part: r, torch.float64).tensor().dtype == torch.float32  # the model's, as without one
     with torch.no_grad():
         assert not answer.tensor().requires_grad
 
