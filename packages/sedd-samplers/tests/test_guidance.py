@@ -222,3 +222,13 @@ def test_at_weight_0_and_1_one_score_alone_counts_and_is_asked(weight):
     guided = classifier_guided(named("any", t), named("ratios", torch.ones(1, 1, 4)), weight, num_states=4)(x, sigma)
     assert torch.equal(guided, t + weight)
     assert asked == ["any", "ratios"][: 1 + int(weight)]
+
+
+@pytest.mark.parametrize(("one", "other"), [("float32", "float64"), ("float64", "float32"), ("bfloat16", "float32")])
+def test_scores_of_two_precisions_are_combined(one, other):
+    first, second = (torch.linspace(low, 1, 4).to(getattr(torch, kind)) for low, kind in ((0, one), (-1, other)))
+    guided = classifier_free(lambda x, sigma: first.expand(1, 2, 4), lambda x, sigma: second.expand(1, 2, 4), 1.5,
+                             num_states=4)  # fmt: skip
+    found = guided(torch.zeros(1, 2).long(), torch.ones(1))
+    expected = second.double() + 1.5 * (first.double() - second.double())
+    torch.testing.assert_close(found[0, 1].double(), expected, rtol=1e-5, atol=1e-6)
