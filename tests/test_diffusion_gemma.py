@@ -156,7 +156,7 @@ def test_its_own_decoder_is_its_generate_step_for_step(
     monkeypatch.setattr(EntropyBoundSampler, "initialize_canvas", lambda self, batch_size, device: thrown)
     monkeypatch.setattr(torch, "multinomial", lambda p, num_samples: p.argmax(-1, keepdim=True))
     monkeypatch.setattr("sedd_samplers.reverse.Reverse.prior", lambda self: thrown)
-    monkeypatch.setattr("sedd_samplers.renoising.draw_categorical", lambda p, uniform, old=None: p.argmax(1))
+    monkeypatch.setattr("sedd_samplers.renoising.draw_categorical", lambda p, uniform, **_: p.argmax(1))
     results = []
     for seed in range(3):
         results.append(generated(model, prompt, canvas(seed), **options))
