@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def test_in_the_dtype_of_autocast():
 
 def test_taken_on_cuda_in_half_precision_for_odd_sizes():
     def asked(kind, dtype, outputs):
-        return suits(SimpleNamespace(device=torch.device(kind), dtype=dtype), outputs)
+        a: Any = SimpleNamespace(device=torch.device(kind), dtype=dtype)
+        return suits(a, outputs)
 
     assert not asked("cuda", torch.bfloat16, 50_258)
     assert not asked("cuda", torch.float16, 50_252)

@@ -1,6 +1,7 @@
 """The functions that keep little for the backward pass, against the plain formulas that a compiler is given."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_halves_are_turned_as_floats_are(dtype):
     angle = torch.arange(7, dtype=torch.float64)[:, None] * 10_000 ** -(torch.arange(0, D, 2) / D)
     c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
     exact = torch.cat([u * c - w * s, w * c + u * s], -1)
-    bound = {"atol": 2**-6 if dtype == torch.bfloat16 else 2e-6, "rtol": 0}
+    bound: dict[str, Any] = {"atol": 2**-6 if dtype == torch.bfloat16 else 2e-6, "rtol": 0}
     torch.testing.assert_close(torch.stack([q, k], 2).double(), exact, **bound)
     assert torch.equal(v, qkv[:, :, 2])
     plain = rotate(qkv, cos, sin)
