@@ -39,6 +39,7 @@ from sedd_samplers import (
     draw_lengths,
     generate,
     infill,
+    infilling,
     pad_prompts,
     random_order,
     sample,
@@ -93,6 +94,27 @@ def test_a_token_s_log_probability_is_its_share_of_the_tokens(method: Any) -> No
     assert not (state.x == 2).any()
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_what_is_told_of_a_token_is_not_changed_where_it_stays(static: bool) -> None:
+    """By a corrector, at no noise, that redraws nothing; by a draw of other positions, though all are asked about."""
+    graph, x = Masking(6, 2), torch.zeros(9, 7, dtype=torch.int64)
+    logits = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+    law = logits.index_fill(1, torch.tensor([2]), -torch.inf).log_softmax(-1).double()
+    score = from_logits(lambda x, sigma: logits.expand(len(x), -1, -1), graph)
+    for state in trajectory(score, graph, NOISE, x=x, given=x > 0, steps=3, t_min=0.0, denoise=False, seeds=range(9),
+                            method=PredictorCorrector(), static_shapes=static, log_probs=True):  # fmt: skip
+        right = law[torch.arange(7), state.x].masked_fill(state.x == 2, 0.0)
+        torch.testing.assert_close(state.log_prob, right, rtol=1e-4, atol=1e-5)
+    reverse = Reverse(flat, Replacing(6), NOISE, frozen=x > 0, seeds=torch.arange(9), static_shapes=static)
+    reverse.log_prob = torch.full((9, 7), -7.0, dtype=torch.float64)
+    some = torch.rand(9, 7, generator=torch.Generator().manual_seed(1)) < 0.5
+    even: Any = lambda log_score, x, b, i: torch.ones(len(x), 6)  # noqa: E731
+    moved = reverse.redraw(x, torch.ones(9), some, even) != x
+    torch.testing.assert_close(reverse.log_prob, torch.where(moved, -math.log(5.0), -7.0).double())
+    assert (moved & some).any()
+    assert not (moved & ~some).any()
+
+
 def test_what_is_told_of_a_draw() -> None:
     """Of a state that was left, its share of all that could have come; of one that stayed, what was told before."""
     reverse = Reverse(flat, Masking(6, MASK), NOISE, frozen=torch.zeros(2, 2).bool(), seeds=torch.arange(2))
@@ -103,6 +125,8 @@ def test_what_is_told_of_a_draw() -> None:
     reverse.tell(torch.tensor([1, 2, 3]), probs, torch.tensor([1, 0, 5]), torch.tensor([5, 5, 5]))
     assert reverse.log_prob.flatten().tolist() == pytest.approx([-1.0, math.log(2 / 3), 0.0, -4.0])
     assert reverse.log_prob.shape == (2, 2)
+    reverse.tell(torch.tensor([0]), torch.tensor([[1.0, 1e20, 0, 0, 0, 0]]), torch.tensor([0]), torch.tensor([1]))
+    assert reverse.log_prob[0, 0] == 0  # what is rounded away beside the state that was left is not above 1
 
 
 def test_a_flip_has_the_probability_of_its_sequence_or_its_position() -> None:
@@ -190,6 +214,19 @@ def test_what_is_written_from_left_to_right_is_counted() -> None:
     assert told == [([1], [0], [[0, 0, 1]]), ([0], [1], [[0, 1, 1]]), ([1], [2], [[1, 0, 1]])]
 
 
+def test_what_is_wrong_from_left_to_right_is_told_of_the_run_s_own_sequence() -> None:
+    """Of three the last one, when the first is given at the second place, and asked about no more."""
+    x, given = torch.zeros(3, 2, dtype=torch.int64), torch.tensor([[False, True], [False, False], [False, False]])
+
+    def model(x: Tensor) -> Tensor:
+        return torch.zeros(*x.shape, 3).masked_fill(
+            (torch.arange(len(x)) == 1)[:, None, None] & (len(x) == 2), torch.nan
+        )
+
+    with pytest.raises(ValueError, match="returned NaN at sequence 2, position 1"):
+        continue_left_to_right(model, x=x, given=given, start=0, num_states=3)
+
+
 def test_a_penalty_is_a_power_of_what_stands_there() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2]])
     law = apply_controls([repetition_penalty(2.0)], p, torch.tensor([0]), torch.tensor([0]), torch.tensor([[1, 1]]))
@@ -273,6 +310,77 @@ def test_particles_of_one_sequence_have_numbers_of_their_own(ref: Any) -> None:
     assert (crowd[2][0][0, :, 0] == 3).all()
     assert states[0][0, 1] == crowd[0][0][0, 0, 1]
     assert states[2][0, 1] in crowd[2][0][0, :, 1]
+
+
+def test_a_particle_is_drawn_by_its_weight_where_a_run_ends_and_not_before(ref: Any) -> None:
+    """On the way the first one of each sequence is shown; of thirty sequences some end with another."""
+    graph, x = ref.StructuredUniform(4), torch.tensor([[3, 0, 0]]).repeat(30, 1)
+    score, given = ref.ExactScore(ref.random_data(4, 3), graph.Q), torch.tensor([[True, False, False]]).repeat(30, 1)
+    ends = list(itertools.pairwise(torch.tensor(t, dtype=torch.float64) for t in (1.0, 0.7, 0.4, 0.1, 0.0)))
+    how: dict[str, Any] = {"x": x, "given": given, "seeds": torch.arange(30), "method": Tweedie(), "denoise": True}
+    shown = list(Particles(4).run(score, graph, ref.Linear(3.0), ends=ends, **how))
+    crowd = [states for states, _ in Particles(4).population(score, graph, ref.Linear(3.0), ends=ends, **how)]
+    for state, particles in zip(shown[:-1], crowd[:-1], strict=True):
+        assert torch.equal(state[:, 1:], particles[:, 0, 1:])
+    assert (crowd[-1] == shown[-1][:, None]).all(2).any(1).all()
+    assert not torch.equal(crowd[-1][:, 0], shown[-1])
+
+
+def test_particles_are_drawn_anew_below_their_threshold_and_beyond_no_last_one() -> None:
+    """At the threshold they stay; a tooth at the end of the comb is the last one's, whatever the sum is rounded to."""
+    half, nothing = torch.full((1, 4), 0.5, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
+    u = torch.tensor([0.5], dtype=torch.float64)
+    assert torch.equal(Particles(4, 1.0)._resample(half, nothing, u)[1], half)
+    one = torch.tensor([[0.0, -90.0, -90.0, -90.0]], dtype=torch.float64)
+    for threshold, parents in ((0.0, [0, 1, 2, 3]), (0.25, [0, 1, 2, 3]), (0.26, [0, 0, 0, 0])):
+        assert Particles(4, threshold)._resample(one, nothing, u)[0].tolist() == parents
+    weight = torch.rand(400, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log()
+    assert (weight.softmax(1).sum(1) < 1).any()
+    last = torch.full((400,), 1 - 2.0**-53, dtype=torch.float64)
+    parent, _ = Particles(7, 1.0)._resample(weight, torch.zeros_like(weight), last)
+    assert torch.equal(parent.view(400, 7)[:, -1], 7 * torch.arange(400) + 6)
+
+
+def test_a_hopeless_particle_weighs_a_number_in_any_precision() -> None:
+    for dtype in (torch.float32, torch.float64):
+        found = infilling._log(torch.tensor([0.0, 1.0, 0.25], dtype=dtype))
+        assert found.tolist() == pytest.approx([math.log(torch.finfo(dtype).tiny), 0.0, math.log(0.25)], rel=1e-6)
+
+
+def test_bridges_are_made_in_pieces_of_two_rows_a_state() -> None:
+    graph: Any = SimpleNamespace(num_states=2**18)  # of float64 numbers, and as many again beside them
+    pieces = infilling._pieces(5, graph, torch.device("cpu"))
+    assert [(part.start, part.stop) for part in pieces] == [(0, 2), (2, 4), (4, 6)]
+
+
+def test_a_bridge_that_no_path_leads_over_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a token to another, which masks do not allow; where reading waits, at the next read."""
+    graph = Masking(6, MASK)
+    x, tokens, t = torch.tensor([[2]]), torch.tensor([[1]]), torch.tensor([0.9], dtype=torch.float64)
+    reverse = Reverse(from_logits(flat, graph), graph, NOISE, frozen=torch.tensor([[True]]), seeds=torch.tensor([0]))
+    model = infilling._given_rows(reverse, x, tokens, t, t / 2)
+
+    def bridge() -> Tensor:
+        return infilling._bridge(reverse, x, tokens, model, torch.arange(1), t, t / 2)[0]
+
+    with pytest.raises(ValueError, match=r"row 0 of the probabilities sums to 0\.0"):
+        bridge()
+    for module in ("reverse", "randomness"):
+        monkeypatch.setattr(f"sedd_samplers.{module}.reading_waits", lambda device: True)
+    assert bridge().tolist() == [[1]]
+    with pytest.raises(ValueError, match=r"row 0 of the probabilities sums to 0\.0"):
+        reverse.finish()
+    reverse.finish()  # told once
+
+
+@pytest.mark.parametrize("denoise", [False, True])
+def test_particles_leave_masks_where_their_run_ends_in_noise(denoise: bool) -> None:
+    graph, x = Masking(6, MASK), torch.ones(30, 3, dtype=torch.int64)
+    given = torch.tensor([[True, False, False]]).expand_as(x)
+    out = infill(from_logits(flat, graph), graph, NOISE, x=x, given=given, steps=2, t_min=0.5, denoise=denoise,
+                 conditioning=Particles(3), seeds=range(30))  # fmt: skip
+    assert bool((out == MASK).any()) != denoise
+    assert (out[:, 0] == 1).all()
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
@@ -394,6 +502,28 @@ def test_a_terminal_has_20_columns_and_4_lines_at_least(monkeypatch: pytest.Monk
     assert fits.count("a") == 40
     assert "more lines" not in fits
     assert written(monkeypatch, course([0], [1]), (25, 9))[1].count("\u2588") == 5
+
+
+def test_a_terminal_is_as_wide_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the number of its file; where it has none, or it is no terminal's, as wide as the environment says."""
+    asked = list[int]()
+
+    def size(number: int) -> os.terminal_size:
+        asked.append(number)
+        if number == 8:
+            raise OSError
+        return os.terminal_size((30, 9))
+
+    monkeypatch.setattr(os, "get_terminal_size", size)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda fallback=(80, 24): os.terminal_size((40, 9)))
+    for number, width in ((7, 30), (8, 40), (None, 40)):
+        stream: Any = Terminal()
+        if number is not None:
+            stream.fileno = lambda number=number: number
+        list(live(course([0] * 80, [0] * 80), "abc".__getitem__, stream=stream, every=0))
+        text = stream.getvalue().split("\r\x1b[J")[1].split("\n")[1:-1]
+        assert {len(line) for line in text} - {20} == {width}
+    assert {*asked} == {7, 8}
 
 
 def test_a_page_holds_these_data(tmp_path: Path) -> None:

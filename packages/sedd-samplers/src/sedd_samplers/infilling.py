@@ -277,7 +277,7 @@ def _bridge(
 
 def _log(probability: Tensor) -> Tensor:
     """The logarithm, of 0 a very small number: a hopeless particle, where all are hopeless as good as any."""
-    return probability.clamp(min=1e-300).log()
+    return probability.clamp(min=torch.finfo(probability.dtype).tiny).log()
 
 
 def _forward(graph: Graph, token: Tensor, sigma: Tensor) -> Tensor:

@@ -391,8 +391,8 @@ class Reverse:
         for part in rows.parts():
             probs = rows[part].clamp_(min=0)
             state[part], total = draw_by_blocks(probs, uniform[part])
-            if self.log_prob is not None:
-                self.tell(at.flat[part], probs, state[part], old[part])
+            if self.log_prob is not None:  # what is drawn elsewhere is not taken
+                self.tell(at.flat[part], probs, torch.where(wanted[part], state[part], old[part]), old[part])
             right[part] = found = (total > 0) & (total < torch.inf)
             if not reading_waits(x.device) and not (found | ~wanted[part]).all():
                 row = int((~found & wanted[part]).nonzero()[0])
