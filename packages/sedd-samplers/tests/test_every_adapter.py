@@ -30,14 +30,16 @@ from sedd_samplers.controls import (
 from sedd_samplers.guidance import classifier_free, classifier_guided, first_order_ratios, neighbour_ratios
 from sedd_samplers.testing import rows_are_those_of_the_whole, sequences_are_answered_one_by_one
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 N, LENGTH = 5, 6
+STATES = torch.arange(N)
 
 
 def logits(x: Tensor, sigma: Tensor) -> Tensor:
     """Of every position, by all of the sequence and its noise."""
-    near = x.sum(1)[:, None, None] + x[..., None] * torch.arange(1, N + 1) + torch.arange(x.shape[1])[:, None]
-    return torch.sin(near * 1.1) + torch.tanh(sigma)[:, None, None] * torch.arange(N)
+    near = x.sum(1)[:, None, None] + x[..., None] * (STATES + 1) + torch.arange(x.shape[1], device=x.device)[:, None]
+    return torch.sin(near * 1.1) + torch.tanh(sigma)[:, None, None] * STATES
 
 
 def posterior(x: Tensor, sigma: Tensor) -> Tensor:
@@ -49,11 +51,11 @@ def network(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def log_prob(x: Tensor, sigma: Tensor) -> Tensor:
-    return torch.sin(x * torch.arange(1.0, x.shape[1] + 1)).sum(1) * sigma
+    return torch.sin(x * torch.arange(1.0, x.shape[1] + 1, device=x.device)).sum(1) * sigma
 
 
 def log_prob_of_tokens(tokens: Tensor, sigma: Tensor) -> Tensor:
-    return torch.sin(tokens * torch.linspace(0.3, 2.0, N)).sum((1, 2)) * sigma
+    return torch.sin(tokens * (0.3 + STATES / 3)).sum((1, 2)) * sigma
 
 
 ALLOWED = torch.rand(4, LENGTH, N, generator=torch.Generator().manual_seed(0)) < 0.7
@@ -106,6 +108,30 @@ def test_a_sequence_is_answered_by_itself(name: str, kind: str, pieces: bool, mo
     score = WRAPPED[name](graph)
     sequences_are_answered_one_by_one(score, graph, length=LENGTH, tolerance=2e-4)
     rows_are_those_of_the_whole(score, graph, length=LENGTH, tolerance=2e-4)
+
+
+class Elsewhere(TorchFunctionMode):
+    """Makes what is made without a word on its device where nothing can be read."""
+
+    made = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.tensor, torch.rand, torch.randn)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({"device": "meta"} if func in self.made else {}) | (kwargs or {}))
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("kind", GRAPHS)
+@pytest.mark.parametrize("name", WRAPPED)
+def test_all_is_made_where_the_states_are(name: str, kind: str, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pieces:
+        monkeypatch.setattr("sedd_samplers.guidance.rows_at_a_time", lambda num_states, device: 7)
+    x, sigma = torch.tensor([[0, 3, 1, 3], [3, 3, 2, 4], [1, 1, 3, 0]]), torch.tensor([0.3, 0.9, 1.7])
+    where = torch.tensor([[True, True, False, True], [False] * 4, [True, False, True, False]])
+    with Elsewhere():
+        score = WRAPPED[name](GRAPHS[kind])
+        found = score(x, sigma), score(x, sigma, where=where, rows=torch.arange(3, device=x.device))
+    score = WRAPPED[name](GRAPHS[kind])
+    torch.testing.assert_close(found, (score(x, sigma), score(x, sigma, where=where)), equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", GRAPHS)

@@ -26,12 +26,14 @@ from sedd_samplers import (
     Tweedie,
     Uniformization,
     Unmasking,
+    adaptive_grid,
     at_rate,
     blockwise,
     clamped,
     confidence,
     entropy,
     entropy_bound,
+    generate,
     infill,
     margin,
     threshold,
@@ -39,23 +41,25 @@ from sedd_samplers import (
 )
 from sedd_samplers.adapters import from_logits
 from sedd_samplers.adapters.processes import Masking, Replacing
-from sedd_samplers.autoregressive import left_to_right
-from sedd_samplers.controls import allowed_tokens, controlled, top_k
+from sedd_samplers.autoregressive import continue_left_to_right, left_to_right
+from sedd_samplers.controls import allowed_tokens, controlled, repetition_penalty, top_k
 from sedd_samplers.steps import final_denoise
 from sedd_samplers.testing._enumerated import Enumerating
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 N, MASK = 6, 2
+STATES = torch.arange(N).double()
 
 
 def planner(x: Tensor, sigma: Tensor) -> Tensor:
-    return 2 * torch.cos(x.sum(1)[:, None, None] * 1.1 + x[..., None] * torch.arange(N).double()) + sigma[:, None, None]
+    return 2 * torch.cos(x.sum(1)[:, None, None] * 1.1 + x[..., None] * STATES) + sigma[:, None, None]
 
 
 def lively(x: Tensor, sigma: Tensor) -> Tensor:
     """A score of no law, which depends on all of the sequence and on its noise."""
     near = torch.roll(x, 1, 1) + 2 * torch.roll(x, -1, 1)
-    wave = torch.sin(near[..., None] + torch.arange(N).double() + 0.7 * x.sum(1)[:, None, None] + sigma[:, None, None])
+    wave = torch.sin(near[..., None] + STATES + 0.7 * x.sum(1)[:, None, None] + sigma[:, None, None])
     return wave - torch.log(torch.expm1(sigma.double()))[:, None, None] - 1.6
 
 
@@ -321,6 +325,129 @@ def test_a_state_that_was_shown_does_not_change_any_more(loop: str) -> None:
     assert len({tuple(state.x.flatten().tolist()) for state in kept}) > 1
     assert torch.equal(x, before[0])
     assert torch.equal(given, before[1])
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS | ANY if name != "uniformization"])
+def test_at_another_rate_of_absorption_the_clock_is_another(name: str, ref: Any) -> None:
+    """At the rate 4 and a fourth of the noise the process is the same, and so is what is drawn."""
+    graph, of_rate = ref.absorbing_matrix(N - 1, MASK), ref.MatrixGraph(4 * ref.absorbing_matrix(N - 1, MASK).Q, MASK)
+    method = method_of(name)
+    slow: Any = method
+    if isinstance(method, Remasking | ByConfidence):  # at a rate of its own, of the noise
+        slow = type(method)(at_rate(6.0))
+    if isinstance(method, PathPlanning):
+        quick = lambda x, sigma: planner(x, 4 * sigma.double())  # noqa: E731
+        slow = PathPlanning(quick, method.eta, reads_draft=method.reads_draft)
+    how: dict[str, Any] = {"x": X.clamp(min=3), "given": FROZEN, "steps": 4, "t_min": 0.1, "seeds": range(4)}
+    one = infill(lively, graph, noise, method=method, **how)
+    quarter = lambda t: tuple(part / 4 for part in noise(t))  # noqa: E731
+    other = infill(lambda x, sigma: lively(x, 4 * sigma.double()), of_rate, quarter, method=slow, **how)  # type: ignore[arg-type]
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", [Remasking, ByConfidence])
+def test_a_share_of_tokens_is_taken_back_up_to_all_that_may_be(method: Any) -> None:
+    """r_max, which is 1 where more masks are due than there are tokens; above it and below 0 is no share."""
+    x, t = torch.tensor([[4, MASK, 3, 1]]).repeat(3, 1), torch.tensor([0.9, 0.5, 0.05], dtype=torch.float64)
+    new = lambda: Reverse(lively, Masking(N, MASK), noise, frozen=x < 0, seeds=torch.arange(3))  # noqa: E731
+    most = list[Tensor]()
+
+    def all_of_it(sigma_t: Tensor, sigma_s: Tensor, r_max: Tensor) -> Tensor:
+        most.append(r_max)
+        return r_max
+
+    method(all_of_it)(new(), x, t, t / 2)
+    later, now = (-torch.expm1(-noise(time)[0]) for time in (t / 2, t))
+    torch.testing.assert_close(most[0], (later / (1 - now)).clamp(max=1))
+    assert most[0].max() == 1
+    assert most[0].min() < 1
+    method(lambda sigma_t, sigma_s, r_max: 0 * r_max)(new(), x, t, t / 2)
+    for wrong in (lambda t, s, r: r * (1 + 1e-9), lambda t, s, r: 0 * r - 1e-9):
+        with pytest.raises(ValueError, match=r"the remasking schedule must stay within \[0, r_max\], got \["):
+            method(wrong)(new(), x, t, t / 2)
+
+
+def test_one_out_is_not_redrawn_where_no_noise_is_left() -> None:
+    """Of two sequences one ends at none: the other alone is asked about again."""
+    asked = list[list[int]]()
+
+    def told(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        asked.append(rows.tolist())
+        return lively(x, sigma)
+
+    score: Any = told
+    reverse = Reverse(score, Replacing(N), noise, frozen=torch.zeros(2, 3).bool(), seeds=torch.tensor([0, 1]))
+    x, t = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0.5, 0.5], dtype=torch.float64)
+    LeaveOneOut(share=1.0, corrections=2)(reverse, x, t, torch.tensor([0.0, 0.2], dtype=torch.float64))
+    assert asked == [[0, 1], [1], [1]]
+
+
+def test_a_planner_is_told_its_noise_in_float32_and_may_lack_a_column() -> None:
+    """Of the mask, which no token is: what it says of it does not count either."""
+    graph, seen = Masking(N, N - 1), list[torch.dtype]()
+
+    def wide(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(sigma.dtype)
+        return planner(x, sigma)
+
+    x = torch.zeros(4, 5, dtype=torch.int64)
+    how: dict[str, Any] = {"x": x, "given": x > 0, "steps": 4, "t_min": 0.1, "seeds": range(4)}
+    expected = infill(lively, graph, noise, method=PathPlanning(wide), **how)
+    assert {*seen} == {torch.float32}
+    louder = PathPlanning(lambda x, sigma: planner(x, sigma) + 50.0 * (torch.arange(N) == N - 1))
+    for other in (PathPlanning(lambda x, sigma: planner(x, sigma)[..., :-1]), louder):
+        assert torch.equal(infill(lively, graph, noise, method=other, **how), expected)
+
+
+class Elsewhere(TorchFunctionMode):
+    """Makes what is made without a word on its device where nothing can be read; grids live on the host."""
+
+    made = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.rand, torch.randn, torch.randint)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({"device": "meta"} if func in self.made else {}) | (kwargs or {}))
+
+
+@pytest.mark.parametrize(("graph", "name"), EACH)
+def test_all_is_made_where_the_states_are(graph: Any, name: str) -> None:
+    how: dict[str, Any] = {"x": X.clamp(min=3), "given": FROZEN, "times": torch.tensor([1.0, 0.6, 0.3, 0.05]),
+                           "method": method_of(name), "conditioning": clamped, "seeds": torch.arange(4)}  # fmt: skip
+    expected = list(trajectory(lively, graph, noise, log_probs=True, **how))
+    for static in (False, True):
+        with Elsewhere():
+            found = list(trajectory(lively, graph, noise, static_shapes=static, log_probs=True, **how))
+            plain = infill(lively, graph, noise, static_shapes=static, batch_size=3, **how)
+        assert all(torch.equal(one.x, other.x) for one, other in zip(found, expected, strict=True))
+        assert found[-1].log_prob is not None
+        torch.testing.assert_close(found[-1].log_prob, expected[-1].log_prob)
+        assert torch.equal(plain, expected[-1].x)
+
+
+ELSEWHERE: dict[str, Any] = {
+    "particles": lambda **how: infill(
+        lively, Replacing(N), noise, conditioning=Particles(4), times=torch.tensor([1.0, 0.5, 0.1]), **how
+    ),
+    "blocks": lambda **how: generate(
+        lively, Masking(N, MASK), noise, block_size=2, end_id=4, times=torch.tensor([1.0, 0.5, 0.1]), log_probs=True,
+        until=lambda state: state.x[:, 0] == 0, batch_size=3, **how
+    ),
+    "blocks that grow": lambda **how: generate(
+        lively, Masking(N, MASK), noise, block_size=2, growing=True, times=torch.tensor([1.0, 0.5, 0.1]), **how
+    ),
+    "left to right": lambda **how: continue_left_to_right(
+        lambda x: (x[..., None] * STATES).cos(), start=X[:, 0], num_states=N, controls=[repetition_penalty(1.5)], **how
+    ),
+    "a pilot": lambda seeds, **how: adaptive_grid(lively, Masking(N, MASK), noise, target=0.5, t_min=0.1, **how),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loop", ELSEWHERE)
+def test_every_loop_makes_all_where_the_states_are(loop: str) -> None:
+    how: dict[str, Any] = {"x": X.clamp(min=3), "given": FROZEN, "seeds": torch.arange(4)}
+    expected = ELSEWHERE[loop](**how)
+    with Elsewhere():
+        found = ELSEWHERE[loop](**how)
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_extrapolated_rate_below_nothing_is_none() -> None:

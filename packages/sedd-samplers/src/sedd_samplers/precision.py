@@ -42,7 +42,8 @@ def fastest_rate(graph: Graph, device: torch.device | str = "cpu") -> float:
         return 0.0
     leaving = -min(float(into.base.min()), float(into.value.min()))
     precise = wide(torch.device(device))
-    v = torch.randn(1, len(states), generator=torch.Generator().manual_seed(0), dtype=precise).to(device)
+    seeded = torch.Generator().manual_seed(0)
+    v = torch.randn(1, len(states), generator=seeded, dtype=precise, device="cpu").to(device)
     growth = 1.0
     for _ in range(30):
         v = graph.propagate(v, torch.full((1,), -1 / leaving, dtype=precise, device=device))

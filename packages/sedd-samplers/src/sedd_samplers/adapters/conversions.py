@@ -125,7 +125,7 @@ def from_logits(
     never = {*banned} | ({graph.mask_id} if subs and graph.mask_id is not None else set())
     if len(never | {graph.mask_id}) == graph.num_states + (graph.mask_id is None):
         raise ValueError("banned holds every token: none is left to draw")
-    indices = {torch.device("cpu"): torch.tensor(sorted(never), dtype=torch.int64)}
+    indices = {torch.device("cpu"): torch.tensor(sorted(never), dtype=torch.int64, device="cpu")}
     widths = without_mask(graph)
     call, look = ModelCall(logits, graph.num_states, "logits", widths=widths), _at_first(check_logits)
 
@@ -328,11 +328,11 @@ def _from_law(law: Model, name: str, graph: Graph, delta_sigma: Levels, controls
 
 
 def _at_first(check: Callable[[Answer], None]) -> Callable[[Answer], Answer]:
-    """What hands answers on, and checks the first: to look at values is to wait for them."""
+    """What hands answers on, and checks the first that has any rows: to look at values is to wait for them."""
     seen = list[bool]()
 
     def look(answer: Answer) -> Answer:
-        if not seen:
+        if not seen and len(answer):
             check(answer)
             seen.append(True)
         return answer
@@ -342,7 +342,7 @@ def _at_first(check: Callable[[Answer], None]) -> Callable[[Answer], Answer]:
 
 def check_probabilities(answer: Answer) -> None:
     """ValueError for negative entries in the first answer of a model of probabilities: those are logits."""
-    least = min((float(answer[part].detach().min()) for part in answer.parts()), default=0.0)
+    least = min(float(answer[part].detach().min()) for part in answer.parts())
     if least < -1e-6:
         raise ValueError(
             f"a posterior holds probabilities, and this one an entry of {least:.4g}: a network of logits goes through "
@@ -354,7 +354,7 @@ def check_logits(answer: Answer) -> None:
     """ValueError where the first rows of a network's first answer are probabilities, and not all of them 0 or 1."""
     rows = answer[: min(8, len(answer))].detach()
     shares = (rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-3).all() & (rows.frac() != 0).any()
-    if len(rows) and bool(shares):
+    if bool(shares):
         raise ValueError(
             "the network must return logits, of which a softmax is taken, and its rows are >= 0 and sum to 1: "
             "probabilities go through from_posterior"
@@ -382,9 +382,10 @@ def _to_law(score: ScoreModel, graph: Graph, delta_sigma: Levels, kernel: Callab
 def _check_path(graph: Graph) -> None:
     """That exp(sQ) v = e^-s v for every v with sum 0: tokens keep themselves with e^-s and else forget themselves."""
     check_graph(graph)
-    v = torch.randn(graph.num_states, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed(0)
+    v = torch.randn(graph.num_states, dtype=torch.float64, generator=seeded, device="cpu")
     v -= v.mean()
-    after = graph.propagate(v[None], torch.ones(1, dtype=torch.float64))[0]
+    after = graph.propagate(v[None], torch.ones(1, dtype=torch.float64, device="cpu"))[0]
     if not torch.allclose(after, v / torch.e, rtol=0, atol=1e-6):
         raise ValueError(
             "a flow's path is kappa delta_x0 + (1 - kappa) prior; this graph's transitions are no such mixture with "
