@@ -67,6 +67,27 @@ def test_what_is_asked_of_a_cached_network() -> None:
     assert asked[4:] == [([[1, 2]], [0.2], [[1, 1]])]
 
 
+def test_a_canvas_of_another_length_is_asked_about_anew() -> None:
+    """By the same sequences and by others; one without positions that are asked about has no rows."""
+    asked = list[Any]()
+
+    def network(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        asked.append((x.shape[1], rows.tolist()))
+        return x[..., None].expand(-1, -1, 2).double()
+
+    model, x = cached(network), torch.arange(6).view(2, 3)
+    sigma, rows = torch.ones(2), torch.tensor([3, 4])
+    model(x[:, :2], sigma, rows=rows)
+    asked.clear()
+    for length, some in ((3, [0, 1]), (2, [1]), (2, [1]), (3, [1, 0])):
+        found = model(x[some, :length], sigma[some], rows=rows[some])
+        assert torch.equal(found[..., 0], x[some, :length].double())
+    assert asked == [(3, [3, 4]), (2, [4]), (3, [4, 3])]
+    where = torch.tensor([[False, False, False], [True, False, False]])
+    assert model(x, sigma, where, rows)[:, 0].tolist() == [3.0]
+    assert model(x, sigma, where & False, rows).shape == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("size", "off", "told"),
     [

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from sedd_samplers.adapters import per_sequence
+from sedd_samplers.adapters.processes import Masking
 from sedd_samplers.fast import Answer
 from sedd_samplers.model_calls import (
     ModelCall,
+    ScoreCall,
     Wrapper,
     check_conditions,
     device_of,
@@ -103,6 +105,30 @@ def test_a_wrapper_is_taken_in_pieces_and_its_answer_looked_at() -> None:
         ModelCall(Wrapper(rows_at), N + 1, "logits")(X, SIGMA, at, ROWS)
     wide = ModelCall(Wrapper(rows_at), N - 1, "logits", widths=())(X, SIGMA, at, ROWS)
     assert wide.shape == (3, N)
+
+
+@pytest.mark.filterwarnings("always:at sigma")
+@pytest.mark.parametrize(
+    ("place", "x", "sigma", "told"),
+    [
+        (7, 3, 1.0, True),
+        (8, 3, 1.0, False),  # behind the first eight rows
+        (0, 1, 1.0, False),  # at a token, whose score says nothing
+        (0, 3, 1e-4, False),  # where so little noise is left that a mask is hardly ever due
+    ],
+)
+def test_the_first_eight_rows_of_scores_are_looked_at(place: int, x: int, sigma: float, told: bool) -> None:
+    """Once: 445 is more than a hundred times 1 / (e - 1), at a noise of 1."""
+    graph, states = Masking(4, 3), torch.full((1, 9), 3)
+    states[0, place] = x
+    log_score = torch.full((1, 9, 4), -9.0).index_fill(1, torch.tensor([place]), 5.0)
+    call = ScoreCall(lambda x, sigma: log_score, graph)
+    for warned in (told, False):
+        with warnings.catch_warnings(record=True) as seen:
+            call(states, torch.tensor([sigma]), Positions.everywhere(states.shape, CPU), torch.arange(1))
+        assert ["sum to 445.2, and those of any data to 0.582 at most" in str(each.message) for each in seen] == (
+            [True] * warned
+        )
 
 
 @pytest.mark.parametrize(

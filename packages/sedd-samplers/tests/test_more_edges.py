@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,17 +17,23 @@ from sedd_samplers import (
     Reverse,
     Uniformization,
     adaptive_grid,
+    blockwise,
+    clamped,
+    generate,
     infill,
     trajectory,
 )
 from sedd_samplers.adapters import from_logits, from_masked_lm, from_posterior
+from sedd_samplers.adapters.canvas import canvas_logits
 from sedd_samplers.adapters.processes import Masking, Proportional, Replacing
+from sedd_samplers.autoregressive import left_to_right
 from sedd_samplers.controls import apply_controls
-from sedd_samplers.fast import draw_by_blocks, log, spread, times_row
+from sedd_samplers.fast import Answer, draw_by_blocks, log, spread, times_row
 from sedd_samplers.infilling import _mixed
+from sedd_samplers.model_calls import Wrapper
 from sedd_samplers.positions import Positions
 from sedd_samplers.precision import check_recoverable
-from sedd_samplers.randomness import draw_categorical, philox, uniforms
+from sedd_samplers.randomness import draw_categorical, philox, row_seeds, uniforms
 from sedd_samplers.sampling import grid_of
 from sedd_samplers.waiting import require
 from torch import Tensor
@@ -163,6 +170,38 @@ def test_a_head_runs_at_what_can_move_and_with_static_shapes_everywhere() -> Non
     assert model.seen == [8]
 
 
+@pytest.mark.parametrize(("make", "answer"), [(from_logits, 0.25), (from_posterior, -0.25)])
+def test_an_answer_about_nothing_is_not_the_first_one(make: Any, answer: float) -> None:
+    """That is looked at where it has rows."""
+    score, x = make(lambda x, sigma: torch.full((*x.shape, 4), answer), Replacing(4)), torch.zeros(2, 3).long()
+    assert score(x, torch.ones(2), where=x > 0).shape == (0, 4)
+    with pytest.raises(ValueError, match="probabilities"):
+        score(x, torch.ones(2))
+
+
+def test_a_canvas_asked_about_one_sequence_knows_nothing_of_the_other() -> None:
+    """Of two the second one first: then the first begins anew, beside an answer that it never gave."""
+    told = list[dict[str, Any]]()
+
+    def model(past_key_values: Any, decoder_input_ids: Tensor, **further: Any) -> Any:
+        told.append(further)
+        return SimpleNamespace(logits=torch.full((*decoder_input_ids.shape, 3), float(len(told)), dtype=torch.float64))
+
+    keys: Any = SimpleNamespace(layers=[], batch_select_indices=lambda rows: None)
+    model.get_encoder = lambda: lambda **_: SimpleNamespace(past_key_values=keys)  # type: ignore[attr-defined]
+    net, x = canvas_logits(model, torch.zeros(2, 5).long(), torch.ones(2, 5)), torch.zeros(2, 2).long()
+    net(x[1:], torch.ones(1), rows=torch.tensor([1]))
+    net(x, torch.tensor([0.5, 0.5]))
+    net(x, torch.tensor([0.5, 0.5]))
+    net(x, torch.tensor([0.4, 0.4]))
+    assert "self_conditioning_logits" not in told[0]
+    assert told[1]["self_conditioning_logits"][:, 0, 0].tolist() == [0.0, 1.0]
+    assert told[1]["self_conditioning_logits"].dtype == torch.float64
+    assert [each["self_conditioning_mask"].tolist() for each in told[1:]] == [[False, True], [False, True], [True] * 2]
+    assert told[3]["decoder_attention_mask"].dtype == torch.bool
+    assert told[3]["decoder_attention_mask"].shape == (2, 7)
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
 def test_processes_begin_anywhere(shape: tuple[int, ...]) -> None:
     """At a noise at which something is left: tokens alike, the mask with what has turned into it."""
@@ -226,6 +265,173 @@ def test_a_run_that_begins_later_says_from_which_states() -> None:
     with pytest.raises(ValueError, match=r"times begin at 0\.75, below 1: say from which states, start="):
         infill(flat, Masking(4, 3), NOISE, **how)
     assert infill(flat, Masking(4, 3), NOISE, start=x, **how).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("other", [[False, False], [True, True]])
+def test_one_token_held_among_noised_ones_is_enough_to_be_asked_about(other: list[bool]) -> None:
+    """In one sequence of two, of which the other is free or given throughout."""
+    x, given = torch.zeros(2, 2, dtype=torch.int64), torch.tensor([[True, False], other])
+    with pytest.raises(ValueError, match="a given token that is held still would be an approximation"):
+        infill(flat, Replacing(4), NOISE, x=x, given=given, steps=1)
+    infill(flat, Replacing(4), NOISE, x=x, given=torch.tensor([[True, True], other]), steps=1)
+
+
+def test_particles_weigh_their_start_and_are_not_warned_of_it() -> None:
+    """Nor is who says where it starts; a run from the prior is."""
+    x, given = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[True, False]])
+    little: Any = lambda t: (t, 1 + 0 * t)  # noqa: E731
+    how: dict[str, Any] = {"x": x, "steps": 1, "t_min": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        infill(flat, Replacing(4), little, given=given, conditioning=Particles(2), **how)
+        infill(flat, Replacing(4), little, given=given, conditioning=clamped, start=x, **how)
+    with pytest.warns(UserWarning, match="is left of a token"):
+        infill(flat, Replacing(4), little, given=given, conditioning=clamped, **how)
+
+
+def test_a_schedule_is_asked_about_all_times_of_a_run_at_once() -> None:
+    """In the precision of the grid; of other times a step asks once for each, of the last two it knows."""
+    asked = list[Tensor]()
+
+    def noise(t: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(t)
+        return NOISE(t)
+
+    x = torch.zeros(2, 3, dtype=torch.int64)
+    list(trajectory(flat, Masking(4, 3), noise, x=x, given=x > 0, steps=5, t_min=0.1))
+    assert [len(t) for t in asked if len(t) > 1] == [6]
+    assert {t.dtype for t in asked} == {torch.float64}
+    once = len(asked)
+    asked.clear()
+    list(trajectory(flat, Masking(4, 3), noise, x=x, given=x > 0, steps=9, t_min=0.1))
+    assert len(asked) == once
+    asked.clear()
+    reverse = Reverse(flat, Masking(4, 3), noise, frozen=x > 0, seeds=torch.arange(2))
+    one, two, three = (torch.full((2,), t, dtype=torch.float64) for t in (0.9, 0.6, 0.3))
+    for t in (one, two, one, two, three, two, three, one):
+        torch.testing.assert_close(reverse.noise(t), NOISE(t))
+    assert [float(t[0]) for t in asked] == [0.9, 0.6, 0.3, 0.9]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_wrong_where_nothing_is_to_be_drawn_is_not_wrong(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among positions that are known anyhow, with a number missing at another: the model is asked once."""
+    waiting = importlib.import_module("sedd_samplers.waiting")
+    for module in ("reverse", "randomness"):
+        monkeypatch.setattr(f"sedd_samplers.{module}.reading_waits", lambda device: late and not waiting._at_once.get())
+    calls = list[int]()
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(1)
+        return torch.tensor([0.0, torch.nan, 0.0])[:, None].expand(len(x), 3, 4)
+
+    x, some = torch.full((2, 3), 3), torch.tensor([[True, False, True], [False, False, True]])
+    reverse = Reverse(score, Masking(4, 3), NOISE, frozen=x < 0, seeds=torch.arange(2))
+    law: Any = lambda log_score, x, b, i: log_score.exp() * torch.tensor([1.0, 1.0, 1.0, 0.0])  # noqa: E731
+    out = reverse.redraw(x, torch.ones(2), some, law, among=Positions.everywhere(x.shape, x.device))
+    reverse.finish()
+    assert torch.equal(out != 3, some)
+    assert len(calls) == 1
+
+    def everywhere() -> None:
+        reverse.redraw(x, torch.ones(2), x > 0, law)
+        reverse.finish()
+
+    with pytest.raises(ValueError, match="returned NaN at sequence 0, position 1, sigma = 1"):
+        everywhere()
+
+
+def test_no_loop_records_a_gradient_nor_keeps_others_from_it() -> None:
+    """While the model is called; between two states, and afterwards, it is as it was."""
+    graph, x, recording = Masking(4, 3), torch.zeros(2, 3, dtype=torch.int64), list[bool]()
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        recording.append(torch.is_grad_enabled())
+        return torch.zeros(*x.shape, 4)
+
+    def causal(x: Tensor) -> Tensor:
+        return score(x, x)
+
+    how: dict[str, Any] = {"x": x, "given": x > 0}
+    runs: list[Any] = [
+        trajectory(score, graph, NOISE, steps=2, **how),
+        trajectory(score, Replacing(4), NOISE, steps=2, conditioning=Particles(2), **how),
+        blockwise(score, graph, NOISE, block_size=2, **how),
+        left_to_right(causal, start=0, num_states=4, **how),
+    ]
+    for run in runs:
+        recording.clear()
+        assert all(torch.is_grad_enabled() for _ in run)
+        assert recording
+        assert not any(recording)
+    recording.clear()
+    adaptive_grid(score, graph, NOISE, target=1.0, t_min=0.5, **how)
+    assert recording
+    assert not any(recording)
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_take_what_other_runs_take() -> None:
+    """Seeds of a generator, in batches or not, and a schedule that ends in infinite noise; a network is looked at."""
+    graph, x = Masking(4, 3), torch.zeros(3, 5, dtype=torch.int64)
+    score = from_logits(flat, graph)
+    how: dict[str, Any] = {"x": x, "given": x > 0, "block_size": 2}
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(4)
+
+    seeds = row_seeds(None, seeded(), 3)
+    natural: Any = lambda t: (-torch.log1p(-t), 1 / (1 - t))  # noqa: E731
+    for noise in (NOISE, natural):
+        expected = generate(score, graph, noise, seeds=seeds, **how).x
+        assert not (expected == 3).any()
+        assert torch.equal(generate(score, graph, noise, generator=seeded(), **how).x, expected)
+        assert torch.equal(generate(score, graph, noise, generator=seeded(), batch_size=2, **how).x, expected)
+        assert torch.equal(list(blockwise(score, graph, noise, generator=seeded(), **how))[-1].x, expected)
+    with pytest.warns(UserWarning, match="the Dropout is in training mode"):
+        generate(Wrapper(lambda x, sigma, at, rows: torch.zeros(len(at), 4), torch.nn.Dropout()), graph, NOISE, **how)
+    held = torch.tensor([[True, False, False, False, False]]).expand_as(x)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"x": x.float()}, "x must be int64"),
+        ({"x": x + 3, "given": held}, r"holds the mask \(3\) at a given position"),
+        ({"seeds": [1]}, "seeds must be 3 integers"),
+        ({"steps": 2, "times": torch.tensor([1.0, 0.5])}, "give either times or steps"),
+        ({"batch_size": 0}, "batch_size must be a positive integer"),
+    ]
+    for change, told in wrong:
+        with pytest.raises(ValueError, match=told):
+            generate(score, graph, NOISE, **how | change)
+    for slip, told in (((Masking, NOISE), "got the class Masking"), ((graph, 3), "the noise must be callable")):
+        with pytest.raises(ValueError, match=told):
+            generate(score, *slip, **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_log_probabilities_are_told_block_by_block(growing: bool) -> None:
+    """Of tokens that do not depend on each other, log p at its place from the step on in which it was written."""
+    graph, rng = Masking(6, 2), torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 6, generator=rng)
+    law = logits.index_fill(1, torch.tensor([2]), -torch.inf).log_softmax(-1).double()
+    x, given = torch.zeros(9, 7, dtype=torch.int64), torch.rand(9, 7, generator=rng) < 0.3
+    score = from_logits(lambda x, sigma: logits[: x.shape[1]].expand(len(x), -1, -1), graph)
+    run = blockwise(score, graph, NOISE, x=x, given=given, block_size=3, steps=2, t_min=0.1, growing=growing,
+                    log_probs=True, seeds=range(9))  # fmt: skip
+    for state in run:
+        right = law[torch.arange(7), state.x].masked_fill(given | (state.x == 2), 0.0)
+        torch.testing.assert_close(state.log_prob, right, rtol=1e-4, atol=1e-5)
+    assert not (state.x == 2).any()
+
+
+def test_blocks_by_a_method_that_reads_nothing() -> None:
+    """A block of given positions is left at its first step, one of free positions goes through all of its own."""
+    x, given = torch.zeros(2, 6, dtype=torch.int64), torch.tensor([[1, 1, 0, 1, 1, 1]] * 2).bool()
+    still: Any = lambda reverse, x, t, s: x  # noqa: E731
+    how: dict[str, Any] = {"x": x, "given": given, "block_size": 2, "steps": 3, "method": still, "denoise": False}
+    run = list(blockwise(flat, Masking(4, 3), NOISE, **how))
+    assert [state.step for state in run] == [0, 4, 5, 6]
+    assert all(state.x[0].tolist() == [0, 0, 3, 0, 0, 0] for state in run)
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------
@@ -331,6 +537,17 @@ def test_where_reading_waits_what_cannot_be_drawn_stays(monkeypatch: pytest.Monk
     assert draw_categorical(probs, uniform, old=old).tolist() == [1, 1, 1, 0]
     with pytest.raises(ValueError, match=r"row 1 of the probabilities sums to 0\.0"):
         draw_categorical(probs, uniform)
+
+
+def test_rows_in_double_precision_are_half_as_many_at_a_time() -> None:
+    """2^20 float32 numbers of the model's own width, however wide they become."""
+    answer = Answer(torch.zeros(9, 2**18))
+    assert [part.stop - part.start for part in answer.parts()] == [4, 4, 4]
+    assert [part.start for part in answer.pieces(5)] == [0, 4]
+    for wide in (answer.then(lambda r, part: r, torch.float64), Answer(torch.zeros(9, 2**18, dtype=torch.float64))):
+        assert [part.start for part in wide.parts()] == [0, 2, 4, 6, 8]
+    assert [part.start for part in answer.then(lambda r, part: r[:, :1], width=1).parts()] == [0, 4, 8]
+    assert len(Answer(torch.zeros(0, 3)).parts()) == 0
 
 
 def test_where_reading_waits_the_device_is_asked_to_see_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,18 @@ def test_marginals_and_scores_of_a_law_are_sums_over_clean_sequences() -> None:
         assert float(out[b, i, y]) == pytest.approx(math.log(ratio), abs=1e-12)
 
 
+def test_a_marginal_of_rounded_transitions_is_not_below_nothing(ref: Any) -> None:
+    """What a matrix exponential rounds to -1e-17 is nothing, and its logarithm a number or -inf."""
+    graph = ref.absorbing_matrix(4, 1)
+    graph.exp, exact = lambda sigma: exact(sigma) - 1e-17 * (exact(sigma) < 1e-9), graph.exp
+    p0 = torch.zeros(5, 5, dtype=torch.float64)
+    p0[0, 0] = 1.0
+    sigma = torch.tensor([0.3, 2.0], dtype=torch.float64)
+    assert (transitions(graph, sigma) < 0).any()
+    assert (marginal(p0, graph, sigma) >= 0).all()
+    assert not score_of_law(p0, graph)(torch.tensor([[0, 1], [1, 1]]), sigma).isnan().any()
+
+
 def test_rows_are_spread_in_float64() -> None:
     row: Any = SimpleNamespace(base=torch.tensor([0.5, 0.25]), index=torch.tensor([[1], [0]]), value=torch.ones(2, 1))
     full = dense(row, 3)
@@ -404,6 +416,21 @@ def test_a_scheduler_is_called_as_diffusers_call_it() -> None:
     for said in (first, second):
         assert said.shape == (5, 3, 2)
         torch.testing.assert_close(said.sum(1), torch.ones(5, 2, dtype=said.dtype))
+
+
+def test_a_scheduler_may_answer_by_a_tuple_and_count_in_plain_numbers() -> None:
+    class Stepping:
+        timesteps = (3, 1)
+
+        def set_timesteps(self, steps: int) -> None:
+            assert steps == 2
+
+        def step(self, said: Tensor, timestep: int, x: Tensor, generator: Any) -> Any:
+            return 0 * x + timestep, said
+
+    sampler = scheduled(Stepping(), 2, level=lambda step: step / 4)
+    x = sampler(Pairs(Replacing(4)).score, Replacing(4), (3, 2), torch.Generator())
+    assert x.tolist() == [[1, 1]] * 3
 
 
 @pytest.mark.parametrize("law", testing.SCORE_LAWS, ids=lambda law: law.__name__)

@@ -37,7 +37,7 @@ def scheduled(
     """A scheduler as a sampler.
 
     Args:
-        scheduler: see above; its `step` may do without a generator.
+        scheduler: see above; its `step` may leave the generator alone.
         steps: how many.
         level: a timestep () -> the total noise sigma () of the states at it.
         output: p(x0 | x_t) (B, L, N) -> what its network would have said; the logarithm by default. Of models that put
