@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from sedd_samplers.adapters.processes import Masking, Proportional, Replacing
 from sedd_samplers.controls import controlled, min_p, temperature, top_k, top_p
 from sedd_samplers.grids import finite_start
 from sedd_samplers.guidance import classifier_free, first_order_ratios
-from sedd_samplers.masked import mask_probability
+from sedd_samplers.masked import absorption_rate, mask_probability
 from sedd_samplers.positions import Positions
 from sedd_samplers.precision import fastest_rate
 from torch import Tensor
@@ -237,6 +238,21 @@ def test_a_share_of_masks_is_that_of_its_rate() -> None:
     assert mask_probability(sigma)[1] == pytest.approx(1 - math.exp(-0.5))
     tiny = torch.tensor(1e-12, dtype=torch.float64)
     assert float(mask_probability(tiny)) == pytest.approx(1e-12, rel=1e-9)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_graph_is_absorbing_whose_rows_of_tokens_hold_nothing_above_0(listed: bool) -> None:
+    """Neither at the states that are listed nor at all others; of what is found the first token is named."""
+
+    def rates_into(x: Tensor) -> Any:
+        masked = (x == MASK).double()
+        base = masked if listed else masked + 0.25 * (x == 2)
+        value = torch.stack([torch.where(x == MASK, 0.0, -1.0), 0.5 * (x == 2) if listed else masked - masked], -1)
+        return SimpleNamespace(base=base, index=torch.stack([x, (x + 1) % N], -1), value=value.double())
+
+    graph: Any = SimpleNamespace(num_states=N, mask_id=MASK, rates_into=rates_into)
+    with pytest.raises(ValueError, match="This needs an absorbing graph; under this one a jump leads into the token 2"):
+        absorption_rate(graph, torch.device("cpu"), "This")
 
 
 def test_infilling_is_left_alone_by_the_seeds_of_others() -> None:

@@ -180,7 +180,8 @@ def test_marginals_and_scores_of_a_law_are_sums_over_clean_sequences() -> None:
 def test_a_marginal_of_rounded_transitions_is_not_below_nothing(ref: Any) -> None:
     """What a matrix exponential rounds to -1e-17 is nothing, and its logarithm a number or -inf."""
     graph = ref.absorbing_matrix(4, 1)
-    graph.exp, exact = lambda sigma: exact(sigma) - 1e-17 * (exact(sigma) < 1e-9), graph.exp
+    exact: Any = graph.exp
+    graph.exp = lambda sigma: exact(sigma) - 1e-17 * (exact(sigma) < 1e-9)
     p0 = torch.zeros(5, 5, dtype=torch.float64)
     p0[0, 0] = 1.0
     sigma = torch.tensor([0.3, 2.0], dtype=torch.float64)
