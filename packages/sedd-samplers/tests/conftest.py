@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 from sedd_samplers import Reverse, steps
+from torch.overrides import TorchFunctionMode
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors; read when triton is first imported
@@ -314,6 +315,17 @@ class Enumerator(Reverse):
     def _stage(self, rows, x):
         self.stages.append(rows)
         return self.outcomes.pop(0) if self.outcomes else x
+
+
+class Elsewhere(TorchFunctionMode):
+    """Makes what is made without a word on its device where nothing can be read; grids live on the host."""
+
+    def __init__(self, *also):
+        super().__init__()
+        self.made = {torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.rand, torch.randn, *also}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **({"device": "meta"} if func in self.made else {}) | (kwargs or {}))
 
 
 def all_states(num_states, length):

@@ -48,7 +48,7 @@ from sedd_samplers import (
 )
 from sedd_samplers.adapters import from_logits
 from sedd_samplers.adapters.processes import Masking, Proportional, Replacing
-from sedd_samplers.autoregressive import continue_left_to_right
+from sedd_samplers.autoregressive import continue_left_to_right, sample_left_to_right
 from sedd_samplers.controls import allowed_tokens, apply_controls, repetition_penalty
 from sedd_samplers.fast import Answer
 from sedd_samplers.interfaces import check_graph
@@ -421,11 +421,19 @@ def test_a_bar_is_called_after_what_it_counts(capsys: pytest.CaptureFixture[str]
     sample(flat, graph, NOISE, shape=(2, 4), steps=3)
     infill(flat, graph, NOISE, **how)
     generate(flat, graph, NOISE, block_size=4, **how)
+    causal: dict[str, Any] = {"start": 0, "num_states": 6, "seeds": [0, 1]}
+    sample_left_to_right(lambda x: flat(x, x), shape=(2, 4), **causal)
+    continue_left_to_right(lambda x: flat(x, x), x=x, given=x > 0, **causal)
     assert not capsys.readouterr().err
     for run, said in (
         (lambda: sample(flat, graph, NOISE, shape=(2, 4), steps=3, progress=True), "sampling"),
         (lambda: infill(flat, graph, NOISE, progress=True, **how), "sampling"),
         (lambda: generate(flat, graph, NOISE, block_size=4, progress=True, **how), "generating"),
+        (lambda: sample_left_to_right(lambda x: flat(x, x), shape=(2, 4), progress=True, **causal), "sampling"),
+        (
+            lambda: continue_left_to_right(lambda x: flat(x, x), x=x, given=x > 0, progress=True, **causal),
+            "sampling",
+        ),
     ):
         run()  # type: ignore[no-untyped-call]
         shown = capsys.readouterr().err

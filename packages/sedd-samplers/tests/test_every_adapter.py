@@ -30,7 +30,6 @@ from sedd_samplers.controls import (
 from sedd_samplers.guidance import classifier_free, classifier_guided, first_order_ratios, neighbour_ratios
 from sedd_samplers.testing import rows_are_those_of_the_whole, sequences_are_answered_one_by_one
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 N, LENGTH = 5, 6
 STATES = torch.arange(N)
@@ -110,24 +109,17 @@ def test_a_sequence_is_answered_by_itself(name: str, kind: str, pieces: bool, mo
     rows_are_those_of_the_whole(score, graph, length=LENGTH, tolerance=2e-4)
 
 
-class Elsewhere(TorchFunctionMode):
-    """Makes what is made without a word on its device where nothing can be read."""
-
-    made = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.tensor, torch.rand, torch.randn)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **({"device": "meta"} if func in self.made else {}) | (kwargs or {}))
-
-
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("kind", GRAPHS)
 @pytest.mark.parametrize("name", WRAPPED)
-def test_all_is_made_where_the_states_are(name: str, kind: str, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_made_where_the_states_are(
+    name: str, kind: str, pieces: bool, ref: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if pieces:
         monkeypatch.setattr("sedd_samplers.guidance.rows_at_a_time", lambda num_states, device: 7)
     x, sigma = torch.tensor([[0, 3, 1, 3], [3, 3, 2, 4], [1, 1, 3, 0]]), torch.tensor([0.3, 0.9, 1.7])
     where = torch.tensor([[True, True, False, True], [False] * 4, [True, False, True, False]])
-    with Elsewhere():
+    with ref.Elsewhere(torch.tensor):
         score = WRAPPED[name](GRAPHS[kind])
         found = score(x, sigma), score(x, sigma, where=where, rows=torch.arange(3, device=x.device))
     score = WRAPPED[name](GRAPHS[kind])

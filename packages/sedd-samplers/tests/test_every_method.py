@@ -46,7 +46,6 @@ from sedd_samplers.controls import allowed_tokens, controlled, repetition_penalt
 from sedd_samplers.steps import final_denoise
 from sedd_samplers.testing._enumerated import Enumerating
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 N, MASK = 6, 2
 STATES = torch.arange(N).double()
@@ -399,21 +398,12 @@ def test_a_planner_is_told_its_noise_in_float32_and_may_lack_a_column() -> None:
         assert torch.equal(infill(lively, graph, noise, method=other, **how), expected)
 
 
-class Elsewhere(TorchFunctionMode):
-    """Makes what is made without a word on its device where nothing can be read; grids live on the host."""
-
-    made = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.rand, torch.randn, torch.randint)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **({"device": "meta"} if func in self.made else {}) | (kwargs or {}))
-
-
 @pytest.mark.parametrize(("graph", "name"), EACH)
-def test_all_is_made_where_the_states_are(graph: Any, name: str) -> None:
+def test_all_is_made_where_the_states_are(graph: Any, name: str, ref: Any) -> None:
     how: dict[str, Any] = {"x": X.clamp(min=3), "given": FROZEN, "times": torch.tensor([1.0, 0.6, 0.3, 0.05]),
                            "method": method_of(name), "conditioning": clamped, "seeds": torch.arange(4)}  # fmt: skip
     expected = list(trajectory(lively, graph, noise, log_probs=True, **how))
-    with Elsewhere():
+    with ref.Elsewhere():
         plain = infill(lively, graph, noise, batch_size=3, **how)
         found = list(trajectory(lively, graph, noise, static_shapes=True, log_probs=True, **how))
     assert torch.equal(plain, expected[-1].x)
@@ -441,10 +431,10 @@ ELSEWHERE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("loop", ELSEWHERE)
-def test_every_loop_makes_all_where_the_states_are(loop: str) -> None:
+def test_every_loop_makes_all_where_the_states_are(loop: str, ref: Any) -> None:
     how: dict[str, Any] = {"x": X.clamp(min=3), "given": FROZEN, "seeds": torch.arange(4)}
     expected = ELSEWHERE[loop](**how)
-    with Elsewhere():
+    with ref.Elsewhere():
         found = ELSEWHERE[loop](**how)
     torch.testing.assert_close(found, expected)
 

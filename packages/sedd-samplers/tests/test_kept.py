@@ -205,6 +205,34 @@ def test_the_first_reuse_is_checked_and_none_after_it() -> None:
     assert model(x, sigma).shape == (2, 3, 2)  # of all positions, as a model of sequences answers
 
 
+def test_what_is_kept_is_where_the_states_are(ref: Any) -> None:
+    """Of sequences that stay, come in another order, and come back."""
+
+    class Cache:
+        def __init__(self) -> None:
+            self.x = None
+
+        def crop(self, count: int) -> None:
+            self.x = self.x[:, :count]
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self.x = self.x[indices]
+
+    def reads(x: Tensor, sigma: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        cache.x = x if cache.x is None else torch.cat([cache.x, x], 1)
+        out: Tensor = cache.x.cumsum(1)[:, -x.shape[1] :].flatten()[positions, None].double()
+        return out
+
+    plain = cached(lambda x, sigma, positions: x.flatten()[positions, None].double())
+    x, last = torch.arange(9).view(3, 3), torch.tensor([[False, False, True]] * 3)
+    for model, expected in ((plain, [2, 5, 8]), (prefix_cached(reads, Cache, block_size=1), [3, 12, 21])):
+        for rows in ([0, 1, 2], [0, 1, 2], [2, 0], [0, 2], [1]):
+            some = torch.tensor(rows)
+            with ref.Elsewhere(torch.tensor):
+                found = model(x[some], torch.full((len(rows),), 0.5, device="cpu"), last[some], some)
+            assert found[:, 0].tolist() == [expected[row] for row in rows]
+
+
 @pytest.mark.parametrize("wrong", [0, -1, True, 1.0])
 def test_blocks_have_a_size(wrong: Any) -> None:
     with pytest.raises(ValueError, match="block_size must be a positive integer, got"):

@@ -10,9 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from sedd_samplers.adapters import per_sequence
-from sedd_samplers.adapters.processes import Masking
+from sedd_samplers import cached
+from sedd_samplers.adapters import (
+    from_logits,
+    from_masked_lm,
+    from_posterior,
+    from_reverse,
+    from_velocity,
+    per_sequence,
+    to_posterior,
+    to_reverse,
+    to_velocity,
+)
+from sedd_samplers.adapters.processes import Masking, Replacing
+from sedd_samplers.controls import controlled
 from sedd_samplers.fast import Answer
+from sedd_samplers.guidance import classifier_free, classifier_guided, first_order_ratios, neighbour_ratios
 from sedd_samplers.model_calls import (
     ModelCall,
     ScoreCall,
@@ -24,6 +37,7 @@ from sedd_samplers.model_calls import (
     warn_of_training,
 )
 from sedd_samplers.positions import Positions, true_indices
+from sedd_samplers.sampling import batches
 from sedd_samplers.waiting import require
 from torch import Tensor
 
@@ -239,6 +253,22 @@ def test_modules_are_found_in_their_order() -> None:
         return later
 
     assert list(modules_in(defined_later())) == [one]
+
+
+def test_whatever_is_made_of_models_names_them_in_their_order() -> None:
+    """An adapter its one, guidance the score or what is given the class first."""
+    one, two, graph = Part(), Part(), Replacing(N)
+    assert list(modules_in(classifier_free(one, two, 2.0, num_states=N))) == [one, two]
+    assert list(modules_in(classifier_guided(one, two, 2.0, num_states=N))) == [one, two]
+    level = lambda sigma: sigma / 2  # noqa: E731
+    for made in (
+        from_posterior(one, graph), from_logits(one, graph), from_reverse(one, graph, level), from_velocity(one, graph),
+        to_posterior(one, graph), to_reverse(one, graph, level), to_velocity(one, graph), controlled(one, graph),
+        from_masked_lm(one, Masking(N, 0)), cached(one), neighbour_ratios(one, N), first_order_ratios(one, N),
+    ):  # fmt: skip
+        assert list(modules_in(made)) == [one]
+    told = next(batches(one, graph, 4, 2, {}))[1]
+    assert list(modules_in(told)) == [one]
 
 
 def test_states_live_where_the_first_parameter_does() -> None:

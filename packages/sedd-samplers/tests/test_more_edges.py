@@ -267,6 +267,24 @@ def test_a_run_that_begins_later_says_from_which_states() -> None:
     assert infill(flat, Masking(4, 3), NOISE, start=x, **how).tolist() == [[0, 0]]
 
 
+@pytest.mark.parametrize("loop", ["trajectory", "blocks", "left to right", "a pilot"])
+def test_lists_are_no_tensors_to_any_loop(loop: str) -> None:
+    """A text or a list in the place of x, or of given: told before anything else is made of it."""
+    x = torch.zeros(1, 2, dtype=torch.int64)
+    runs: dict[str, Any] = {
+        "trajectory": lambda **how: next(trajectory(flat, Masking(4, 3), NOISE, **how)),
+        "blocks": lambda **how: next(blockwise(flat, Masking(4, 3), NOISE, block_size=2, **how)),
+        "left to right": lambda **how: next(left_to_right(lambda x: flat(x, x), start=0, num_states=4, **how)),
+        "a pilot": lambda **how: adaptive_grid(flat, Masking(4, 3), NOISE, **how),
+    }
+    for wrong, told in (
+        ({"x": "to be", "given": x > 0}, "x must be"),
+        ({"x": x, "given": [[False] * 2]}, "given must"),
+    ):
+        with pytest.raises(ValueError, match=f"{told}.* a tensor \\(batch, length\\), got .*: pad_prompts makes"):
+            runs[loop](**wrong)
+
+
 @pytest.mark.parametrize("other", [[False, False], [True, True]])
 def test_one_token_held_among_noised_ones_is_enough_to_be_asked_about(other: list[bool]) -> None:
     """In one sequence of two, of which the other is free or given throughout."""
@@ -563,6 +581,7 @@ def test_what_is_left_of_a_posterior_is_told_of_all_levels(rate: float, dtype: t
     """e^(rate sigma) eps up to a thousandth, of the largest."""
     limit = math.log(1e-3 / torch.finfo(dtype).eps) / rate
     check_recoverable(rate, torch.tensor([0.1, limit - 1e-3]), dtype)
+    check_recoverable(rate, torch.tensor([limit], dtype=torch.float64), dtype)
     check_recoverable(0.0, torch.tensor([1e9]), dtype)
     check_recoverable(rate, torch.empty(0), dtype)
     with pytest.raises(ValueError, match=rf"from a {dtype} score at sigma = .* lost in rounding beyond {limit:.3g}"):
