@@ -29,6 +29,7 @@ from sedd_samplers.adapters.processes import Masking, Proportional, Replacing
 from sedd_samplers.autoregressive import left_to_right
 from sedd_samplers.controls import apply_controls
 from sedd_samplers.fast import Answer, draw_by_blocks, log, spread, times_row
+from sedd_samplers.grids import _try
 from sedd_samplers.infilling import _mixed
 from sedd_samplers.model_calls import Wrapper
 from sedd_samplers.positions import Positions
@@ -498,6 +499,18 @@ def test_a_pilot_s_grid_does_not_depend_on_what_is_worked_at_a_time(ref: Any, mo
     whole = grid()
     monkeypatch.setattr("sedd_samplers.fast.answer.rows_at_a_time", lambda num_states, device: 4)
     torch.testing.assert_close(grid(), whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("graph", [Masking(4, 3), Replacing(4)])
+def test_a_pilot_s_positions_may_move_in_every_step(graph: Any) -> None:
+    """What has moved in one does not count in its error, and is as free as before in the next."""
+    x, given = torch.full((20, 5), 3), torch.tensor([True, False, False, False, False]).expand(20, 5)
+    pilot = Reverse(from_logits(flat, graph), graph, NOISE, frozen=given, seeds=torch.arange(20))
+    y, _ = _try(pilot, x, 0.9, 0.2)
+    assert ((y != x) & ~given).any()
+    movable = ~given if graph.mask_id is None else ~given & (y == 3)
+    assert torch.equal(pilot.movable(y), movable)
+    assert torch.equal(y[given], x[given])
 
 
 def test_kernels_serve_rows_on_a_gpu_in_float32_or_less() -> None:

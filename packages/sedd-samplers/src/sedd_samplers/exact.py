@@ -108,7 +108,7 @@ class Uniformization:
 
     def __call__(self, reverse: Reverse, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """All jumps between t and s; see `Method`."""
-        now, end = reverse.noise(t)[0].clone(), reverse.noise(s)[0]
+        now, end = reverse.noise(t)[0], reverse.noise(s)[0]
         require(
             *((end > 0) & now.isfinite(), "Uniformization needs finite noise levels above 0"),
             lambda: (

@@ -222,7 +222,7 @@ def _try(pilot: Reverse, x: Tensor, t: float, s: float) -> tuple[Tensor, float]:
 
     sigma, before = rates(t)
     y = pilot.redraw(x, sigma, still, leaping)
-    still &= y == x
+    still = still & (y == x)  # not in place: it may be what the pilot knows of its free positions
     sigma, after = rates(s)
     difference = pilot.evaluate(y, sigma, still, after)
     if len(difference):
@@ -238,7 +238,7 @@ def finite_start(noise: Noise, times: Tensor) -> Tensor:
     """
     if bool(noise(times[:1])[0].isfinite().all()):
         return times
-    below, above = times[1].clone(), times[0].clone()
+    below, above = times[1], times[0]
     for _ in range(60):
         middle = (below + above) / 2
         sigma, dsigma = noise(middle[None])

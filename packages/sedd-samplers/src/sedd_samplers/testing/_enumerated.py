@@ -21,7 +21,7 @@ ALARM = 1e-5
 
 def dense(row: Row, num_states: int) -> Tensor:
     """All values of rows, (..., N) float64."""
-    full = row.base.double()[..., None].expand(*row.base.shape, num_states).clone()
+    full = row.base.double()[..., None].expand(*row.base.shape, num_states)
     return full.scatter(-1, row.index, row.value.double())
 
 
