@@ -210,7 +210,7 @@ def test_what_is_kept_is_where_the_states_are(ref: Any) -> None:
 
     class Cache:
         def __init__(self) -> None:
-            self.x = None
+            self.x: Any = None
 
         def crop(self, count: int) -> None:
             self.x = self.x[:, :count]
