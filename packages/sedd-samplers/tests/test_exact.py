@@ -46,23 +46,24 @@ def seeded(seed=0):
 
 
 @torch.no_grad()
-def backwards(ref, graph, score, method, high, low):
+def backwards(ref, graph, score, method, high, low, samples=SAMPLES):
     """p-value of the method's states at noise `low`, started at true ones at noise `high`."""
     sigma = torch.tensor([high, low], dtype=torch.float64)
     start, true = score.marginal(sigma)
-    cells = draw_shared(start.flatten(), torch.rand(SAMPLES, generator=seeded(), dtype=torch.float64))
+    cells = draw_shared(start.flatten(), torch.rand(samples, generator=seeded(), dtype=torch.float64))
     x = ref.all_states(graph.num_states, 3)[cells]
     reverse = Reverse(
-        score, graph, ref.Linear(1.0), frozen=torch.zeros_like(x, dtype=torch.bool), seeds=torch.arange(SAMPLES)
+        score, graph, ref.Linear(1.0), frozen=torch.zeros_like(x, dtype=torch.bool), seeds=torch.arange(samples)
     )
-    t, s = sigma[:, None].expand(2, SAMPLES)
+    t, s = sigma[:, None].expand(2, samples)
     return ref.chi_square(method(reverse, x, t, s), true)
 
 
+@pytest.mark.parametrize("samples", [SAMPLES // 5, pytest.param(SAMPLES, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_uniformization_takes_one_true_law_to_the_next(ref, name):
+def test_uniformization_takes_one_true_law_to_the_next(ref, name, samples):
     graph, _, score = problem(ref, name)
-    assert backwards(ref, graph, score, Uniformization(), 0.7, 0.15) > ALARM
+    assert backwards(ref, graph, score, Uniformization(), 0.7, 0.15, samples) > ALARM
 
 
 def test_first_hitting_takes_one_true_law_to_the_next(ref):
@@ -107,11 +108,12 @@ def test_first_hitting_infills_exactly(ref):
     assert ref.chi_square(out, law) > ALARM
 
 
-def test_uniformization_infills_exactly(ref):
+@pytest.mark.parametrize("samples", [SAMPLES // 5, pytest.param(SAMPLES, marks=pytest.mark.slow)])
+def test_uniformization_infills_exactly(ref, samples):
     """The same by the other exact method, down to the noise at which the denoise takes over."""
     graph, p0, score = problem(ref, "absorbing")
-    x = torch.tensor([[0, 1, 0]]).expand(SAMPLES, -1)
-    given = torch.tensor([[False, True, False]]).expand(SAMPLES, -1)
+    x = torch.tensor([[0, 1, 0]]).expand(samples, -1)
+    given = torch.tensor([[False, True, False]]).expand(samples, -1)
     out = infill(
         score, graph, ref.LogLinear(), x=x, given=given, steps=1, t_min=1e-3, method=Uniformization(),
         generator=seeded(),
