@@ -371,6 +371,7 @@ def test_a_graph_of_one_s_own_is_given_and_given_again(process, cache, letters, 
         train_here(recipe, **run | {"output": tmp_path / "other"}, graph=tenth)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_deepspeed_give_what_one_process_gives(based, train, letters, tmp_path):
     """LoRA, of which ZeRO 3 shares what is trained and what is not; and one rank goes on where two have left."""
     pytest.importorskip("peft")

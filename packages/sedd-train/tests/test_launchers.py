@@ -115,7 +115,7 @@ def family(process) -> list[psutil.Process]:
 @pytest.mark.parametrize(
     ("launcher", "whole_group"),
     [
-        ("deepspeed", True),
+        pytest.param("deepspeed", True, marks=pytest.mark.slow),
         ("deepspeed", False),
         pytest.param("torchrun", True, marks=pytest.mark.slow),
         pytest.param("torchrun", False, marks=pytest.mark.slow),

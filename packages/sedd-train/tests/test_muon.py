@@ -158,6 +158,7 @@ def test_a_run_goes_on_to_the_same_digits(here, losses, tmp_path, monkeypatch):
     assert one["exp_avg/blocks.0.attn_qkv.weight"].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process_does(here, start, losses, tmp_path):
     """By Muon, without ZeRO: the same losses but for rounding, and a run that both of them go on with."""
     values = {**MUON, "steps": 8, "eps": 1e-4, "checkpoint_every": 4}
