@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -145,6 +146,22 @@ def test_conditions_and_constraints_follow_their_sequence(kind: str) -> None:
         torch.testing.assert_close(model(x[some], sigma[some], rows=some), whole[some], equal_nan=True)
         found = model(x[some], sigma[some], where=where[some], rows=some)
         torch.testing.assert_close(found, whole[some][where[some]], equal_nan=True)
+
+
+@pytest.mark.parametrize(("step", "told"), [(0.5, False), (8.5, False), (9.5, True)])
+def test_a_step_is_told_from_a_score_where_the_step_is_short_enough(step: float, told: bool) -> None:
+    """Whatever the noise it begins at: what it takes away decides, and of a posterior that is all of it."""
+    graph, x, sigma = Replacing(N), torch.tensor([[0, 3, 1]]), torch.tensor([20.0])
+    length = lambda sigma: 0 * sigma + step  # noqa: E731
+    score = from_reverse(posterior, graph, length)
+    with pytest.raises(ValueError, match=r"cannot be told from a torch\.float32 score at sigma = 20"):
+        to_posterior(score, graph)(x, sigma)
+    if told:
+        with pytest.raises(ValueError, match=rf"cannot be told from a torch\.float32 score at sigma = {step}"):
+            to_reverse(score, graph, length)(x, sigma)
+    else:
+        found = to_reverse(score, graph, length)(x, sigma)
+        torch.testing.assert_close(found, posterior(x, sigma), rtol=1e-6 * math.exp(step), atol=1e-7 * math.exp(step))
 
 
 @pytest.mark.parametrize("kind", GRAPHS)

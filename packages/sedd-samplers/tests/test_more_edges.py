@@ -34,7 +34,7 @@ from sedd_samplers.infilling import _mixed
 from sedd_samplers.model_calls import Wrapper
 from sedd_samplers.positions import Positions
 from sedd_samplers.precision import check_recoverable
-from sedd_samplers.randomness import draw_categorical, philox, row_seeds, uniforms
+from sedd_samplers.randomness import draw_categorical, draw_shared, philox, row_seeds, uniforms
 from sedd_samplers.sampling import grid_of
 from sedd_samplers.waiting import require
 from torch import Tensor
@@ -535,6 +535,16 @@ def test_without_float64_a_number_has_24_bits(monkeypatch: pytest.MonkeyPatch) -
     found = uniforms(seeds, draw, position)
     assert found.dtype == torch.float32
     assert torch.equal(found.double(), (high >> 8).double() / 2**24)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float64, 53), (torch.float32, 24)])
+def test_the_last_number_below_1_draws_the_last_state(dtype: torch.dtype, bits: int) -> None:
+    """Of laws of any sum, to which rounding adds nothing; 0 draws the first state that has a share."""
+    ends = torch.tensor([0.0, 1 - 2.0**-bits], dtype=dtype)
+    sums = torch.rand(300, 1, generator=torch.Generator().manual_seed(0), dtype=dtype) * 4
+    for law in torch.cat([sums, torch.tensor([[0.5], [1.0], [2.0], [1e-30], [1e30]], dtype=dtype)]):
+        assert draw_shared(torch.cat([0 * law, law, law, 0 * law]), ends).tolist() == [1, 2]
+        assert draw_shared(law / torch.ones(7, dtype=dtype), ends).tolist() == [0, 6]
 
 
 def test_seeds_of_particles_are_numbers_of_64_bits() -> None:

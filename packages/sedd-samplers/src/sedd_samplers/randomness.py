@@ -92,9 +92,8 @@ def draw_categorical(
 def draw_shared(law: Tensor, uniform: Tensor) -> Tensor:
     """Draws (M,) int64 from one distribution, law (N,) float64, with one uniform (M,) each."""
     cumulative = law.cumsum(0)
-    below = torch.nextafter(cumulative[-1], cumulative.new_zeros(()))
-    target = torch.minimum(uniform * cumulative[-1], below)
-    drawn: Tensor = torch.searchsorted(cumulative, target, right=True)
+    # the largest number below 1 times a sum is below that sum, however it is rounded
+    drawn: Tensor = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
     return drawn
 
 
