@@ -92,6 +92,7 @@ def lm1b(speeches, tmp_path_factory):
     return f"lm1b:{folder}"
 
 
+@pytest.mark.slow
 def test_rows_are_kept_and_those_that_are_done_are_not_done_again(tmp_path, command, table, text8):
     folder = tmp_path / "text8"
     here = ["--corpus", text8, "--output", str(folder), *TINY]
