@@ -305,6 +305,11 @@ def network(run: Run) -> None:
         run.check("network, float32", distance(net(x[:, :128], sigma), expected), 1e-4)
         with torch.autocast(run.device.type, torch.bfloat16):
             run.check("network, bfloat16", distance(net(x[:, :128], sigma), expected), 3e-2)
+            captured, plain = CapturedNetwork(net), net(x[:, :128], sigma)
+            for call in ("first", "second"):
+                found = captured(x[:, :128], sigma)
+                run.check(f"captured network, bfloat16, {call} call", distance(found, plain), 1e-3)
+                captured(x[:, :128].flip(0), sigma.flip(0))  # another batch in between
 
 
 def samples(run: Run) -> None:

@@ -1,7 +1,7 @@
 """A network for sampling whose trunk is one CUDA graph: a launch where the host makes some hundreds.
 
 A sampler asks the same network for the same batch shape step after step. Small batches are then bound by the host: one
-block is some twenty launches, and a GPU is done with each before the next arrives.
+block is many launches, and a GPU is done with each before the next arrives.
 """
 
 from __future__ import annotations
