@@ -28,18 +28,23 @@ from .waiting import has_kernels, reading_waits
 __all__ = ["philox", "uniforms", "draw_categorical", "draw_shared", "row_seeds"]
 
 _WORD = 0xFFFFFFFF
+_FACTORS = (0xD2511F53, 0xCD9E8D57)
+_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Four random 32-bit words from four words of counter and two of key, all (...) int64 holding 32 bits each."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits each; the sign bit is the highest bit
-        c0, c1 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD
-        c2, c3 = ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
+    even, odd = torch.stack([counter[0], counter[2]]), torch.stack([counter[1], counter[3]])
+    which = torch.arange(2, device=even.device).view(2, *[1] * (even.ndim - 1))
+    factors, steps = (first + which * (second - first) for first, second in (_FACTORS, _STEPS))
+    words = torch.stack(key)
+    rounds = torch.arange(10, device=even.device).view(10, *[1] * even.ndim)
+    for round_key in (words + rounds * steps).unbind():  # two words at once: of few numbers each operation counts
+        product = (even * factors).flip(0)  # 64 bits each; the sign bit is the highest bit
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(_WORD)
+        odd = product  # its upper half is cut off with what it is made of
+    odd = odd & _WORD
+    return even[0], odd[0], even[1], odd[1]
 
 
 def uniforms(seed: Tensor, draw: Tensor, position: Tensor) -> Tensor:
