@@ -127,7 +127,7 @@ def law_of_chain(pairs: Pairs, noise: Noise, method: Any, times: Tensor, start: 
     def step(x: Tensor, t: Tensor, s: Tensor, outcomes: list[Tensor]) -> list[Tensor]:
         run = Enumerating(pairs.score, pairs.graph, noise, x, outcomes)
         method(run, x, t.expand(len(x)), s.expand(len(x)))
-        return [rows[:, torch.arange(2), states].prod(-1) for rows in run.draws]  # (R, S) each
+        return [(rows[:, 0, :, None] * rows[:, 1, None]).flatten(1) for rows in run.draws]  # (R, S) each
 
     for t, s in itertools.pairwise(times):
         draws = step(states, t, s, [])
