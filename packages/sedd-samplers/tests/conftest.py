@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import math
 import os
@@ -73,7 +75,11 @@ class StructuredUniform:
 
     def __init__(self, vocab_size):
         self.num_states = vocab_size
-        self.Q = torch.full((vocab_size, vocab_size), 1 / vocab_size, dtype=torch.float64) - torch.eye(vocab_size)
+
+    @functools.cached_property
+    def Q(self):
+        """Made when it is asked for: of thousands of states it takes long."""
+        return torch.full((self.num_states,) * 2, 1 / self.num_states, dtype=torch.float64) - torch.eye(self.num_states)
 
     def rates_into(self, x):
         N = self.num_states
@@ -101,8 +107,12 @@ class StructuredAbsorbing:
     def __init__(self, vocab_size, mask_id=None):
         self.num_states = vocab_size + 1
         self.mask_id = vocab_size if mask_id is None else mask_id
-        self.Q = -torch.eye(self.num_states, dtype=torch.float64)
-        self.Q[self.mask_id] += 1
+
+    @functools.cached_property
+    def Q(self):
+        Q = -torch.eye(self.num_states, dtype=torch.float64)
+        Q[self.mask_id] += 1
+        return Q
 
     def _row(self, x, at_tokens, at_x, at_mask):
         masked = x == self.mask_id
@@ -227,11 +237,11 @@ class ExactScore:
         self.rows += len(x)
         N, L = self.p0.shape[0], self.p0.ndim
         levels, level = torch.unique(sigma, return_inverse=True)
-        p = self.marginal(levels.double()).reshape(len(levels), -1)
+        log_p = self.marginal(levels.double()).reshape(len(levels), -1).log_()
         stride = N ** torch.arange(L - 1, -1, -1)
         here = (x * stride).sum(-1)
         there = here[:, None, None] + (torch.arange(N) - x[..., None]) * stride[:, None]
-        return p[level[:, None, None], there].log() - p[level, here].log()[:, None, None]
+        return log_p[level[:, None, None], there] - log_p[level, here][:, None, None]
 
 
 class SpectralScore(ExactScore):
@@ -265,10 +275,13 @@ class SpectralScore(ExactScore):
     def __call__(self, x, sigma):
         self.calls += 1
         self.rows += len(x)
-        p = self.marginal(sigma).flatten(1).log_()
         here = x @ self.stride
-        there = self.neighbours[here]
-        return (p.gather(1, there.flatten(1)) - p.gather(1, here[:, None])).view(there.shape)
+        there = self.neighbours[here].flatten(1)
+        if len(sigma) and (sigma == sigma[0]).all():
+            log_p = self.marginal(sigma[:1]).flatten().log_()
+            return (log_p[there] - log_p[here, None]).view(*x.shape, -1)
+        p = self.marginal(sigma).flatten(1)
+        return (p.gather(1, there).log_() - p.gather(1, here[:, None]).log_()).view(*x.shape, -1)
 
 
 class ExactRows(ExactScore):
@@ -332,37 +345,38 @@ def all_states(num_states, length):
     return torch.tensor(list(itertools.product(range(num_states), repeat=length)))
 
 
-def joint(rows, states):
-    """Probabilities (R, S) of the states (S, L) under independent positions with rows (R, L, N)."""
-    picked = rows[:, torch.arange(states.shape[1]), states]
-    return picked.prod(-1)
+def joint(rows):
+    """Probabilities (R, N^L) of all states, as `all_states` has them, under independent positions of rows (R, L, N)."""
+    p = rows[:, 0]
+    for i in range(1, rows.shape[1]):
+        p = (p[:, :, None] * rows[:, i, None]).flatten(1)
+    return p
 
 
 def law_of_chain(score, graph, noise, method, times, start, *, stages=1, denoise=False):
-    """The exact law (N^L,) after stepping through `times` from the law `start`, by enumeration; no sampling."""
+    """The exact law (N^L,) after stepping through `times` from the law `start`, by enumeration; no sampling.
+
+    Many steps are enumerated at once: what a step does to a state has nothing to do with the law.
+    """
     N, L = score.p0.shape[0], score.p0.ndim
     states = all_states(N, L)
-    p = start
-    for t, s in itertools.pairwise(times):
-        if stages == 1:
-            x, outcomes = states, []
-        else:  # all pairs (x, middle)
-            x = states.repeat_interleave(len(states), 0)
-            outcomes = [states.repeat(len(states), 1)]
-        reverse = Enumerator(score, graph, noise, x.shape, outcomes)
-        method(reverse, x, t.expand(len(x)), s.expand(len(x)))
-        if stages == 1:
-            transition = joint(reverse.stages[0], states)
-        else:
-            S = len(states)
-            first = joint(reverse.stages[0].reshape(S, S, L, N)[:, 0], states)
-            second = joint(reverse.stages[1], states).reshape(S, S, S)
-            transition = torch.einsum("xm,xmy->xy", first, second)
-        p = p @ transition
+    S, p = len(states), start
+    x, outcomes = (states, None) if stages == 1 else (states.repeat_interleave(S, 0), states.repeat(S, 1))
+    for some in torch.stack([times[:-1], times[1:]], 1).split(max(1, 2**14 // len(x))):
+        K = len(some)
+        told = [] if outcomes is None else [outcomes.repeat(K, 1)]  # all pairs (x, middle)
+        reverse = Enumerator(score, graph, noise, (K * len(x), L), told)
+        method(reverse, x.repeat(K, 1), *some.repeat_interleave(len(x), 0).T)
+        transition = joint(reverse.stages[0].view(K, S, -1, L, N)[:, :, 0].reshape(K * S, L, N)).view(K, S, S)
+        if stages > 1:
+            second = joint(reverse.stages[1]).view(K, S, S, S)
+            transition = (transition[:, :, None] @ second)[:, :, 0]
+        for each in transition:
+            p = p @ each
     if denoise:
         reverse = Enumerator(score, graph, noise, states.shape)
         steps.final_denoise(reverse, states, times[-1].expand(len(states)))
-        p = p @ joint(reverse.stages[0], states)
+        p = p @ joint(reverse.stages[0])
     return p
 
 
@@ -390,6 +404,31 @@ def random_data(vocab_size, length, num_states=None, mask_id=None, *, seed=0, co
     full = torch.zeros((num_states,) * length, dtype=torch.float64)
     full[torch.meshgrid(*[tokens] * length, indexing="ij")] = p
     return full
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter():
+    """Triton's interpreter with half of its work left out: it patches its language at each call inside a kernel.
+
+    Once a launch for each set of modules does, since nothing is undone before the launch ends.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, {}
+
+    def patch_once(function):
+        own = frozenset(id(value) for value in function.__globals__.values() if inspect.ismodule(value))
+        if own not in patched:
+            patched[own] = patch(function)
+        return patched[own]
+
+    def launch_anew(self, *args, **how):
+        patched.clear()
+        return launch(self, *args, **how)
+
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(interpreter, "_patch_lang", patch_once)
+        patching.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
 
 
 @pytest.fixture(scope="session")

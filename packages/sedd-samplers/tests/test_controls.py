@@ -126,7 +126,8 @@ def one_position(ref, name, control):
     p0 = over_states(graph, P0)
 
     def posterior(x, sigma):
-        return (p0 * graph.exp(sigma[0])[x]).float()
+        levels, level = torch.unique(sigma, return_inverse=True)
+        return (p0 * graph.exp(levels)).float()[level[:, None], x]
 
     score = from_posterior(posterior, graph, controls=controls)
     return graph, score, over_states(graph, law / law.sum())

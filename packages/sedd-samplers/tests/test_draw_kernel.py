@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from sedd_samplers.fast import draw_kernel
 from sedd_samplers.fast.draw_kernel import BLOCK, draw_moves
 
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAY = {
     "Euler": lambda leaving: (1 - leaving).clamp_min(0),

@@ -304,10 +304,15 @@ EVERY: dict[str, list[Method]] = {
 
 @pytest.mark.parametrize(("name", "method"), [(name, method) for name in EVERY for method in EVERY[name]])
 def test_a_schedule_may_end_in_infinite_noise(ref, name, method):
-    """For every method, under masks and noise; a false alarm once in 10,000 seeds each."""
+    """For every method, under masks and noise; a false alarm once in 10,000 seeds each.
+
+    With one position 25 steps are as good as exact, but for two methods: by enumeration, the chi-square of 2000 samples
+    rises by at most .05 through the steps' own error, by 7 (uniform) and 8 (hybrid) under tau-leaping in so few.
+    """
     graph = GRAPHS[name](ref)
     p0 = ref.random_data(4, 1, graph.num_states, graph.mask_id)
-    x = sample(ref.ExactRows(p0, graph.Q), graph, Natural(), shape=(2000, 1), steps=100, t_min=1e-4, method=method,
+    steps = 100 if method in (TauLeaping(), PredictorCorrector()) else 25
+    x = sample(ref.ExactRows(p0, graph.Q), graph, Natural(), shape=(2000, 1), steps=steps, t_min=1e-4, method=method,
                generator=seeded())  # fmt: skip
     assert ref.chi_square(x, p0) > 1e-4
 

@@ -12,7 +12,10 @@ from sedd_samplers import Euler, FirstHitting, TauLeaping, Tweedie, Unmasking, s
 pytest.importorskip("triton")
 reverse = importlib.import_module("sedd_samplers.reverse")
 draw_kernel = importlib.import_module("sedd_samplers.fast.draw_kernel")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU benchmarks/gpu.py compares with the CPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU benchmarks/gpu.py compares with the CPU"),
+    pytest.mark.usefixtures("quick_interpreter"),
+]
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_a_seed_leads_to_the_same_sample(kind, method, drawn, where, ref, reques
         "hybrid": ref.hybrid_matrix(6),
     }[kind]
     noise = ref.LogLinear()
-    how = {"shape": (3, 5), "steps": 4, "seeds": torch.arange(3), "method": method}
+    how = {"shape": (2, 4), "steps": 3, "seeds": torch.arange(2), "method": method}
     score = score_of(graph.num_states, where=where)
     expected = sample(score, graph, noise, **how)
     taken = request.getfixturevalue("by_kernels")

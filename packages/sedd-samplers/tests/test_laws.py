@@ -105,13 +105,16 @@ FOR_MASKS = [Unmasking(), Remasking(capped(0.3)), Remasking(rescaled(0.5)), Rema
     + [("absorbing", method) for method in FOR_MASKS],
 )
 def test_one_token_is_exact_in_any_number_of_steps(ref, name, method):
-    """With a single position the Tweedie step is the true reverse; Euler is not, and the test can tell."""
+    """With a single position the Tweedie step is the true reverse; Euler is not, and the test can tell.
+
+    Of the least of Euler's errors, total variation .027 (hybrid), 100,000 samples have a chi-square of 740.
+    """
     graph, _ = problem(ref, name)
     vocab_size = graph.num_states - (graph.mask_id is not None)
     p0 = ref.random_data(vocab_size, 1, graph.num_states, graph.mask_id)
     noise = ref.Linear(12.0 if name != "hybrid" else 24.0)
     x = sample(
-        ref.ExactRows(p0, graph.Q), graph, noise, shape=(4 * SAMPLES, 1), steps=4, t_min=0.01, method=method,
+        ref.ExactRows(p0, graph.Q), graph, noise, shape=(2 * SAMPLES, 1), steps=4, t_min=0.01, method=method,
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
     exact = ref.chi_square(x, p0) > ALARM

@@ -130,7 +130,7 @@ def corrected(ref, graph, score, sigma, delta, law, kernel=correct):
     reverse = ref.Enumerator(score, graph, ref.Linear(1.0), states.shape)
     level = torch.full((len(states),), sigma, dtype=torch.float64)
     kernel(reverse, states, level, torch.full_like(level, delta))
-    return law @ ref.joint(reverse.stages[0], states)
+    return law @ ref.joint(reverse.stages[0])
 
 
 @pytest.mark.parametrize("name", GRAPHS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,21 @@ from sedd_samplers.guidance import classifier_free, classifier_guided, first_ord
 from sedd_samplers.randomness import uniforms
 from sedd_samplers.testing import Peak, little_is_held
 
+pieces = importlib.import_module("sedd_samplers.fast.answer")
 ALARM = 1e-4
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of a 32nd of their size: what is held then has the same share of an answer of a 32nd of the size."""
+
+    plain = pieces.rows_at_a_time
+
+    def rows_at_a_time(num_states, device):
+        return max(1, plain(num_states, device) // 32)
+
+    for module in ("fast.answer", "guidance", "infilling", "multistage"):
+        monkeypatch.setattr(f"sedd_samplers.{module}.rows_at_a_time", rows_at_a_time)
 
 
 class Counting:
@@ -60,21 +75,21 @@ class Counting:
         return context[where.nonzero()[:, 0]] * place[where.nonzero()[:, 1], None]
 
 
-@pytest.mark.parametrize(("length", "share"), [(1024, 0.63), (256, 0.22)])
+@pytest.mark.parametrize(("length", "share"), [(512, 0.63), (128, 0.22)])
 def test_calls_and_head_rows_are_those_of_the_moves(ref, length, share):
-    """Calls within 5 % of N (1 - (1 - 1/N)^L) of N = 1024 steps, and L rows of the head in the whole run.
+    """Calls within 5 % of N (1 - (1 - 1/N)^L) of N = 512 steps, and L rows of the head in the whole run.
 
-    Two sequences' mean number of calls has a standard deviation of about 1 %; fixed seeds.
+    Four sequences' mean number of calls has a standard deviation of about 1 %; fixed seeds.
     """
-    network, steps = Counting(4, dtype=torch.float32), 1024
+    network, steps = Counting(4, dtype=torch.float32), 512
     graph = ref.StructuredAbsorbing(3)
-    x = sample(from_logits(network, graph), graph, ref.LogLinear(), shape=(2, length), steps=steps,
-               method=Unmasking(), seeds=range(2))  # fmt: skip
+    x = sample(from_logits(network, graph), graph, ref.LogLinear(), shape=(4, length), steps=steps,
+               method=Unmasking(), seeds=range(4))  # fmt: skip
     assert not (x == 3).any()
     expected = steps * (1 - (1 - 1 / steps) ** length)
     assert expected / steps == pytest.approx(share, abs=0.01)
-    assert network.sequences / 2 == pytest.approx(expected, rel=0.05)
-    assert network.head_rows == 2 * length
+    assert network.sequences / 4 == pytest.approx(expected, rel=0.05)
+    assert network.head_rows == 4 * length
 
 
 def test_unmasking_follows_the_law_of_tweedies_steps(ref):
@@ -208,12 +223,17 @@ def test_a_model_that_knows_the_time_is_not_cached(ref):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_beside_the_network_s_answer_only_pieces_are_held_whatever_the_number_of_steps(ref, adapted):
-    """With an adapter or without, no tensor of the answer's size, which is 16 pieces; temporaries may be half of it."""
+def test_beside_the_network_s_answer_only_pieces_are_held_whatever_the_number_of_steps(ref, adapted, request):
+    """With an adapter or without, no tensor of the answer's size, which is 16 pieces; temporaries may be half of it.
+
+    Without, pieces have the size that they have in use.
+    """
     buffers = 0.5
-    num_states, shape = 4096, (8, 512)
+    num_states, shape = 4096, (8, 16 if adapted else 512)
+    if adapted:
+        request.getfixturevalue("small_pieces")
     graph = ref.StructuredAbsorbing(num_states - 1)
-    answer = torch.rand(8 * 512, num_states)
+    answer = torch.rand(shape[0] * shape[1], num_states)
     peaks = []
     for steps in (1, 4):
         network = lambda x, sigma, where: answer[: int(where.sum())]  # noqa: E731, nothing allocated here
@@ -282,25 +302,27 @@ HELD: dict[str, tuple[Method, tuple[Control, ...]]] = {
 }
 
 
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("name", HELD)
 def test_no_method_or_control_holds_half_of_what_the_network_returns(ref, name):
     """Beside the network's answer, which is 16 pieces here: 1.5 units in all, the answer being one."""
     method, controls = HELD[name]
-    num_states, shape = 4096, (8, 512)
+    num_states, shape = 4096, (8, 16)
     graph = ref.StructuredAbsorbing(num_states - 1)
-    answer = torch.rand(8 * 512, num_states)
+    answer = torch.rand(8 * 16, num_states)
     score = from_logits(lambda x, sigma, where: answer[: int(where.sum())], graph, controls=controls)
     with Peak() as memory:
         sample(score, graph, ref.LogLinear(), shape=shape, steps=2, seeds=range(8), method=method, denoise=False)
     assert memory.peak / (answer.numel() * 4) < 0.5 + 0.25 * (name == "trapezoidal")  # the rates of a fourth, kept
 
 
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("log_probs", [False, True])
 def test_planning_and_telling_hold_as_little(ref, log_probs):
     """A planner whose answer is the network's own; and every number that is told is one a position."""
-    num_states, shape = 4096, (8, 512)
+    num_states, shape = 4096, (8, 16)
     graph = ref.StructuredAbsorbing(num_states - 1)
-    answer = torch.rand(8 * 512, num_states)
+    answer = torch.rand(8 * 16, num_states)
     network = lambda x, sigma, where: answer[: int(where.sum())]  # noqa: E731
     x = torch.zeros(shape, dtype=torch.int64)
     score, method = from_logits(network, graph), PathPlanning(network)

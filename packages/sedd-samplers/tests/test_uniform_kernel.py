@@ -11,6 +11,8 @@ triton = pytest.importorskip("triton")
 
 from sedd_samplers.fast.uniform_kernel import BLOCK, uniforms_by_kernel  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
+
 
 @pytest.mark.parametrize("count", [0, 1, 7, BLOCK, 2 * BLOCK + 3])
 def test_same_numbers(count):

@@ -38,6 +38,10 @@ BATCH, LENGTH, WORDS = 7, 5, 9
 class NoFloat64(TorchDispatchMode):
     """Refuses every float64 tensor of the batch's size or more; grids and single numbers live on the host."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled inside, and to keep the compiler off each operation takes long
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
