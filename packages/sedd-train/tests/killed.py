@@ -1,8 +1,9 @@
 """Trains in processes that are killed again and again: python killed.py RECIPE FOLDER CACHE MOMENT KILLS.
 
 FOLDER/undisturbed is the run that nothing happens to. FOLDER/run is killed so many times at a random point of the
-moment, "saving" or "resuming", goes on each time from what it finds, and is let run to its end. Prints how it went, as
-JSON. The runs are children of this process, which has imported everything: a start takes a second, not ten.
+moment, "saving", "resuming" or "saving-shards", goes on each time from what it finds, and is let run to its end. Shards
+are saved by two ranks, one of which is killed; the other has to find out and to end. Prints how it went, as JSON. The
+runs are children of this process, which has imported everything: a start takes a second, not ten.
 """
 
 from __future__ import annotations
@@ -18,23 +19,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
-from sedd_train import checkpoint, recipes, train
+from sedd_train import checkpoint, distributed, recipes, sharding, train
 
 MOST = 5  # tries for each kill that is to meet its moment
 
 
-def begin(recipe: recipes.Recipe, output: Path, cache: Path) -> int:
+def begin(recipe: recipes.Recipe, output: Path, cache: Path, place: dict[str, str] | None = None) -> int:
     """A process that begins the run, or goes on with it; its number."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
+        os.environ |= place or {}
         train(recipe, output=output, cache=cache, resume="auto", tensorboard=False)
         code = 0
     except BaseException:
         traceback.print_exc()
     os._exit(code)
+
+
+def begin_two(recipe: recipes.Recipe, output: Path, cache: Path) -> list[int]:
+    """The two ranks of a run."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
+    places = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [begin(recipe, output, cache, place) for place in places]
 
 
 def ended(child: int) -> int:
@@ -76,6 +85,23 @@ def kill_while_saving(recipe: recipes.Recipe, output: Path, cache: Path, draw: r
     return bool(half_written(output) - before)
 
 
+def kill_one_while_saving(recipe: recipes.Recipe, output: Path, cache: Path, draw: random.Random) -> bool:
+    """Whether a checkpoint was being written when one rank was killed, and the other ended within a minute."""
+    before, children = half_written(output), begin_two(recipe, output, cache)
+    wait(children[0], lambda: bool(half_written(output) - before))
+    time.sleep(draw.uniform(0, 0.03))
+    victim = children.pop(draw.randrange(2))
+    os.kill(victim, signal.SIGKILL)
+    met = bool(half_written(output) - before)
+    assert ended(victim) == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while not (left := os.waitpid(children[0], os.WNOHANG))[0]:
+        assert time.monotonic() < deadline, "the other rank waits for ever"
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(left[1]) == 1
+    return met
+
+
 def kill_while_resuming(recipe: recipes.Recipe, output: Path, cache: Path, draw: random.Random, takes: float) -> bool:
     """Whether no step had been taken since the start when the run was killed."""
     found = checkpoint.find(output / "checkpoints")
@@ -87,12 +113,21 @@ def kill_while_resuming(recipe: recipes.Recipe, output: Path, cache: Path, draw:
     return checkpoint.find(output / "checkpoints") == found
 
 
+def finished(recipe: recipes.Recipe, output: Path, cache: Path, two: bool) -> bool:
+    """Whether a run came to its end, undisturbed."""
+    children = begin_two(recipe, output, cache) if two else [begin(recipe, output, cache)]
+    return [ended(child) for child in children] == [0] * len(children)
+
+
 def main() -> None:
     """Kill, go on, and say how it went."""
     assert deepspeed.__version__  # imported for its children
     recipe, folder, cache = recipes.read_recipe(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     moment, kills = sys.argv[4], int(sys.argv[5])
-    assert ended(begin(recipe, folder / "undisturbed", cache)) == 0
+    shards = moment == "saving-shards"
+    if shards:
+        sharding.ABOVE = 0
+    assert finished(recipe, folder / "undisturbed", cache, shards)
     run, draw, met, tries, takes = folder / "run", random.Random(0), 0, 0, 0.0
     if moment == "resuming":
         for _ in range(2):  # the second time it goes on, and is measured
@@ -104,12 +139,14 @@ def main() -> None:
             assert ended(child) == -signal.SIGKILL
     while met < kills and tries < MOST * kills:
         tries += 1
-        if moment == "saving":
+        if shards:
+            met += kill_one_while_saving(recipe, run, cache, draw)
+        elif moment == "saving":
             met += kill_while_saving(recipe, run, cache, draw)
         else:
             met += kill_while_resuming(recipe, run, cache, draw, takes)
     assert not (run / "export").exists()
-    assert ended(begin(recipe, run, cache)) == 0
+    assert finished(recipe, run, cache, shards)
     print(json.dumps({"met": met, "tries": tries, "left": len(half_written(run))}))
 
 

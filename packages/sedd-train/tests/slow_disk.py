@@ -19,17 +19,17 @@ from sedd_train import checkpoint, distributed, recipes, train, zero_shards
 
 source, output, cache = [given for given in sys.argv[1:] if not given.startswith("--")]  # a launcher adds its own
 SECONDS = 20  # of the ranks' timeout
-write, gather = checkpoint._write, zero_shards.gather
+publish, gather = checkpoint._publish, zero_shards.gather
 kept: list[int] = []
 
 
 def slowly(*given: Any) -> None:
     """As on a slow disk."""
     time.sleep(SECONDS + 5)
-    write(*given)
+    publish(*given)
 
 
-def counted(*given: Any, keep: bool = True, **how: Any) -> dict[str, torch.Tensor]:
+def counted(*given: Any, keep: Any = None, **how: Any) -> dict[str, torch.Tensor]:
     """How many tensors a rank has for a checkpoint."""
     found = gather(*given, keep=keep, **how)
     kept.append(len(found))
@@ -38,7 +38,7 @@ def counted(*given: Any, keep: bool = True, **how: Any) -> dict[str, torch.Tenso
 
 with (
     mock.patch.object(distributed, "TIMEOUT", timedelta(seconds=SECONDS)),
-    mock.patch.object(checkpoint, "_write", slowly),
+    mock.patch.object(checkpoint, "_publish", slowly),
     mock.patch.object(zero_shards, "gather", counted),
 ):
     recipe = recipes.for_run(Path(output), source, {}, resume=False)

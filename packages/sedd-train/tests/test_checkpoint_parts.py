@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import checkpoint, distributed, load, pretrained, recipes, storage, zero_shards
+from sedd_train import checkpoint, load, pretrained, recipes, storage, zero_shards
 from sedd_train.text8 import character_tokenizer
 from torch import Tensor, nn
 
@@ -32,12 +32,6 @@ def network(seed: int = 0) -> SEDD:
 def alone(monkeypatch):
     """A world of one process that was never started, whose masters are the network's own weights."""
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed, "patient", lambda: "the patient group")
-
-    def broadcast(objects: list[Any], *, src: int, group: str) -> None:
-        assert (src, group) == (0, "the patient group")
-
-    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
     return monkeypatch
 
 
@@ -52,8 +46,8 @@ def engine_of(net: nn.Module, states: dict[Tensor, dict[str, Any]]) -> Any:
 
 
 def averages(net: nn.Module, updates: int = 5) -> Any:
-    def gather(*, keep: bool) -> dict[str, Tensor]:
-        assert keep  # of the rank that writes
+    def gather(*, keep: Any) -> dict[str, Tensor]:
+        assert keep is None  # all, of the rank that writes
         return {name: p.detach() + 1 for name, p in net.named_parameters()}
 
     return SimpleNamespace(updates=updates, gather=gather)

@@ -9,7 +9,9 @@ What one process does is done in this one, and what two do by one program (`two_
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +20,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from sedd_train import distributed, recipes, train
+from sedd_train import checkpoint, distributed, load, recipes, train
 from sedd_train.engine import launch_step
 
 pytestmark = pytest.mark.filterwarnings("default")  # DeepSpeed warns
 STEPS = 12
+SIXTH, LAST = "checkpoints/step-00000006", f"checkpoints/step-{STEPS:08d}"
+KINDS = ("weights", "exp_avg", "exp_avg_sq")
+SHARDS = [f"training-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +98,76 @@ def test_two_ranks_measure_what_one_process_does(stage, runs, measured):
             assert after[name] == pytest.approx(before[name], rel=1e-4), name
 
 
+def same_state(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same, to the last bit, in whatever files."""
+    left, right = checkpoint.read(one), checkpoint.read(other)
+    parts = [
+        *((left.weights, right.weights), (left.average, right.average)),
+        *((left.moments[moment], right.moments[moment]) for moment in ("exp_avg", "exp_avg_sq")),
+    ]
+    counters = ("step", "adam_steps", "ema_updates", "bound", "loss_scale", "fingerprint")
+    return all(left.manifest[name] == right.manifest[name] for name in counters) and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in parts
+    )
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_that_one_rank_was_asked_to_leave_goes_on_to_the_same_weights(stage, runs, losses):
-    """Every digit. That it saved when it left, and left nothing finished, `two_ranks.py` has seen."""
+    """Every digit, in one file and in shards.
+
+    That it saved when it left, and what the second rank's full disk does in between, `two_ranks.py` has seen.
+    """
     undisturbed, left = runs / f"stage-{stage}", runs / f"left-{stage}"
     assert losses(left) == losses(undisturbed)
-    for file in ("export/model.safetensors", f"checkpoints/step-{STEPS:08d}/training.safetensors"):
-        one, other = (safetensors.torch.load_file(run / file) for run in (undisturbed, left))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one), file
+    one, other = (safetensors.torch.load_file(run / "export" / "model.safetensors") for run in (undisturbed, left))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_state(undisturbed / LAST, left / LAST)
+
+
+def test_both_ranks_write_a_shard(runs):
+    """Under ZeRO 3 and 1; what they hold together is what one file does, and is read by whoever reads that."""
+    for run, sharded in (("stage-3", False), ("left-3", True), ("handed-one", False), ("handed-shards", True)):
+        names = sorted(path.name for path in (runs / run / LAST).glob("training*"))
+        assert names == (SHARDS if sharded else ["training.safetensors"]), run
+    shards = [safetensors.torch.load_file(runs / "left-3" / LAST / name) for name in SHARDS]
+    assert not shards[0].keys() & shards[1].keys()
+    assert {name.split("/", 1)[1] for name in shards[0]} == {
+        name.split("/", 1)[1] for name in shards[0] if "sq" in name
+    }
+    sizes = [sum(tensor.numel() for tensor in shard.values()) for shard in shards]
+    average = sum(tensor.numel() for tensor in checkpoint.read(runs / "left-3" / LAST).average.values())
+    assert abs(sizes[0] + average - sizes[1]) < 0.2 * sum(sizes), "one rank writes much more than the other"
+    modes = {path.stat().st_mode for path in (runs / "left-3" / LAST).iterdir()}
+    assert len(modes) == 1
+    assert all(torch.isfinite(p).all() for p in load(runs / "left-3" / LAST).net.parameters())
+
+
+def test_a_run_goes_on_from_shards_as_from_one_file(runs, here, tmp_path):
+    """On two ranks under ZeRO 1, and on one without ZeRO; from the same bits to the same bits."""
+    assert same_state(runs / "stage-3" / SIXTH, runs / "left-3" / SIXTH)
+    assert same_state(runs / "handed-one" / LAST, runs / "handed-shards" / LAST)
+    for run in ("stage-3", "left-3"):
+        shutil.copytree(runs / run / SIXTH, tmp_path / run / SIXTH)
+        shutil.copy(runs / run / "recipe.toml", tmp_path / run)
+        here(tmp_path / run, resume=True, zero_stage=0)
+    assert same_state(tmp_path / "stage-3" / LAST, tmp_path / "left-3" / LAST)
+    assert sorted(path.name for path in (tmp_path / "left-3" / LAST).glob("training*")) == ["training.safetensors"]
+
+
+def test_a_shard_that_is_gone_or_torn_is_told(runs, tmp_path):
+    for fault, told in ((Path.unlink, "incomplete"), (lambda path: path.write_bytes(b""), SHARDS[1])):
+        shutil.copytree(runs / "left-3" / "checkpoints", tmp_path, dirs_exist_ok=True)
+        fault(tmp_path / Path(LAST).name / SHARDS[1])
+        with pytest.warns(UserWarning, match=rf"{Path(LAST).name}.*{told}"):
+            assert checkpoint.find(tmp_path) == tmp_path / Path(SIXTH).name
+        with pytest.raises(checkpoint.CheckpointError, match=SHARDS[1]):
+            checkpoint.read(tmp_path / Path(LAST).name)
+    manifest = json.loads((runs / "left-3" / LAST / "manifest.json").read_text())
+    del manifest["files"][SHARDS[0]]
+    (tmp_path / Path(LAST).name / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(checkpoint.CheckpointError, match=f"incomplete .{SHARDS[0]} is not in its manifest"):
+        checkpoint.read(tmp_path / Path(LAST).name)
 
 
 def test_a_run_goes_on_with_other_ranks_and_another_stage(runs, losses):

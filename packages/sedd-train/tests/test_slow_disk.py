@@ -35,7 +35,8 @@ def test_the_others_wait_for_as_long_as_the_first_writes(text, cache, values, tm
     assert checkpoint.read(found).step == 1
     first, second = (json.loads((tmp_path / "run" / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert (first[0], second[0]) == (1, 1)
-    # Gathered are the average, to be measured, of all ranks; then weights, two moments and average, to be written.
+    # Gathered are the average, to be measured, of all ranks; then weights, two moments and average, to be written, and
+    # the average again, to be exported.
     assert all(first[1])
     assert second[1][0] == first[1][0]
-    assert second[1][1:5] == [0, 0, 0, 0]
+    assert second[1][1:] == [0, 0, 0, 0, 0]

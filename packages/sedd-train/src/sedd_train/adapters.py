@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["add_adapters", "has_adapters", "merged"]
+__all__ = ["add_adapters", "has_adapters", "trained", "merged"]
 
 THIN = r".*blocks\.\d+\.(attn_qkv|attn_out|mlp\.0)"  # a block's other matrices take their input changed, or modulate
 ADAPTER = "sedd"
@@ -47,6 +47,11 @@ def add_adapters(net: nn.Module, *, rank: int, alpha: float, seed: int) -> None:
 def has_adapters(net: nn.Module) -> bool:
     """Whether LoRA's matrices stand beside the network's."""
     return any(hasattr(module, "lora_A") for module in net.modules())
+
+
+def trained(net: nn.Module) -> set[str]:
+    """The names of what is trained of a network with LoRA; none of a network without."""
+    return {name for name, p in net.named_parameters() if p.requires_grad} if has_adapters(net) else set()
 
 
 def merged(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

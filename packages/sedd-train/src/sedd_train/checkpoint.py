@@ -5,7 +5,8 @@ A checkpoint is a folder `step-00000500` with
   `sedd_train.load` and `SEDD.from_pretrained` read;
 - `training.safetensors`: the weights and AdamW's two moments, or Muon's one, by name and whole. They depend neither on
   the ZeRO stage nor on the number of ranks, so a run may continue with others. With LoRA, whose matrices are added to
-  the others' in `model.safetensors`, the averages of both are here, too;
+  the others' in `model.safetensors`, the averages of both are here, too. Of a network of more than 10^9 parameters they
+  are in several such files, which ranks of one machine write side by side (`sedd_train.sharding`);
 - `manifest.json`: the counters, the recipe, and every file's SHA-256.
 
 It is written under another name, synchronised to the disk, and renamed; then `latest` is replaced in the same way. A
@@ -22,6 +23,8 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ import torch.distributed as dist
 from sedd_nets.files import read_json, write_checkpoint
 from torch import Tensor, nn
 
-from sedd_train import adapters, distributed, storage, zero_shards
+from sedd_train import adapters, distributed, moments, sharding, storage, zero_shards
 from sedd_train.ema import EMA
 from sedd_train.loggers import to_json
 
@@ -42,7 +45,6 @@ __all__ = [
 ]
 
 NAME = re.compile(r"step-\d{8,}")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class CheckpointError(Exception):
@@ -87,7 +89,9 @@ def save(
     bound: float | None = None,
     **more: Any,
 ) -> Path:
-    """Write the checkpoint of a step, and remove all but the last `keep` and the best. Collective; rank 0 writes.
+    """Write the checkpoint of a step, and remove all but the last `keep` and the best. Collective.
+
+    Rank 0 writes it or, of a large network, all ranks of its machine.
 
     Args:
         run: the folder of the run's checkpoints.
@@ -105,58 +109,68 @@ def save(
     Raises:
         CheckpointError: on every rank, if it could not be written; the checkpoints before it are intact.
     """
-    writes = dist.get_rank() == 0
-    weights = zero_shards.frozen(engine, keep=writes) | zero_shards.gather(engine, keep=writes)
-    tensors = _named("weights", weights)
-    states = engine.basic_optimizer.state
-    pieces = [states.get(master, {}) for master in zero_shards.owned(engine)]
-    adam_steps = 0
-    if all("exp_avg" in piece for piece in pieces):
-        adam_steps = max((int(piece.get("step", 0)) for piece in pieces), default=0)
-        first, second = MOMENTS
-        tensors |= _named(first, zero_shards.gather(engine, [piece[first] for piece in pieces], keep=writes))
-        lacking = _of_muon(engine)
-        squares = [piece.get(second, torch.zeros_like(piece[first])) for piece in pieces]
-        whole = zero_shards.gather(engine, squares, keep=writes)
-        tensors |= _named(second, {name: value for name, value in whole.items() if name not in lacking})
-    average = ema.gather(keep=writes)
-    if adapters.has_adapters(engine.module.net):
-        trained = {name for name, parameter in engine.module.net.named_parameters() if parameter.requires_grad}
-        tensors |= _named("average", {name: value for name, value in average.items() if name in trained})
+    rank, net = dist.get_rank(), engine.module.net
     folder = run / f"step-{step:08d}"
-    failure: list[str | None] = [None]
-    if writes:
-        counters = {"step": step, "adam_steps": adam_steps, "ema_updates": ema.updates, "bound": bound}
-        counters |= {"loss_scale": engine.loss_scale_of_ours.state}
-        try:
-            _write(folder, engine.module.net, average, tensors, tokenizer, sections, counters | more)
-            _prune(run, keep, keep_every)
-        except Exception as error:  # of any type, or the other ranks would wait for a word that never comes
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0, group=distributed.patient())  # a large one takes long to write
-    if failure[0] is not None:
-        last = find(run)
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be written to {run}: {failure[0]}. "
-            + (
-                f"The last good one is {last}; make room, and continue from it with --resume"
-                if last
-                else "None is left"
-            )
-        )
+    scratch = run / distributed.tell(f".{folder.name}.{os.getpid()}")[0]  # the first rank's
+    try:
+        with _all_or_none(run, step, scratch):
+            if rank == 0:
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir(parents=True)
+        shares = sharding.shares(net, sharding.writers(net, scratch))
+        mine, names = shares.get(rank, set()), sharding.file_names(shares)
+        tensors = _named("weights", zero_shards.frozen(engine, keep=mine) | zero_shards.gather(engine, keep=mine))
+        states, adam_steps = moments.gather(engine, mine)
+        for moment, values in states.items():
+            tensors |= _named(moment, values)
+        thin = adapters.trained(net)
+        average = ema.gather(keep=None if rank == 0 else mine & thin)
+        tensors |= _named("average", {name: average[name] for name in average if name in mine & thin})
+        sums: dict[str, str] = {}
+        with _all_or_none(run, step, scratch):
+            if rank == 0:
+                export(scratch, net, average, tokenizer, sections)
+                own = [path for path in scratch.iterdir() if path.name not in names.values()]
+                sums = {path.name: _sha256(path) for path in own}
+            if rank in shares:
+                sums[names[rank]] = _write(scratch / names[rank], tensors)
+        files = {name: digest for told in distributed.tell(sums) for name, digest in told.items()}
+        with _all_or_none(run, step, scratch):
+            if rank == 0:
+                counters = {"step": step, "adam_steps": adam_steps, "ema_updates": ema.updates, "bound": bound}
+                counters |= {"loss_scale": engine.loss_scale_of_ours.state}
+                _publish(scratch, folder, counters | more | {"files": dict(sorted(files.items()))})
+                _prune(run, keep, keep_every)
+    finally:
+        if rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _all_or_none(run: Path, step: int, scratch: Path) -> Iterator[None]:
+    """What goes wrong on any rank with its part of a checkpoint ends the writing of it on all. Collective."""
+    failure, cause = "", None
+    try:
+        yield
+    except Exception as error:  # of any type, or the other ranks would wait for a word that never comes
+        failure, cause = str(error) or repr(error), error
+    failure = distributed.agree(failure)  # a large part takes long to write
+    if not failure:
+        return
+    last = None
+    if dist.get_rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)  # before the others go, and a launcher ends this one for it
+        with suppress(OSError):
+            last = find(run)
+    last = distributed.tell(last)[0]
+    left = f"The last good one is {last}; make room, and continue from it with --resume" if last else "None is left"
+    told = f"the checkpoint of step {step} could not be written to {run}: {failure}. {left}"
+    raise CheckpointError(told) from cause
 
 
 def _named(kind: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{kind}/{name}": value for name, value in values.items()}
-
-
-def _of_muon(engine: Any) -> dict[str, nn.Parameter]:
-    """The weights that Muon trains, by name: whole, for it is without ZeRO, and without a second moment."""
-    groups = engine.basic_optimizer.param_groups
-    taken = {id(weight) for group in groups if "parts" in group for weight in group["params"]}
-    named = engine.module.net.named_parameters() if taken else ()
-    return {name: weight for name, weight in named if id(weight) in taken}
 
 
 def _with_buffers(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -207,26 +221,20 @@ def set_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
             parameter.copy_(weights[name])
 
 
-def _write(
-    folder: Path,
-    net: nn.Module,
-    average: dict[str, Tensor],
-    tensors: dict[str, Tensor],
-    tokenizer: Any,
-    sections: dict[str, Any],
-    manifest: dict[str, Any],
-) -> None:
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        export(scratch, net, average, tokenizer, sections)
-        safetensors.torch.save_file(tensors, scratch / "training.safetensors")
-        shutil.copymode(scratch / "config.json", scratch / "training.safetensors")  # who reads one reads all
-        files = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
-        (scratch / "manifest.json").write_text(to_json(manifest | {"files": files}, indent=1))
-        storage.publish(scratch, folder)  # in place of one of a run that was resumed before it
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors to a file, on the disk when this returns; its SHA-256."""
+    safetensors.torch.save_file(tensors, path)
+    with path.open("rb+") as file:
+        storage.synchronise(file)
+    return _sha256(path)
+
+
+def _publish(scratch: Path, folder: Path, manifest: dict[str, Any]) -> None:
+    """Give a checkpoint that is written its manifest and its name, and `latest` to it."""
+    for path in scratch.glob("training*.safetensors"):
+        shutil.copymode(scratch / "config.json", path)  # who reads one reads all
+    (scratch / "manifest.json").write_text(to_json(manifest, indent=1))
+    storage.publish(scratch, folder)  # in place of one of a run that was resumed before it
     storage.write_text(folder.with_name("latest"), folder.name)
 
 
@@ -252,7 +260,7 @@ def _prune(run: Path, keep: int, keep_every: int = 0) -> None:
     for folder in [*_folders(run), *run.glob(".step-*")]:
         milestone = keep_every and not folder.name.startswith(".") and int(folder.name[5:]) % keep_every == 0
         if folder not in kept and not milestone:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=folder.name.startswith("."))  # one that a dying rank writes to still
     for file in run.glob(".latest.*"):
         file.unlink()
 
@@ -285,6 +293,8 @@ def damage(folder: Path) -> str | None:
                 raise ValueError(f"manifest.json: {name} must be a number of at least 0; got {count!r:.100}")
         if not isinstance(files, dict) or not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in files):
             raise ValueError(f"manifest.json: files must name files of the folder and their sums; got {files!r:.200}")
+        if lacking := sharding.lacking(files):
+            return f"{folder} is incomplete ({lacking} is not in its manifest)"
         for name, digest in files.items():
             if _sha256(folder / name) != digest:
                 return f"{folder / name} is not as it was written (its checksum differs)"
@@ -317,16 +327,19 @@ def read(folder: Path) -> Checkpoint:
     wrong = damage(folder)
     if wrong is not None:
         raise CheckpointError(wrong)
-    tensors = safetensors.torch.load_file(folder / "training.safetensors")
+    manifest = read_json(folder / "manifest.json")
+    tensors: dict[str, Tensor] = {}
+    for name in sharding.files(manifest["files"]):
+        tensors |= safetensors.torch.load_file(folder / name)
 
     def part(kind: str) -> dict[str, Tensor]:
         return {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
 
-    moments = {moment: values for moment in MOMENTS if (values := part(moment))}
+    states = {moment: values for moment in moments.MOMENTS if (values := part(moment))}
     average = safetensors.torch.load_file(folder / "model.safetensors")
     if thin := part("average"):  # of a network with LoRA, the rest of which is frozen
         average = part("weights") | thin
-    return Checkpoint(folder, read_json(folder / "manifest.json"), part("weights"), moments, average)
+    return Checkpoint(folder, manifest, part("weights"), states, average)
 
 
 def last(run: Path, fingerprint: str) -> Checkpoint:
@@ -351,15 +364,7 @@ def last(run: Path, fingerprint: str) -> Checkpoint:
 def restore(checkpoint: Checkpoint, engine: Any, ema: EMA) -> None:
     """Bring the optimiser and the moving average where they were. The engine was started from `checkpoint.weights`."""
     if checkpoint.moments:
-        lacking = _of_muon(engine)
-        no_second = {name: torch.zeros_like(weight) for name, weight in lacking.items()}
-        moments = {name: zero_shards.scatter(engine, no_second | values) for name, values in checkpoint.moments.items()}
-        without = {id(weight) for weight in lacking.values()}
-        steps = float(checkpoint.manifest["adam_steps"])
-        for i, master in enumerate(zero_shards.owned(engine)):
-            kept = MOMENTS[:1] if id(master) in without else MOMENTS
-            state = {name: moments[name][i] for name in kept}
-            engine.basic_optimizer.state[master] = {"step": torch.tensor(steps, device=master.device), **state}
+        moments.restore(engine, checkpoint.moments, int(checkpoint.manifest["adam_steps"]))
     engine.loss_scale_of_ours.restore(checkpoint.manifest.get("loss_scale", [1.0, 0]))
     net = engine.module.net
     average = net.own_keys(checkpoint.average) if hasattr(net, "own_keys") else checkpoint.average  # as it is published

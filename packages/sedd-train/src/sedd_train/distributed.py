@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from sedd_train.launchers import adopt
 
-__all__ = ["place", "say", "agree", "by_leader", "patient", "start", "finish", "free_port", "keep_memory"]
+__all__ = ["place", "say", "tell", "agree", "by_leader", "patient", "start", "finish", "free_port", "keep_memory"]
 
 TIMEOUT = timedelta(minutes=10)  # of what all ranks do together, in training
 
@@ -49,18 +49,25 @@ def say(text: str) -> None:
             tqdm.write(text)
 
 
-def agree(failure: str) -> str:
-    """What went wrong on any of the ranks before a run, said once and by name; nothing if nothing did. Collective.
-
-    Every rank calls this once, with what went wrong on it or an empty text, after as long as it takes: a rank that left
-    without a word would leave the others waiting, or its user without a reason.
-    """
+def tell(value: Any) -> list[Any]:
+    """What every rank tells, by rank. Collective, once started; any of them may take days before it tells."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
-        return failure
-    start()
-    failures = [""] * world_size
-    dist.all_gather_object(failures, failure, group=patient())
+        return [value]
+    told: list[Any] = [None] * world_size
+    dist.all_gather_object(told, value, group=patient())
+    return told
+
+
+def agree(failure: str) -> str:
+    """What went wrong on any of the ranks in what each did alone, said once and by name; nothing if nothing did.
+
+    Collective. Every rank calls this once, with what went wrong on it or an empty text, after as long as it takes: a
+    rank that left without a word would leave the others waiting, or its user without a reason.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        start()
+    failures = tell(failure)
     ranks: dict[str, list[int]] = {}
     for number, text in enumerate(failures):
         if text:
@@ -86,9 +93,7 @@ def by_leader(work: Callable[[], str], asked: str) -> str:
     if world_size == 1:
         return work()
     start()
-    slow = patient()
-    hosts: list[Any] = [None] * world_size
-    dist.all_gather_object(hosts, (socket.gethostname(), asked), group=slow)
+    hosts = tell((socket.gethostname(), asked))
     leader = next(number for number, (host, _) in enumerate(hosts) if host == hosts[rank][0])
     made, failure = "", ""
     if rank == leader:
@@ -96,8 +101,7 @@ def by_leader(work: Callable[[], str], asked: str) -> str:
             made = work()
         except (ValueError, OSError) as error:
             failure = str(error) or repr(error)
-    told: list[Any] = [None] * world_size
-    dist.all_gather_object(told, (made, failure), group=slow)
+    told = tell((made, failure))
     if asked != hosts[leader][1]:
         raise ValueError(f"was started with {asked}, and rank {leader} with {hosts[leader][1]}")
     if told[leader][1]:

@@ -7,6 +7,7 @@ float32 master weights that it owns: no communication, and no more memory than i
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -39,10 +40,10 @@ class EMA:
         torch._foreach_lerp_(self.pieces, masters, 1 - decay)
         self.updates += 1
 
-    def gather(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """The averaged weights by name, whole, and those that are not trained, on the CPU of ranks that keep them.
+    def gather(self, *, keep: Container[str] | None = None) -> dict[str, Tensor]:
+        """The averaged weights by name, whole, and those that are not trained, on the CPU.
 
-        Collective.
+        Collective. A rank gets those that it is to `keep`: all unless given.
         """
         return zero_shards.frozen(self.engine, keep=keep) | zero_shards.gather(self.engine, self.pieces, keep=keep)
 

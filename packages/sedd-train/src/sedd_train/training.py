@@ -314,8 +314,9 @@ def _finish(
     parameters: int,
 ) -> None:
     """Write the trained model, its pictures, page and summary, and say where they are. Collective."""
-    average = ema.gather()
-    if distributed.place()[0] != 0:
+    first = distributed.place()[0] == 0
+    average = ema.gather(keep=None if first else ())
+    if not first:
         return
     try:
         checkpoint.export(output / "export", net, average, text.tokenizer, sections)

@@ -12,7 +12,7 @@ masters' place for a moment; the masters come back before anything else can see 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,32 +35,33 @@ def _trained(engine: Any, wanted: bool = True) -> dict[str, nn.Parameter]:
     return {name: p for name, p in engine.module.net.named_parameters() if p.requires_grad == wanted}
 
 
-def gather(engine: Any, pieces: list[Tensor] | None = None, *, keep: bool = True) -> dict[str, Tensor]:
+def gather(engine: Any, pieces: list[Tensor] | None = None, *, keep: Container[str] | None = None) -> dict[str, Tensor]:
     """Named whole tensors of what is trained, on the CPU, from every rank's pieces (by default of the master weights).
 
-    Collective. A rank that does not `keep` them helps the others to theirs, and gets none.
+    Collective. Of names that a rank does not `keep`, all unless given, it helps the others to theirs, and gets none.
     """
     found = {}
     with _in_place_of_masters(engine, pieces):
         for name, parameter in _trained(engine).items():
             whole = _whole(engine, parameter)
-            if keep:
+            if keep is None or name in keep:
                 found[name] = whole.detach().to("cpu", copy=True)
     return found
 
 
-def frozen(engine: Any, *, keep: bool = True) -> dict[str, Tensor]:
+def frozen(engine: Any, *, keep: Container[str] | None = None) -> dict[str, Tensor]:
     """The weights that are not trained, whole, on the CPU. Collective; `keep` as for `gather`."""
     found = {}
     for name, parameter in _trained(engine, False).items():
+        kept = keep is None or name in keep
         if engine.zero_optimization_stage() < 3:
-            if keep:
+            if kept:
                 found[name] = parameter.detach().to("cpu", copy=True)
             continue
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
-            if keep:
+            if kept:
                 found[name] = parameter.detach().to("cpu", copy=True)
     return found
 
