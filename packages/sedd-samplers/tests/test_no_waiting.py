@@ -47,7 +47,6 @@ from sedd_samplers import (
 from sedd_samplers.adapters import from_logits, from_masked_lm, from_posterior, to_posterior
 from sedd_samplers.controls import allowed_tokens, controlled, temperature, top_k, top_p
 from sedd_samplers.guidance import classifier_free
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 waiting = importlib.import_module("sedd_samplers.waiting")
@@ -122,18 +121,32 @@ class Reads(Dispatched):
         return operation(*args, **(kwargs or {}))
 
 
-class _Calls(TorchFunctionMode):
-    """What is no operation on the CPU and one that waits elsewhere: lists of tensors' values, and tensors of lists."""
+class _Calls:
+    """What is no operation on the CPU and one that waits elsewhere: lists of tensors' values, and tensors of lists.
+
+    Five functions are replaced: a mode of functions would be asked about each one that there is.
+    """
 
     def __init__(self, found):
-        super().__init__()
         self.found = found
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        if name in ("tolist", "numpy", "cpu") or (name in ("tensor", "as_tensor") and "device" in (kwargs or {})):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
+    def __enter__(self):
+        self.patching = pytest.MonkeyPatch()
+        for name in ("tolist", "numpy", "cpu"):
+            self.patching.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name), name, always=True))
+        for name in ("tensor", "as_tensor"):
+            self.patching.setattr(torch, name, self._counted(getattr(torch, name), name, always=False))
+
+    def __exit__(self, *raised):
+        self.patching.undo()
+
+    def _counted(self, function, name, *, always):
+        def call(*args, **kwargs):
+            if always or "device" in kwargs:
+                self.found.append(name)
+            return function(*args, **kwargs)
+
+        return call
 
 
 @pytest.fixture
