@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sedd_train
 import torch
-from sedd_train import Result, distributed, loggers, recipes
+from sedd_train import Result, distributed, loggers, plotting, recipes
 
 INTEGRATION = Path(__file__).parents[3] / "integration"
 TRAIN = INTEGRATION / "train_owt.py"
@@ -51,6 +52,14 @@ VALUES: dict[str, Any] = {  # a network that trains in seconds, and everything l
 }
 
 
+def undrawn(_: object, path: Path, **__: object) -> None:
+    """In the place of a picture."""
+    path.touch()
+
+
+UNDRAWN = SimpleNamespace(loss_curve=undrawn, noise_levels=undrawn, levels_of=plotting.levels_of)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: what of them begins last is what one of several workers is left with at the end."""
     place = {name: number for number, name in enumerate(LONGEST)}
@@ -77,6 +86,7 @@ class Run:
         launchers: dict[str, list[object]] = {
             "python": [sys.executable],
             "deepspeed": [tools / "deepspeed", "--num_gpus", str(ranks), "--master_port", port],
+            "module": [tools / "deepspeed", "--num_gpus", str(ranks), "--master_port", port],
             "torchrun": [tools / "torchrun", "--standalone", "--nproc_per_node", str(ranks)],
             "mpirun": ["mpirun", "-np", str(ranks), sys.executable],  # both kinds take this
         }
@@ -85,10 +95,11 @@ class Run:
             # Open MPI wants to be told to run as root, and more processes than there are cores.
             ours |= dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
             ours |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "MASTER_PORT": port}
+        program = ["--module", "sedd_train", "train"] if launcher == "module" else [str(TRAIN)]
         # This process may be a world of its own: whose place is not the place of the run's.
         outside = {name: value for name, value in os.environ.items() if name not in PLACE}
         self.process = subprocess.Popen(
-            [*(str(part) for part in launchers[launcher]), str(TRAIN), *options],
+            [*(str(part) for part in launchers[launcher]), *program, *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -126,7 +137,8 @@ class Run:
 def world():
     """world(patch) puts this process into a world of one, in which torch and DeepSpeed can be started only once.
 
-    Nobody launched it: who started the tests may leave, as a shell does, and no run in here is to stop for that.
+    Nobody launched it: who started the tests may leave, as a shell does, and no run in here is to stop for that. Nor
+    does a run in here draw its pictures, which take longer than it does, unless it is told world(patch, draws=True).
     """
     before = dict(os.environ)
     torch.set_num_threads(1)  # as the runs that are processes of their own
@@ -135,10 +147,12 @@ def world():
     os.environ.clear()  # a run that another test starts would take this process's place in the world
     os.environ.update(before)
 
-    def enter(patch: pytest.MonkeyPatch) -> None:
+    def enter(patch: pytest.MonkeyPatch, *, draws: bool = False) -> None:
         for name, value in inside.items():
             patch.setenv(name, value)
         patch.setattr("sedd_train.launchers._launcher", list)
+        if not draws:
+            patch.setattr("sedd_train.report.plotting", UNDRAWN)
 
     yield enter
     torch.distributed.destroy_process_group()
@@ -167,7 +181,7 @@ def cache(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start(text, cache):
     """start(output, *options, launcher=, ranks=) begins a run of the small network on `text`."""
 
@@ -198,7 +212,7 @@ def read_losses(output: Path) -> dict[int, tuple[float, float, float]]:
     return {line["step"]: (line["loss"], line["grad_norm"], line["lr"]) for line in lines}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def losses():
     """losses(output): what the log says of each step, without the speed."""
     return read_losses
@@ -237,7 +251,7 @@ def trained(text, cache, world, tmp_path_factory) -> Path:
     output: Path = tmp_path_factory.mktemp("trained") / "run"
     recipe = recipes.override(recipes.read_recipe("tiny"), VALUES | {"corpus": str(text), "steps": 3})
     with pytest.MonkeyPatch.context() as patch:
-        world(patch)
+        world(patch, draws=True)
         sedd_train.train(recipe, output=output, cache=cache, tensorboard=False)
     return output
 

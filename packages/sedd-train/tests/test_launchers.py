@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from sedd_train import SetupError, checkpoint, distributed, launchers, recipes, storage
+from sedd_train import SetupError, checkpoint, commands, distributed, launchers, load_trained, recipes, storage
 from sedd_train.launchers import Preemption, adopt
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"}
@@ -112,19 +110,9 @@ def family(process) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("launcher", "whole_group"),
-    [
-        pytest.param("deepspeed", True, marks=pytest.mark.slow),
-        ("deepspeed", False),
-        pytest.param("torchrun", True, marks=pytest.mark.slow),
-        pytest.param("torchrun", False, marks=pytest.mark.slow),
-    ],
-    ids=["deepspeed, group", "deepspeed, launcher", "torchrun, group", "torchrun, launcher"],
-)
-def test_a_scheduler_s_sigterm_saves_and_ends_every_process(launcher, whole_group, start, losses, tmp_path):
-    """To the whole group, which the launcher then passes on once more; or to the launcher alone."""
-    run, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
+def leave(run: Path, launcher: str, start, losses, *, whole_group: bool) -> None:
+    """Begin a run on two ranks in that folder, and send SIGTERM."""
+    log = run / "log.jsonl"
     options = ("--steps", "100000", "--checkpoint-every", "100000", "--zero-stage", "2")
     with start(run, *options, launcher=launcher, ranks=2) as process:
         process.wait_until(lambda: log.exists() and log.read_text().count('"train"') >= 5)
@@ -141,6 +129,38 @@ def test_a_scheduler_s_sigterm_saves_and_ends_every_process(launcher, whole_grou
     assert found is not None
     assert found.name == f"step-{max(losses(run)):08d}"
     assert not (run / "export").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [True, False], ids=["group", "launcher"])
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_scheduler_s_sigterm_saves_and_ends_every_process(launcher, whole_group, start, losses, tmp_path):
+    """To the whole group, which the launcher then passes on once more; or to the launcher alone."""
+    leave(tmp_path / "run", launcher, start, losses, whole_group=whole_group)
+
+
+def exit_code(*words: object) -> int | str | None:
+    with pytest.raises(SystemExit) as ended:
+        commands.main([*map(str, words)])
+    return ended.value.code
+
+
+def test_a_launcher_runs_it_as_a_module(text, start, losses, tmp_path, capsys):
+    """Trained by DeepSpeed's launcher on two ranks, until it gets a scheduler's SIGTERM.
+
+    Then measured, filled and exported by other words.
+    """
+    output = tmp_path / "run"
+    leave(output, "module", start, losses, whole_group=False)
+
+    commands.main(["infill", "--checkpoint", str(output), "the ____ of", "--steps", "2", "--num", "1"])
+    assert "--- sample 1 of 1" in capsys.readouterr().out
+    commands.main(["evaluate", "--checkpoint", str(output), "--corpus", str(text), "--blocks", "2", "--num-times", "2"])
+    assert "bits a character" in capsys.readouterr().out
+    commands.main(["export", str(output), str(tmp_path / "model")])
+    assert load_trained(tmp_path / "model").net.num_states > 0
+    assert exit_code("export", output, tmp_path / "model") == 2  # it is not written over
+    assert "not empty" in capsys.readouterr().err
 
 
 def kind_of_mpirun() -> str:
@@ -188,29 +208,6 @@ def test_two_ranks_of_mpirun_save_and_leave_and_go_on(number, whole_group, start
         left, right = (safetensors.torch.load_file(folder / file) for folder in (tmp_path / "undisturbed", run))
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left), file
-
-
-def test_an_error_of_any_rank_is_said_once_and_by_name(text, cache, values, tmp_path):
-    recipe = recipes.override(recipes.read_recipe("tiny"), values | {"corpus": str(text), "steps": 1})
-    (tmp_path / "recipe.toml").write_text(recipes.to_toml(recipe))
-    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
-    program = Path(__file__).parent / "ranks_that_disagree.py"
-    done = subprocess.run(
-        [str(part) for part in (*torchrun, program, tmp_path / "recipe.toml", tmp_path, cache)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={name: value for name, value in os.environ.items() if name not in PLACE} | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    both, second, each = json.loads(done.stdout.splitlines()[-1])
-    assert both.startswith("batch_size = 7 cannot be divided over 2 ranks")
-    assert both.count("cannot be divided") == 1
-    assert second.startswith("rank 1: was started with corpus 'no/such/folder' in tokenizer 'bpe:300', and rank 0 with")
-    assert f"and rank 0 with corpus {str(text)!r}" in second
-    assert "rank 0: tokenizer 'bpe:3'" in each
-    assert "rank 1: was started with corpus 'no/such/folder'" in each
-    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 # One owner of a folder

@@ -18,7 +18,7 @@ def ranks(process) -> dict[int, psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize(("launcher", "stage"), [("deepspeed", 2), pytest.param("torchrun", 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("launcher", "stage"), [pytest.param("deepspeed", 2, marks=pytest.mark.slow), ("torchrun", 3)])
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_one_rank_is_killed(victim, launcher, stage, start, tmp_path):
     run = tmp_path / "run"

@@ -4,7 +4,8 @@ With dropout, to see that this too is a sample's own, whichever rank runs it. Ad
 where that is a rounding error, so is the step's sign, and weights would part by whole steps. A larger epsilon keeps
 such gradients small, so that weights can be compared as closely as losses.
 
-What one process does is done in this one, and what two do by one program (`two_ranks.py`).
+What one process does is done in this one, and what two do by one program (`two_ranks.py`), what goes wrong on one of
+them or on both included.
 """
 
 from __future__ import annotations
@@ -98,6 +99,11 @@ def test_two_ranks_measure_what_one_process_does(stage, runs, measured):
             assert after[name] == pytest.approx(before[name], rel=1e-4), name
 
 
+def test_two_ranks_write_one_report(runs):
+    assert json.loads((runs / "stage-1" / "summary.json").read_text())["steps"] == STEPS
+    assert {"loss.png", "levels.png", "report.html"} <= {path.name for path in (runs / "stage-1").iterdir()}
+
+
 def same_state(one: Path, other: Path) -> bool:
     """Whether two checkpoints hold the same, to the last bit, in whatever files."""
     left, right = checkpoint.read(one), checkpoint.read(other)
@@ -176,3 +182,34 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(runs, losses):
     assert alone.keys() == other.keys()
     for step, line in alone.items():
         assert other[step][0] == pytest.approx(line[0], rel=1e-5)
+
+
+# What goes wrong
+
+
+@pytest.fixture(scope="module")
+def trouble(runs):
+    return json.loads((runs / "trouble.json").read_text())
+
+
+def test_an_error_of_any_rank_is_said_once_and_by_name(trouble, runs, text):
+    both, second, each = trouble["said"]
+    assert both.startswith("batch_size = 7 cannot be divided over 2 ranks")
+    assert both.count("cannot be divided") == 1
+    assert second.startswith("rank 1: was started with corpus 'no/such/folder' in tokenizer 'bpe:300', and rank 0 with")
+    assert f"and rank 0 with corpus {str(text)!r}" in second
+    assert "rank 0: tokenizer 'bpe:3'" in each
+    assert "rank 1: was started with corpus 'no/such/folder'" in each
+    assert not (runs / "run" / "log.jsonl").exists()
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(trouble):
+    """NaN, then infinite, in one of two micro-batches of one of two ranks; and the next step is taken."""
+    assert [part["stage"] for part in trouble["found"]] == [0, 1, 2, 3]
+    for part in trouble["found"]:
+        assert part["applied"] == [True, False, False, True], part
+        assert part["bad"] == [[], [5, 7], [5, 7], []], part
+        assert "weights: all finite" in part["diagnosis"]
+        assert "forward pass: rank 1: vocab_embed is the first that is not finite (100% of its" in part["diagnosis"]
+        assert "rank 0:" not in part["diagnosis"]
+        assert "2 of 8 with a loss that is not finite, and their noise levels: 5 (t = 0.5000), 7" in part["diagnosis"]

@@ -7,7 +7,8 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.filterwarnings("default")  # DeepSpeed warns
-def test_python_blocks_run(capsys, process, tmp_path, monkeypatch):
+def test_python_blocks_run(capsys, world, tmp_path, monkeypatch):
+    world(monkeypatch, draws=True)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert blocks

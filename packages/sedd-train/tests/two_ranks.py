@@ -1,22 +1,27 @@
 """A program for two ranks: runs of one recipe, one after another in the same processes, which is quicker by far.
 
 Arguments: the recipe's file, the folder of the runs, and the cache of tokens. `test_ranks.py` reads what it leaves:
-`stage-1` to `stage-3`, undisturbed; `left-2` and `left-3`, left at a signal that only the second rank gets at its fifth
-step, and continued, the latter in shards; `handed-one` and `handed-shards`, which go on under ZeRO 1 from the sixth
-step of `stage-3` and `left-3`; and `other`, begun by one process without ZeRO and continued by two with it.
+`stage-1` to `stage-3`, undisturbed, of which the first has its pictures; `left-2` and `left-3`, left at a signal that
+only the second rank gets at its fifth step, and continued, the latter in shards; `handed-one` and `handed-shards`,
+which go on under ZeRO 1 from the sixth step of `stage-3` and `left-3`; `other`, begun by one process without ZeRO and
+continued by two with it; and `trouble.json`, of what goes wrong: the errors of runs that cannot begin, and what becomes
+of steps whose loss is not finite on one rank, in every ZeRO stage.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import two_ranks_in_trouble
 from sedd_train import Result, TrainingError, distributed, recipes, sharding, train
 from sedd_train.engine import launch_step
 
@@ -36,7 +41,10 @@ def run(name: str, *, resume: bool = False, signal_at: int = 0, **values: Any) -
         return launch_step(*args, **given)
 
     recipe = recipes.for_run(folder / name, source, values, resume=resume)
-    with mock.patch("sedd_train.training.launch_step", counted):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch("sedd_train.training.launch_step", counted))
+        if name != "stage-1":  # pictures take longer than a run
+            patches.enter_context(mock.patch("sedd_train.report.write", return_value=""))
         return train(recipe, output=folder / name, resume=resume, cache=cache, tensorboard=False)
 
 
@@ -81,6 +89,7 @@ def handed_on(name: str, source: str) -> None:
     run(name, resume=True, zero_stage=1, checkpoint_every=1000)
 
 
+said = two_ranks_in_trouble.errors(source, runs, cache)
 for stage in (1, 2, 3):
     run(f"stage-{stage}", zero_stage=stage, checkpoint_every=6)
 left(2)
@@ -89,4 +98,7 @@ with mock.patch.object(sharding, "ABOVE", 0):
     left(3, full=True)
     handed_on("handed-shards", "left-3")
 run("other", resume=True, zero_stage=2)
+found = [two_ranks_in_trouble.steps(stage) for stage in range(4)]
+if distributed.place()[0] == 0:
+    (folder / "trouble.json").write_text(json.dumps({"said": said, "found": found}))
 distributed.finish()
