@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -13,7 +19,67 @@ from sedd_train import checkpoint, load
 
 pytestmark = pytest.mark.filterwarnings("default")  # DeepSpeed warns
 VALUES = {"steps": 24, "checkpoint_every": 3}
-OPTIONS = ("--steps", "24", "--checkpoint-every", "3")
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module")
+def beginner():
+    """The process that begins runs."""
+    script = str(Path(__file__).with_name("runs_that_are_stopped.py"))
+    outside = {name: value for name, value in os.environ.items() if name not in PLACE}
+    with subprocess.Popen(
+        [sys.executable, script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=outside | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
+    ) as process:
+        yield process
+        process.kill()
+
+
+class Begun:
+    """A run that is under way in a process of its own."""
+
+    def __init__(self, beginner: subprocess.Popen[str], options: list[str], printed: Path) -> None:
+        self.beginner, self.printed = beginner, printed
+        assert beginner.stdin is not None
+        print(json.dumps([options, str(printed)]), file=beginner.stdin, flush=True)
+        self.number = self._answer()
+
+    def _answer(self) -> int:
+        assert self.beginner.stdout is not None
+        return int(self.beginner.stdout.readline())
+
+    def wait_until(self, condition, seconds: float = 120) -> None:
+        """Wait for something that it does, such as a file it writes."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                os.killpg(self.number, signal.SIGKILL)
+            try:
+                os.kill(self.number, 0)
+            except ProcessLookupError:
+                raise AssertionError(
+                    f"the run ended or hung before that:\n{self.printed.read_text()[-3000:]}"
+                ) from None
+            time.sleep(0.02)
+
+    def exit_code(self) -> int:
+        """Waits for its end."""
+        return self._answer()
+
+
+@pytest.fixture
+def begin(beginner, text, cache, small, tmp_path):
+    """begin(output, **values): a run of the small network on `text` in a process of its own."""
+
+    def _begin(output: Path, **values: object) -> Begun:
+        where = {"corpus": text, "output": output, "cache": cache} | values
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in where.items()]
+        return Begun(beginner, [*small, *options], tmp_path / "printed")
+
+    return _begin
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +111,17 @@ def test_same_seed_same_weights(undisturbed, here, losses, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["preempted", "killed"])
-def test_stopped_at_a_step(number, start, here, undisturbed, losses, tmp_path):
+def test_stopped_at_a_step(number, begin, here, undisturbed, losses, tmp_path):
     """A process of its own is stopped, and this one continues: every digit, across processes too.
 
     A signal that can be heard ends in a checkpoint of the step then done, though the next was due much later.
     """
     heard = number == signal.SIGTERM
     run, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
-    with start(run, *OPTIONS, *(["--checkpoint-every", "1000"] if heard else [])) as process:
-        process.wait_until(lambda: log.exists() and log.read_text().count('"train"') >= 5)
-        process.signal(number)
-        process.output()
-        assert process.process.returncode == (0 if heard else -signal.SIGKILL)
+    process = begin(run, **(VALUES | {"checkpoint_every": 1000} if heard else VALUES))
+    process.wait_until(lambda: log.exists() and log.read_text().count('"train"') >= 5)
+    os.killpg(process.number, number)
+    assert process.exit_code() == (0 if heard else -signal.SIGKILL), process.printed.read_text()[-3000:]
     found = checkpoint.find(run / "checkpoints")
     assert found is not None
     if heard:
@@ -67,14 +132,14 @@ def test_stopped_at_a_step(number, start, here, undisturbed, losses, tmp_path):
     assert losses(run) == losses(undisturbed)
 
 
-def test_full_disk(start, here, undisturbed, tmp_path):
+def test_full_disk(begin, here, undisturbed, tmp_path):
     run = tmp_path / "run"
     first = run / "checkpoints" / "latest"
-    with start(run, *OPTIONS) as process:
-        process.wait_until(first.exists)
-        resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (1 << 15, resource.RLIM_INFINITY))
-        printed = process.output()
-        assert process.process.returncode == 1
+    process = begin(run, **VALUES)
+    process.wait_until(first.exists)
+    resource.prlimit(process.number, resource.RLIMIT_FSIZE, (1 << 15, resource.RLIM_INFINITY))
+    assert process.exit_code() == 1
+    printed = process.printed.read_text()
     assert "could not be written" in printed
     assert "--resume" in printed
     last = checkpoint.find(run / "checkpoints")
