@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 
-import deepspeed
+import transformers
+from deepspeed.runtime.zero.muon import muon_optimizer
 from sedd_train.commands import train
 
 
@@ -31,7 +32,8 @@ def begin(options: list[str], printed: str) -> int:
 
 
 if __name__ == "__main__":
-    assert deepspeed.__version__  # imported for its children
+    assert muon_optimizer  # imported for its children, and with it torch's compiler
+    assert transformers.PreTrainedTokenizerFast  # the same
     for line in sys.stdin:
         number = begin(*json.loads(line))
         print(number, flush=True)

@@ -15,9 +15,9 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(25_000_000)  # 100 MB, freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-returned = [faults() for _ in range(10)]
+returned = [faults() for _ in range(5)]
 keep_memory()
-print(json.dumps([returned, [faults() for _ in range(30)]]))
+print(json.dumps([returned, [faults() for _ in range(20)]]))
 """
 
 

@@ -206,6 +206,7 @@ def test_a_build_goes_on_where_it_crashed(large, tmp_path, monkeypatch, processe
 def test_what_a_journal_does_not_vouch_for_is_made_again(large, tmp_path, monkeypatch):
     monkeypatch.setattr(token_build, "JOURNAL_EVERY", 0.0)
     monkeypatch.setattr(coding, "BATCH", 40_000)
+    monkeypatch.setattr(coding, "cores", lambda: 0)
     whole = token_cache.prepare(str(large), "bytes", tmp_path / "whole")
     for number, damage in enumerate(["longer", "shorter", "other", "journal"]):
         stopped = iter([False] * 9 + [True] * 9)
@@ -229,31 +230,32 @@ def test_a_build_that_is_killed_again_and_again(large, tmp_path, kills, tokenize
     """SIGKILL at random moments, of every second one after something was saved; none of its processes stays behind."""
     script, draw, cache = str(Path(__file__).with_name("tokenise_slowly.py")), random.Random(kills), tmp_path / "killed"
 
-    def start():
-        command = [sys.executable, script, str(large), str(cache), tokenizer]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
     def saved():
         return [path.stat().st_mtime_ns for path in cache.glob("*.part/journal.json")]
 
-    going_on = 0
-    for number in range(kills):
-        before = saved()
-        with start() as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "begins\n"
+    command = [sys.executable, script, str(large), str(cache), tokenizer]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        going_on = 0
+        for number in range(kills):
+            before = saved()
+            print(file=process.stdin, flush=True)
+            child = int(process.stdout.readline())
             while number % 2 == 0 and saved() == before:
                 time.sleep(0.01)
             time.sleep(draw.uniform(0.0, 0.5))
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGKILL)
-        _, alive = psutil.wait_procs(children, timeout=20)
-        assert not alive
-        going_on += bool(saved())
-    assert going_on >= kills / 2
-    whole = token_cache.prepare(str(large), tokenizer, tmp_path / "whole")
-    with start() as last:
-        assert last.communicate(timeout=300)[0].split()[-1] == whole.fingerprint
+            children = psutil.Process(child).children(recursive=True)
+            os.kill(child, signal.SIGKILL)
+            assert process.stdout.readline() == "ended\n"
+            _, alive = psutil.wait_procs(children, timeout=20)
+            assert not alive
+            going_on += bool(saved())
+        assert going_on >= kills / 2
+        whole = token_cache.prepare(str(large), tokenizer, tmp_path / "whole")
+        assert process.communicate("\n", timeout=300)[0].split()[1:] == [whole.fingerprint, "ended"]
     (other,) = folders(cache)
     for file in whole.folder.glob("*.bin*"):
         assert (other / file.name).read_bytes() == file.read_bytes()

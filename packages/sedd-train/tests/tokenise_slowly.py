@@ -1,14 +1,28 @@
-"""Tokenises a corpus, saving at every batch: python tokenise_slowly.py CORPUS CACHE TOKENIZER. To be killed."""
+"""Tokenises a corpus, saving at every batch, in a child for each line that it reads. To be killed.
+
+python tokenise_slowly.py CORPUS CACHE TOKENIZER
+
+A child says its number when it begins, and the fingerprint at its end. This process, which has imported everything for
+it, says when it has ended.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from sedd_train import coding, token_build, token_cache
 
-corpus, cache, tokenizer = sys.argv[1:]
-token_build.JOURNAL_EVERY, coding.BATCH, coding.ALONE = 0.0, 20_000, 2
-coding.cores = lambda: 2
-print("begins", flush=True)
-print(token_cache.prepare(corpus, tokenizer, Path(cache)).fingerprint)
+if __name__ == "__main__":
+    corpus, cache, tokenizer = sys.argv[1:]
+    token_build.JOURNAL_EVERY, coding.BATCH, coding.ALONE = 0.0, 20_000, 2
+    coding.cores = lambda: 2
+    for _ in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            print(os.getpid(), flush=True)
+            print(token_cache.prepare(corpus, tokenizer, Path(cache)).fingerprint)
+            sys.exit()
+        os.waitpid(child, 0)
+        print("ended", flush=True)
