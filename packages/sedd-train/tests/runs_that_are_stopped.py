@@ -15,6 +15,8 @@ import transformers
 from deepspeed.runtime.zero.muon import muon_optimizer
 from sedd_train.commands import train
 
+IMPORTED = (muon_optimizer, transformers.PreTrainedTokenizerFast)  # for the children; with the first torch's compiler
+
 
 def begin(options: list[str], printed: str) -> int:
     """Returns to the process that asked alone."""
@@ -32,8 +34,6 @@ def begin(options: list[str], printed: str) -> int:
 
 
 if __name__ == "__main__":
-    assert muon_optimizer  # imported for its children, and with it torch's compiler
-    assert transformers.PreTrainedTokenizerFast  # the same
     for line in sys.stdin:
         number = begin(*json.loads(line))
         print(number, flush=True)
