@@ -206,7 +206,7 @@ def table(run: Run) -> None:
 
 def losses(run: Run) -> None:
     """Head and loss, float32 and under autocast, on the device against float64 on the CPU."""
-    n, width = (40, 16) if run.small else (3001, 64)
+    n, width, length = (40, 16, 5) if run.small else (3001, 64, 17)
     few = 30 if run.small else 300
     generator = torch.Generator().manual_seed(0)
     q = torch.rand(few, few, generator=generator, dtype=torch.float64).fill_diagonal_(0) / few
@@ -226,14 +226,14 @@ def losses(run: Run) -> None:
         "dense": Dense(q - torch.diag(q.sum(0))),
     }
     for name, graph in graphs.items():
-        x0 = torch.randint(graph.num_states - 1, (3, 17), generator=generator)
+        x0 = torch.randint(graph.num_states - 1, (3, length), generator=generator)
         if graph.mask_id is not None:
             x0 += (x0 >= graph.mask_id).long()
         sigma, dsigma = torch.tensor([0.1, 1.0, 3.0]), torch.tensor([1.0, 2.0, 0.5])
         x = graph.sample(x0, sigma, generator=generator)
         leaves = [
             torch.randn(shape, generator=generator).bfloat16().float() / 4
-            for shape in ((3, 17, width), (graph.num_states, width), (graph.num_states,))
+            for shape in ((3, length, width), (graph.num_states, width), (graph.num_states,))
         ]
         expected = loss_and_gradients(leaves, graph, x, x0, sigma, dsigma, torch.device("cpu"), torch.float64)
         for precision, dtype, allowed in (
@@ -270,7 +270,7 @@ def loss_and_gradients(
 
 def cross_entropies(run: Run) -> None:
     """The same of a network of the clean token, whose loss is a cross-entropy: a second kernel."""
-    n, width = (40, 16) if run.small else (3001, 64)
+    n, width, length = (40, 16, 5) if run.small else (3001, 64, 17)
     generator, graph = torch.Generator().manual_seed(0), Absorbing(n - 1)
     x0 = torch.randint(n - 1, (3, 17), generator=generator)
     sigma, dsigma = torch.tensor([0.1, 1.0, 3.0]), torch.tensor([1.0, 2.0, 0.5])
