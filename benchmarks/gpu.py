@@ -270,7 +270,7 @@ def loss_and_gradients(
 
 def cross_entropies(run: Run) -> None:
     """The same of a network of the clean token, whose loss is a cross-entropy: a second kernel."""
-    n, width, length = (40, 16, 5) if run.small else (3001, 64, 17)
+    n, width = (40, 16) if run.small else (3001, 64)
     generator, graph = torch.Generator().manual_seed(0), Absorbing(n - 1)
     x0 = torch.randint(n - 1, (3, 17), generator=generator)
     sigma, dsigma = torch.tensor([0.1, 1.0, 3.0]), torch.tensor([1.0, 2.0, 0.5])
