@@ -159,7 +159,6 @@ def test_rows_differ_in_what_they_are_named_for(name, values, table):
         "depth",
         "heads",
         "batch_size",
-        "learning_rate",
         "warmup",
         "crops",
     )
@@ -226,6 +225,16 @@ def test_a_row_is_trained_by_the_command_and_what_it_was_trained_with_is_kept(tm
     with pytest.raises(RuntimeError, match=r"D3PM uniform was not trained to its end \(it ended with 3\)"):
         command.train("D3PM uniform", run, table, args)
     assert commanded[-1][:5] == ["some/deepspeed", "--num_gpus", "8", "--module", "sedd_train"]
+
+
+@pytest.mark.parametrize("name", ["text8", "lm1b"])
+def test_rows_of_a_table_in_miniature_begin_and_learn_alike(name):
+    args = options(name)
+    rows = [command.recipe_of(row, command.TABLES[name], args) for row in command.ROWS]
+    for row in rows:
+        assert (row.optimizer, row.learning_rate, row.zero_stage, row.informed_start) == ("adamw", 1.5e-3, 1, False)
+    args.training = ("--optimizer", "muon", "--zero-stage", "0")  # what is asked for comes last
+    assert command.recipe_of("SEDD uniform", command.TABLES[name], args).optimizer == "muon"
 
 
 def test_the_table_is_written_with_what_it_was_made_of(tmp_path):

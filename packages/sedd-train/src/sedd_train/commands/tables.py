@@ -38,6 +38,10 @@ from sedd_train.tables import Results, fingerprint, markdown, mean_and_error, pa
 __all__ = ["parser", "main"]
 
 REFERENCE = "SEDD absorb"
+ALIKE = (  # in miniature: what every row can begin and learn with
+    *("--optimizer", "adamw", "--learning-rate", "1.5e-3", "--zero-stage", "1"),
+    "--no-informed-start",
+)
 D3PM = ("--objective", "d3pm", "--t-min", "1e-6")  # the first of its steps begins at 0
 ROWS = {  # whether the graph is the absorbing one, and what a row replaces in the recipe
     "SEDD absorb": (True, ()),
@@ -174,7 +178,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sedd tables") -> Non
 def options_of(name: str, table: Table, args: argparse.Namespace) -> list[str]:
     """What `sedd train` is given for a row."""
     absorbs, more = ROWS[name]
-    given = ["--recipe", table.recipes[args.scale][0 if absorbs else 1], *more, "--seed", str(args.seed)]
+    alike = ALIKE if args.scale == "mini" else ()
+    given = ["--recipe", table.recipes[args.scale][0 if absorbs else 1], *alike, *more, "--seed", str(args.seed)]
     given += [*args.training, *(["--corpus", args.corpus] if args.corpus else [])]
     return given + (["--no-packing"] if args.padded else [])
 
@@ -259,7 +264,8 @@ def write_table(folder: Path, results: Results, table: Table, lengths: Tensor, a
     how, blocks = results.settings, results.settings["blocks"]
     notes = (
         f"`sedd tables {args.table} --scale {args.scale}{' --padded' * args.padded} "
-        f"--blocks {args.blocks} --num-times {args.num_times} --seed {args.seed}`",
+        f"--blocks {args.blocks} --num-times {args.num_times} --seed {args.seed}"
+        f"{' -- ' * bool(args.training)}{shlex.join(args.training)}`",
         f"trained on {' or '.join(f'{n:,}' for n in sorted(seen))} tokens of {how['corpus']}, seed {how['seed']}, "
         + ("padded: a document a row" if args.padded else "packed"),
         f"measured on {blocks['count']} blocks of {blocks['length']} ({how['tokens']:,} tokens of text, fingerprint "
