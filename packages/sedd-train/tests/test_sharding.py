@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -149,25 +150,32 @@ def two(monkeypatch):
 
 
 def save(run: Path, net: nn.Module, **how: Any) -> Callable[[], Path]:
-    """Saving a network, its moments being twice and three times its weights, and its average four times."""
-    trained = {
-        p: {"exp_avg": 2 * p.detach(), "exp_avg_sq": 3 * p.detach()} for p in net.parameters() if p.requires_grad
-    }
-    optimizer = SimpleNamespace(state=trained, param_groups=[{"params": list(trained)}])
-    engine = SimpleNamespace(
-        module=SimpleNamespace(net=net),
-        basic_optimizer=optimizer,
-        loss_scale_of_ours=SimpleNamespace(state=[1.0, 0]),
-        zero_optimization_stage=lambda: 0,
-    )
+    """Saving a network, its moments being twice and three times its weights, and its average four times.
 
-    def gather(*, keep: Any) -> dict[str, Tensor]:
-        return {name: 4 * p.detach() for name, p in net.named_parameters() if keep is None or name in keep}
-
-    ema: Any = SimpleNamespace(updates=5, gather=gather)
+    Each rank has a network of its own, whose weights are others for a moment.
+    """
     tokenizer = character_tokenizer()
     given: dict[str, Any] = {"step": 7, "sections": SECTIONS, "keep": 2} | how
-    return lambda: checkpoint.save(run, engine, ema, tokenizer, **given)
+    average = {name: 4 * p.detach() for name, p in net.named_parameters()}
+
+    def gather(*, keep: Any) -> dict[str, Tensor]:
+        return {name: average[name] for name in average if keep is None or name in keep}
+
+    def _save() -> Path:
+        own = copy.deepcopy(net)
+        trained = {
+            p: {"exp_avg": 2 * p.detach(), "exp_avg_sq": 3 * p.detach()} for p in own.parameters() if p.requires_grad
+        }
+        engine = SimpleNamespace(
+            module=SimpleNamespace(net=own),
+            basic_optimizer=SimpleNamespace(state=trained, param_groups=[{"params": list(trained)}]),
+            loss_scale_of_ours=SimpleNamespace(state=[1.0, 0]),
+            zero_optimization_stage=lambda: 0,
+        )
+        ema: Any = SimpleNamespace(updates=5, gather=gather)
+        return checkpoint.save(run, engine, ema, tokenizer, **given)
+
+    return _save
 
 
 @pytest.mark.parametrize("lora", [False, True])
