@@ -54,7 +54,7 @@ from sedd_objectives import fused_cross_entropy_loss, fused_denoising_loss
 from sedd_objectives.fast import fused
 from sedd_samplers import Reverse, Tweedie, sample
 from sedd_samplers.randomness import uniforms
-from sedd_train import distributed
+from sedd_train import distributed, recipes, train
 from sedd_train.engine import Batch, Loss, compile_network, launch_step, start_engine
 from sedd_train.objectives import ScoreEntropy
 from torch import Tensor, nn
@@ -572,42 +572,50 @@ def a_sampling_step(
 
 
 def trainer(run: Run) -> None:
-    """The training script on one rank: its speed, and a run that is stopped and continued."""
-    with tempfile.TemporaryDirectory() as folder:
-        few = ["--evaluate-blocks", "2", "--evaluate-times", "2", "--sample-steps", "2", "--no-tensorboard"]
-        text = Path(folder, "text.md")  # this project's own: nothing has to be fetched
+    """The training script on one rank: its speed; and a run that is stopped and continued."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, text = Path(name), Path(name, "text.md")  # this project's own: nothing has to be fetched
         text.write_text("\n".join(path.read_text() for path in sorted(ROOT.rglob("*.md")) if ".nox" not in path.parts))
-        place = ["--corpus", str(text), "--cache", f"{folder}/cache", *few, "--log-every", "1"]
-        tiny = ["--width", "32", "--depth", "1", "--heads", "2", "--length", "64", "--batch-size", "2"]
-        whole = Path(folder, "whole")
-        options = ["--recipe", "tiny", "--tokenizer", "bytes", "--no-compile", *place, *(tiny if run.small else [])]
-        script(run, *options, "--output", str(whole), "--steps", "6", "--checkpoint-every", "3", "--keep", "2")
-        resumed = Path(folder, "resumed")
-        shutil.copytree(whole, resumed)
-        last = max((resumed / "checkpoints").glob("step-*"), key=lambda path: path.name)
-        shutil.rmtree(last)
-        shutil.rmtree(resumed / "export", ignore_errors=True)
-        script(run, "--output", str(resumed), "--cache", f"{folder}/cache", "--resume", "--no-tensorboard")
-        same = (whole / "export" / "model.safetensors").read_bytes() == (
-            resumed / "export" / "model.safetensors"
-        ).read_bytes()
-        run.check("a run continued from its middle ends in other weights", float(not same), 0.0)
-        full = ["--recipe", "sedd-small-absorb-owt", "--batch-size", str(run.batch), "--micro-batch-size", "0"]
-        full = ["--recipe", "tiny", "--tokenizer", "bytes", *tiny] if run.small else full
-        out = Path(folder, "full")  # on a GPU compiled, as recipes are there
-        script(run, *full, *place, "--output", str(out), "--steps", "24")
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if line["kind"] == "train"][8:]
-        speed = statistics.median(line["tokens_per_second"] for line in lines)
-        run.row(f"train_owt.py, one rank, compiled, B = {run.batch}", speed, "tokens/s")
-        step = next(
-            (r["value"] for r in run.rows if r["row"].startswith("training step, blocks") and r["unit"] == "tokens/s"),
-            0,
-        )
-        if step:
-            run.row("train_owt.py over the same step by hand", step / speed, "x", "<= 1.03")
-        waited = statistics.median(line["waited_for_data"] for line in lines)
-        run.row("train_owt.py: share of a step spent waiting for data", waited)
+        few: dict[str, Any] = {"evaluate_blocks": 2, "evaluate_times": 2, "sample_steps": 2, "log_every": 1}
+        few |= {"corpus": str(text)}
+        if run.small:
+            few |= {"width": 32, "depth": 1, "heads": 2, "length": 64, "batch_size": 2}
+        trainer_s_speed(run, folder, few)
+        continued(run, folder, few)
+
+
+def trainer_s_speed(run: Run, folder: Path, few: dict[str, Any]) -> None:
+    """The paper's recipe at this batch, started as it is by its users."""
+    full = ["--recipe", "sedd-small-absorb-owt", "--batch-size", str(run.batch), "--micro-batch-size", "0"]
+    full = ["--recipe", "tiny", "--tokenizer", "bytes"] if run.small else full  # compiled where there is a GPU
+    given = [word for name, value in few.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    out = folder / "full"
+    place = ["--cache", str(folder / "cache"), "--output", str(out), "--no-tensorboard"]
+    script(run, *full, *given, *place, "--steps", "24")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"][8:]
+    speed = statistics.median(line["tokens_per_second"] for line in lines)
+    run.row(f"train_owt.py, one rank, compiled, B = {run.batch}", speed, "tokens/s")
+    by_hand = (row for row in run.rows if row["row"].startswith("training step, blocks") and row["unit"] == "tokens/s")
+    if step := next(by_hand, None):
+        run.row("train_owt.py over the same step by hand", step["value"] / speed, "x", "<= 1.03")
+    waited = statistics.median(line["waited_for_data"] for line in lines)
+    run.row("train_owt.py: share of a step spent waiting for data", waited)
+
+
+def continued(run: Run, folder: Path, few: dict[str, Any]) -> None:
+    """Six steps, and six of which the last three are taken by a run that continues."""
+    how = few | {"tokenizer": "bytes", "compile": False, "steps": 6, "checkpoint_every": 3, "keep": 2}
+    recipe = recipes.override(recipes.read_recipe("tiny"), how)
+    whole, resumed, cache = folder / "whole", folder / "resumed", folder / "cache"
+    train(recipe, output=whole, cache=cache, tensorboard=False)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(max((resumed / "checkpoints").glob("step-*"), key=lambda path: path.name))
+    shutil.rmtree(resumed / "export")
+    train(recipe, output=resumed, cache=cache, resume=True, tensorboard=False)
+    first, second = (output / "export" / "model.safetensors" for output in (whole, resumed))
+    same = first.read_bytes() == second.read_bytes()
+    run.check("a run continued from its middle ends in other weights", float(not same), 0.0)
 
 
 def script(run: Run, *options: str) -> None:
