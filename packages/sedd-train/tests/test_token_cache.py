@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -139,6 +140,20 @@ def test_many_documents_are_written_in_batches_and_end_where_they_should(tmp_pat
         assert found.train.ends.tolist() == ends.tolist() == tokens.ends.tolist()
         assert found.train.documents == len(texts)
         assert found.train.counts(400).tolist() == np.bincount(tokens.flat, minlength=400).tolist()
+
+
+@pytest.mark.parametrize(("largest", "bytes_a_token"), [(65535, 2), (65536, 4), (131071, 4)])
+def test_the_largest_number_of_a_tokenizer_is_kept(largest, bytes_a_token, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": largest - 1, "<end>": largest}, "a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast: Any = PreTrainedTokenizerFast
+    coder = fast(tokenizer_object=words, eos_token="<end>")
+    found = token_cache.prepare(corpora.Texts("one", *[lambda: ["a b", "b a"]] * 3), coder, tmp_path)
+    assert found.train.flat.tolist() == [0, largest - 1, largest, largest - 1, 0, largest]
+    assert found.train.flat.dtype.itemsize == bytes_a_token
 
 
 def test_a_long_document_is_coded_in_pieces_by_many_and_is_one_document(monkeypatch):
