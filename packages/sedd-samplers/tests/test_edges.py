@@ -54,7 +54,8 @@ from sedd_samplers.fast import Answer
 from sedd_samplers.interfaces import check_graph
 from sedd_samplers.masked import _first
 from sedd_samplers.positions import Positions
-from sedd_samplers.reverse import Reverse, limit_law
+from sedd_samplers.precision import limit_law
+from sedd_samplers.reverse import Reverse
 from sedd_samplers.views import live, record
 from sedd_samplers.waiting import at_once, reading_waits
 from torch import Tensor

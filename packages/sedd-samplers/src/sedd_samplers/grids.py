@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .interfaces import Graph, Noise, ScoreModel
 from .masked import mask_probability
-from .precision import wide
+from .precision import limit_law, wide
 from .prompts import check_prompt
-from .reverse import Kernel, Reverse, limit_law
+from .reverse import Kernel, Reverse
 from .steps import leap, reverse_rates
 
 __all__ = [

@@ -34,9 +34,9 @@ from .fast import Answer, rows_at_a_time, times_row
 from .interfaces import Graph, Noise, ScoreModel
 from .model_calls import ScoreCall, Wrapper
 from .positions import Positions
-from .precision import wide
+from .precision import limit_law, wide
 from .randomness import draw_categorical, philox
-from .reverse import Reverse, limit_law
+from .reverse import Reverse
 from .steps import Method, final_denoise, tweedie_posterior, tweedie_probs
 
 __all__ = ["Clamped", "clamped", "Particles"]

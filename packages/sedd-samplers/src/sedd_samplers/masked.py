@@ -31,23 +31,9 @@ from .steps import Stay, Weights, tweedie_posterior, unmasking_weights
 from .waiting import require
 
 __all__ = [
-    "Unmasking",
-    "Remasking",
-    "RemaskSchedule",
-    "capped",
-    "rescaled",
-    "at_rate",
-    "ConfidenceUnmasking",
-    "Order",
-    "confidence",
-    "entropy",
-    "margin",
-    "random_order",
-    "Rule",
-    "threshold",
-    "entropy_bound",
-    "absorption_rate",
-    "mask_probability",
+    *("Unmasking", "Remasking", "RemaskSchedule", "capped", "rescaled", "at_rate"),
+    *("ConfidenceUnmasking", "Order", "confidence", "entropy", "margin", "random_order"),
+    *("Rule", "threshold", "entropy_bound", "absorption_rate", "mask_probability"),
 ]
 
 

@@ -35,6 +35,8 @@ from .precision import wide
 __all__ = [
     "ModelCall",
     "ScoreCall",
+    "no_rates",
+    "no_state",
     "offers",
     "Wrapper",
     "modules_in",
@@ -350,3 +352,27 @@ def check_sequences(model: object, total: int) -> None:
     if own is None and isinstance(model, Wrapper):
         for part in model.inside:
             check_sequences(part, total)
+
+
+def no_rates(log_score: Tensor, sequence: Tensor, position: Tensor, sigma: Tensor) -> ValueError:
+    """The error of a row (N,) whose rates are not finite, told in terms of the model that caused it."""
+    b, i = int(sequence), int(position)
+    what = "NaN" if log_score.isnan().any() else f"a log-score of up to {float(log_score.max()):.6g}"
+    return ValueError(
+        f"the score model returned {what} at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}, "
+        "which leaves no finite rates"
+    )
+
+
+def no_state(log_score: Tensor, probs: Tensor, sequence: Tensor, position: Tensor, sigma: Tensor) -> ValueError:
+    """The error of a row (N,) from which no state could be drawn, told in terms of the model that caused it."""
+    b, i = int(sequence), int(position)
+    place = f"at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}"
+    if log_score.isnan().any():
+        return ValueError(f"the score model returned NaN {place}")
+    if log_score.max() == torch.inf:
+        return ValueError(f"the score model returned an infinite log-score {place}")
+    return ValueError(
+        f"no state can be drawn {place}: the probabilities sum to {float(probs.sum())}; expected a finite, positive "
+        "sum: no state to draw is left (0) or an entry is NaN or infinite"
+    )

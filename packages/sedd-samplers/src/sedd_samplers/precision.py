@@ -14,7 +14,7 @@ from torch import Tensor
 from .interfaces import Graph
 from .waiting import require
 
-__all__ = ["wide", "fastest_rate", "working_dtype", "check_recoverable"]
+__all__ = ["wide", "fastest_rate", "working_dtype", "check_recoverable", "limit_law"]
 
 
 WITHOUT_FLOAT64 = {"mps"}
@@ -76,3 +76,10 @@ def check_recoverable(rate: float, sigma: Tensor, dtype: torch.dtype) -> None:
             "instead (from_posterior, from_logits and their controls), or use float64"
         ),
     )
+
+
+def limit_law(graph: Graph, device: torch.device) -> Tensor:
+    """What the forward process tends to at a position, where a run begins: (N,), float64 where the device has it."""
+    precise = wide(device)
+    row = graph.prior(torch.full((), torch.inf, dtype=precise, device=device))
+    return row.base.to(precise).expand(graph.num_states).scatter(0, row.index, row.value.to(precise))

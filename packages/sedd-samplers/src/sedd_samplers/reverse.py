@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from .fast import Answer, Part, draw_by_blocks
 from .interfaces import Graph, Noise, Row, ScoreModel
-from .model_calls import ScoreCall
+from .model_calls import ScoreCall, no_rates, no_state
 from .positions import Positions, true_first
-from .precision import fastest_rate, wide, working_dtype
+from .precision import fastest_rate, limit_law, working_dtype
 from .randomness import draw_shared, uniforms
-from .waiting import at_once, has_kernels, reading_waits
+from .waiting import Unread, has_kernels, look_again, reading_waits
 
-__all__ = ["Reverse", "Kernel", "Moves", "NoticedLate", "limit_law"]
+__all__ = ["Reverse", "Kernel", "Moves"]
 
 T = TypeVar("T")
 
@@ -36,27 +36,6 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Moves = Callable[[Tensor, Tensor], tuple[Row, Callable[[Tensor], Tensor]]]
 """(x (M,), sequence (M,)) -> weights w of the moves from x, as M rows, and R (M,) float64 -> the mass of staying (M,):
 a kernel whose probabilities are w_y s_y for y != x, R in all, and that mass at x."""
-
-
-class NoticedLate(ValueError):
-    """What was wrong in a step, found when the next one read back how it ended.
-
-    Attributes:
-        where: the step.
-    """
-
-    def __init__(self, error: ValueError, where: str) -> None:
-        super().__init__(str(error))
-        self.where = where
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """Something that may have gone wrong: () bool on the device, how to look for it once more, and the step."""
-
-    wrong: Tensor
-    again: Callable[[], object]
-    where: str
 
 
 class Reverse:
@@ -103,7 +82,7 @@ class Reverse:
         self._all = Positions.everywhere(frozen.shape, frozen.device, whole=True)
         self._static = static_shapes
         self._later = False
-        self._unread: list[_Unread] = []
+        self._unread: list[Unread] = []
         self._call = ScoreCall(score, graph)
         into = graph.rates_into(torch.arange(graph.num_states, device=frozen.device))
         # a jump leads into x where the row Q[x, .] is positive; its one negative entry is the diagonal
@@ -224,7 +203,7 @@ class Reverse:
     def notice(self, wrong: Tensor, again: Callable[[], object]) -> None:
         """Calls `again`, which raises, if any of `wrong` (...) bool is true: at the next read, where reading waits."""
         if reading_waits(wrong.device):
-            self._unread.append(_Unread(wrong.any(), again, self.step))
+            self._unread.append(Unread(wrong.any(), again, self.step))
         elif wrong.any():
             again()
 
@@ -325,14 +304,7 @@ class Reverse:
                 self.notice(bad, again)
             elif bad.any():
                 row = int(bad.nonzero()[0])
-                b, i = int(sequence[row]), int(position[row])
-                what = (
-                    "NaN" if log_score[row].isnan().any() else f"a log-score of up to {float(log_score[row].max()):.6g}"
-                )
-                raise ValueError(
-                    f"the score model returned {what} at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}, "
-                    "which leaves no finite rates"
-                )
+                raise no_rates(log_score[row], sequence[row], position[row], sigma)
             return rows
 
         def again() -> None:
@@ -396,23 +368,14 @@ class Reverse:
             right[part] = found = (total > 0) & (total < torch.inf)
             if not reading_waits(x.device) and not (found | ~wanted[part]).all():
                 row = int((~found & wanted[part]).nonzero()[0])
-                raise _named(log_scores[part][row], probs[row], at.sequence[part][row], at.position[part][row], sigma)
+                raise no_state(log_scores[part][row], probs[row], at.sequence[part][row], at.position[part][row], sigma)
         return state, right
 
     def _settle(self, wrong: bool) -> None:
         """Forget what was to be read, or say what was wrong."""
         unread, self._unread = self._unread, []
-        if not wrong:
-            return
-        with at_once():
-            for one in unread:
-                if one.wrong:
-                    try:
-                        one.again()
-                    except ValueError as error:
-                        raise NoticedLate(error, one.where) from error
-                    raise NoticedLate(ValueError("the score model returned NaN or infinity, or left no state to draw, "
-                                                 "and did not when it was asked again"), one.where)  # fmt: skip
+        if wrong:
+            look_again(unread)
 
 
 def _by_moves(
@@ -432,24 +395,3 @@ def _by_moves(
 def kernels_serve(rows: Tensor) -> bool:
     """Whether the kernels can draw from rows as they are: on CUDA, with triton, in float32 or less."""
     return rows.dtype != torch.float64 and has_kernels(rows.device)
-
-
-def _named(log_score: Tensor, probs: Tensor, sequence: Tensor, position: Tensor, sigma: Tensor) -> ValueError:
-    """The error of a row (N,) from which no state could be drawn, told in terms of the model that caused it."""
-    b, i = int(sequence), int(position)
-    place = f"at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}"
-    if log_score.isnan().any():
-        return ValueError(f"the score model returned NaN {place}")
-    if log_score.max() == torch.inf:
-        return ValueError(f"the score model returned an infinite log-score {place}")
-    return ValueError(
-        f"no state can be drawn {place}: the probabilities sum to {float(probs.sum())}; expected a finite, positive "
-        "sum: no state to draw is left (0) or an entry is NaN or infinite"
-    )
-
-
-def limit_law(graph: Graph, device: torch.device) -> Tensor:
-    """What the forward process tends to at a position, where a run begins: (N,), float64 where the device has it."""
-    precise = wide(device)
-    row = graph.prior(torch.full((), torch.inf, dtype=precise, device=device))
-    return row.base.to(precise).expand(graph.num_states).scatter(0, row.index, row.value.to(precise))

@@ -29,8 +29,9 @@ from .model_calls import ScoreCall, Wrapper, check_sequences, device_of, warn_of
 from .precision import wide
 from .prompts import check_prompt, check_shape, check_start, check_tensors
 from .randomness import row_seeds
-from .reverse import NoticedLate, Reverse
+from .reverse import Reverse
 from .steps import Method, Tweedie, final_denoise
+from .waiting import NoticedLate
 
 __all__ = ["State", "TrajectoryOptions", "trajectory", "sample", "infill"]
 

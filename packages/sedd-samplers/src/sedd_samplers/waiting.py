@@ -12,13 +12,35 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["has_kernels", "reading_waits", "at_once", "require"]
+__all__ = ["NoticedLate", "Unread", "has_kernels", "reading_waits", "at_once", "look_again", "require"]
 
 _at_once = ContextVar("at_once", default=False)
+
+
+class NoticedLate(ValueError):
+    """What was wrong in a step, found when the next one read back how it ended.
+
+    Attributes:
+        where: the step.
+    """
+
+    def __init__(self, error: ValueError, where: str) -> None:
+        super().__init__(str(error))
+        self.where = where
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Something that may have gone wrong: () bool on the device, how to look for it once more, and the step."""
+
+    wrong: Tensor
+    again: Callable[[], object]
+    where: str
 
 
 def reading_waits(device: torch.device) -> bool:
@@ -44,6 +66,23 @@ def at_once() -> Iterator[None]:
         yield
     finally:
         _at_once.reset(token)
+
+
+def look_again(unread: list[Unread]) -> None:
+    """Look once more for what was wrong in one of these.
+
+    Raises:
+        NoticedLate: something was.
+    """
+    with at_once():
+        for one in unread:
+            if one.wrong:
+                try:
+                    one.again()
+                except ValueError as error:
+                    raise NoticedLate(error, one.where) from error
+                raise NoticedLate(ValueError("the score model returned NaN or infinity, or left no state to draw, "
+                                             "and did not when it was asked again"), one.where)  # fmt: skip
 
 
 def require(right: Tensor, expected: str, told: Callable[[], str]) -> None:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from ..adapters import to_posterior
 from ..interfaces import Graph, ScoreModel
-from ..reverse import limit_law
+from ..precision import limit_law
 from ._enumerated import Pairs, check_frequencies
 
 __all__ = ["Sampler", "scheduled", "sampler_reaches_the_law"]
