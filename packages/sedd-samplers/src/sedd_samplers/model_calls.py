@@ -356,18 +356,14 @@ def check_sequences(model: object, total: int) -> None:
 
 def no_rates(log_score: Tensor, sequence: Tensor, position: Tensor, sigma: Tensor) -> ValueError:
     """The error of a row (N,) whose rates are not finite, told in terms of the model that caused it."""
-    b, i = int(sequence), int(position)
     what = "NaN" if log_score.isnan().any() else f"a log-score of up to {float(log_score.max()):.6g}"
-    return ValueError(
-        f"the score model returned {what} at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}, "
-        "which leaves no finite rates"
-    )
+    place = _place(sequence, position, sigma)
+    return ValueError(f"the score model returned {what} {place}, which leaves no finite rates")
 
 
 def no_state(log_score: Tensor, probs: Tensor, sequence: Tensor, position: Tensor, sigma: Tensor) -> ValueError:
-    """The error of a row (N,) from which no state could be drawn, told in terms of the model that caused it."""
-    b, i = int(sequence), int(position)
-    place = f"at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}"
+    """The same of a row (N,) from whose probabilities (N,) no state can be drawn."""
+    place = _place(sequence, position, sigma)
     if log_score.isnan().any():
         return ValueError(f"the score model returned NaN {place}")
     if log_score.max() == torch.inf:
@@ -376,3 +372,9 @@ def no_state(log_score: Tensor, probs: Tensor, sequence: Tensor, position: Tenso
         f"no state can be drawn {place}: the probabilities sum to {float(probs.sum())}; expected a finite, positive "
         "sum: no state to draw is left (0) or an entry is NaN or infinite"
     )
+
+
+def _place(sequence: Tensor, position: Tensor, sigma: Tensor) -> str:
+    """Where a row is: its sequence () and position (), and the noise of its sequence, of sigma (B,)."""
+    b, i = int(sequence), int(position)
+    return f"at sequence {b}, position {i}, sigma = {float(sigma[b]):.6g}"
