@@ -3,8 +3,9 @@
 By hand means the same network and loss, torch's fused AdamW and clipping, and nothing else. It and the engine of each
 ZeRO stage take their steps in turns, on one rank, the order changing from round to round; a ratio is the median over
 rounds. The engine's own work (flat copies of gradients and weights, buckets, norms) grows with the parameters, the
-network's with parameters and tokens: so the ratio falls with the batch. The training script itself runs, too, and its
-log says which share of a step was spent waiting for data.
+network's with parameters and tokens: so the ratio falls with the batch. What each moves is counted beside its time:
+on a GPU the update is bound by that. (A run on one rank is at stage 0, whatever its recipe says.) The training script
+itself runs, too, and its log says which share of a step was spent waiting for data.
 
     python benchmarks/step.py                                    # 26 M parameters: about 6 minutes on two cores
     python benchmarks/step.py --width 128 --depth 2 --rounds 3   # in seconds
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from sedd_graphs import Absorbing, LogLinear
@@ -28,7 +30,9 @@ from sedd_nets import SEDD
 from sedd_train import distributed
 from sedd_train.engine import Batch, Loss, start_engine, train_step
 from sedd_train.objectives import ScoreEntropy
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 STATES = 4097
 TRAIN = Path(__file__).parents[1] / "integration" / "train_owt.py"
@@ -53,9 +57,29 @@ def main() -> None:
         times = in_turns(steps, size, given)
         for name, found in times.items():
             ratios = [a / b for a, b in zip(found, times["by hand"], strict=True)]
-            print(f"B = {size}, {name}: {statistics.median(found):.3f} s, {statistics.median(ratios):.3f} x")
+            with Moved() as moved:
+                steps[name](draw(given, size, 0))
+            print(
+                f"B = {size}, {name}: {statistics.median(found):.3f} s, {statistics.median(ratios):.3f} x; "
+                f"{moved.bytes / 1e9:.2f} GB given to and by {moved.operations} operations"
+            )
     print(f"waiting for data in train_owt.py: {waited:.2%} of a step, median")
     torch.distributed.destroy_process_group()
+
+
+class Moved(TorchDispatchMode):
+    """Operations that compute or copy, and the bytes of the tensors that they are given and give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operation(*args, **(kwargs or {}))
+        if not operation.is_view and "empty" not in operation.overloadpacket.__name__:
+            self.operations += 1
+            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
+        return out
 
 
 def network(given: argparse.Namespace) -> SEDD:

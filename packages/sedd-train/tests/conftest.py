@@ -245,6 +245,12 @@ def here(text, cache, process):
     return _here
 
 
+@pytest.fixture
+def zero_on_one_rank(monkeypatch):
+    """Runs on one rank are divided as their recipe says, among that one."""
+    monkeypatch.setattr(recipes.Recipe, "stage", lambda self, world_size: self.zero_stage)
+
+
 @pytest.fixture(scope="session")
 def trained(text, cache, world, tmp_path_factory) -> Path:
     """The folder of a run of three steps."""

@@ -117,6 +117,14 @@ def test_a_plan_to_the_letter(monkeypatch, tmp_path):
     assert [line.endswith("  <- this run") for line in lines[8:]] == [False, False, True, False]
 
 
+def test_the_stage_of_a_plan_is_the_run_s(monkeypatch, tmp_path):
+    """One rank has nobody to share with."""
+    for ranks, offload, stage in ((1, False, 0), (2, False, 2), (1, True, 2)):
+        lines = planned(monkeypatch, tmp_path, ranks=ranks, zero_stage=2, offload=offload)
+        (marked,) = (line for line in lines if line.endswith("<- this run"))
+        assert marked.split()[:2] == ["ZeRO", str(stage)]
+
+
 def test_the_numbers_of_each_stage_stand_under_their_names(monkeypatch, tmp_path):
     """Enlarged, so that their digits show."""
     memory = plan.memory

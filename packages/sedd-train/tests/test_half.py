@@ -166,6 +166,7 @@ def test_gradients_are_averaged_in_float32(stage):
     assert set(engine_of("bf16", stage).optimizer.ipg_buckets) == {torch.float32}
 
 
+@pytest.mark.usefixtures("zero_on_one_rank")
 def test_a_run_in_float16_goes_on_digit_for_digit(here, losses, tmp_path):
     values = {"steps": 4, "checkpoint_every": 2, "precision": "fp16", "zero_stage": 2}
     here(tmp_path / "whole", **values)

@@ -187,6 +187,7 @@ def assert_alike(one, other):
         assert all(torch.equal(tensors[key], theirs[name][key]) for key in tensors), name
 
 
+@pytest.mark.usefixtures("zero_on_one_rank")
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_run_that_is_read_late_is_the_same_run(here, tmp_path, monkeypatch, stage):
     """To the last digit and in the same order: measured and saved at several steps, left, and continued."""
@@ -202,6 +203,7 @@ def test_a_run_that_is_read_late_is_the_same_run(here, tmp_path, monkeypatch, st
     assert_alike(tmp_path / "late", tmp_path / "left")
 
 
+@pytest.mark.usefixtures("zero_on_one_rank")
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_steps_that_are_not_finite_are_told_late_in_the_same_words(here, tmp_path, monkeypatch, stage):
     """Three in a row end the run, with the diagnosis of the last of them, in the weights that it saw."""

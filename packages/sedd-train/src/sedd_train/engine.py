@@ -144,6 +144,8 @@ def start_engine(
         # Traced by torch 2.11's compiler on a GPU, DeepSpeed's linear layer left the modulations without a gradient.
         nn.functional.linear = LINEAR
     engine.clip_without_zero = clip
+    if stage == 0 and dist.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # it copies all gradients twice, to average them over one rank
     engine.loss_scale_of_ours = LossScale(loss.net if loss.in_float16 else None, engine.device)
     return engine
 
@@ -315,7 +317,10 @@ def _update(engine: Any, loss: Tensor) -> Tensor:
         optimizer.found_inf = torch.maximum(optimizer.found_inf, refused)
 
     if engine.zero_optimization_stage() == 0:  # alone in neither reporting the norm nor refusing a gradient of nan
-        parameters = [p for p in engine.module.parameters() if p.grad is not None]
+        parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        for parameter in parameters:  # what the loss does not depend on moves by its momentum, as on several ranks
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(parameters, engine.clip_without_zero or math.inf)
         note(norm)
         engine.step()

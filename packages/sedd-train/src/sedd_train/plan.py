@@ -171,7 +171,7 @@ def describe(recipe: Recipe, ranks: int, cache: Path) -> str:
         columns = [held["weights"], held["gradients"], held["masters"], held["moments"], averages, held["bucket"], kept]
         values = zip([*columns, sum(columns)], COLUMNS.values(), strict=True)
         row = "".join(f"{value / 1e9:>{width}.2f}" for value, width in values)
-        mark = "  <- this run" if stage == recipe.zero_stage else ""
+        mark = "  <- this run" if stage == recipe.stage(ranks) else ""
         lines.append(f"  ZeRO {stage}     {row}{mark}")
     if recipe.offload:
         what = "weights, masters and moments" if recipe.zero_stage == 3 else "masters and moments"

@@ -119,7 +119,7 @@ class Recipe:
     ema: float = _value(0.9999, "decay of the weights' moving average")
     t_min: float = _value(1e-3, "least time in training")
     precision: str = _value("fp32", "fp32, bf16, or fp16 where a card has no bf16 (autocast over float32 weights)")
-    zero_stage: int = _value(1, "ZeRO stage 0 to 3: what the ranks share (1 optimiser, 2 gradients, 3 weights)")
+    zero_stage: int = _value(1, "ZeRO stage 0 to 3: what several ranks share (1 optimiser, 2 gradients, 3 weights)")
     offload: bool = _value(
         False, "keep masters and moments, in stage 3 weights too, in the machine's memory (ZeRO 1 to 3)"
     )
@@ -226,6 +226,13 @@ class Recipe:
                 f"{self._division(world_size)}"
             )
         return self.batch_size // micro
+
+    def stage(self, world_size: int) -> int:
+        """The ZeRO stage on so many ranks. One has nobody to share with: unless it offloads, it goes without ZeRO.
+
+        The numbers are the same, without the copies of weights and gradients that are there to be shared.
+        """
+        return self.zero_stage if world_size > 1 or self.offload else 0
 
     def _division(self, world_size: int) -> str:
         """What makes the batch divisible: first what leaves the experiment as it is."""

@@ -175,12 +175,12 @@ def train(
         device = distributed.start()
         averaged.to(device)
         if starting.compiles(recipe, device, own=own_net):
-            compile_network(net, recipe.zero_stage)
+            compile_network(net, recipe.stage(world_size))
         engine = start_engine(
             Loss(net, objective),
             batch_size=recipe.batch_size,
             micro_batches=batches.micro_batches,
-            stage=recipe.zero_stage,
+            stage=recipe.stage(world_size),
             precision=recipe.precision,
             offload=recipe.offload,
             clip=recipe.clip,
