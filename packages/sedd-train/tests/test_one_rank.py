@@ -47,7 +47,7 @@ def by_hand(loss: Loss, micro_batches: list[Any]) -> Any:
 def steps_of_a_run(here, folder, monkeypatch, **values) -> list[tuple[Any, Any, Any]]:
     """What each step moves, the average that follows the one before included, with its batches and engine."""
     found: list[tuple[Any, Any, Any]] = []
-    launch = training.launch_step
+    launch = engine.launch_step
 
     def counted(used, micro_batches, *args, **how):
         with Moved() as moved:
