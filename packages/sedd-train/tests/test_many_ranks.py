@@ -87,7 +87,7 @@ def test_stopped_ranks_continue_digit_for_digit(number, before, stage, start, tr
         process.signal(number)
         process.output()
     assert not (run / "export").exists()
-    train(run, "--resume", seconds=LONG, **how(before))
+    train(run, "--resume", "--zero-stage", stage, seconds=LONG, **how(before))
     assert losses(run) == losses(tmp_path / "undisturbed")
     for file in ("export/model.safetensors", "checkpoints/step-00000024/training.safetensors"):
         left, right = (safetensors.torch.load_file(folder / file) for folder in (tmp_path / "undisturbed", run))
@@ -122,7 +122,7 @@ def test_resumed_with_other_ranks(before, after, stage, folders, start, train, l
     assert found_there is not None
     done = checkpoint.read(found_there).step
     assert done < 24
-    train(run, "--resume", seconds=LONG, **how(after))
+    train(run, "--resume", "--zero-stage", stage, seconds=LONG, **how(after))
     undisturbed, found = losses(folders / "resumed"), losses(run)
     assert found.keys() == undisturbed.keys()
     worst = max(abs(found[step][0] / undisturbed[step][0] - 1) for step in undisturbed)
@@ -133,6 +133,7 @@ def test_resumed_with_other_ranks(before, after, stage, folders, start, train, l
 def test_twenty_kills_at_random_moments(start, tmp_path):
     """SIGKILL to every process at once, at any moment of starting, training and saving; at the end the same weights."""
     options = ("--steps", "60", "--checkpoint-every", "1", "--zero-stage", "2")
+    again = ("--resume", "--zero-stage", "2")
     with start(tmp_path / "undisturbed", *options, **how(2)) as process:
         process.output(seconds=LONG)
         assert process.process.returncode == 0
@@ -140,7 +141,7 @@ def test_twenty_kills_at_random_moments(start, tmp_path):
     moments, while_saving, while_starting = random.Random(0), 0, 0
     for kill in range(20):
         before = set(run.glob("checkpoints/.step-*"))  # by the kill before
-        with start(run, *(["--resume"] if list(run.glob("checkpoints/step-*")) else options), **how(2)) as process:
+        with start(run, *(again if list(run.glob("checkpoints/step-*")) else options), **how(2)) as process:
             moment = moments.random()
             if moment < 0.15:  # starting, loading
                 delay = moments.uniform(1, 8)
@@ -159,7 +160,7 @@ def test_twenty_kills_at_random_moments(start, tmp_path):
         while_saving += bool(set(run.glob("checkpoints/.step-*")) - before)
         found = checkpoint.find(run / "checkpoints") if run.exists() else None
         while_starting += found is None
-    with start(run, "--resume", **how(2)) as process:
+    with start(run, *again, **how(2)) as process:
         process.output(seconds=LONG)
         assert process.process.returncode == 0
     print(f"20 kills, {while_saving} of them while saving, {while_starting} before the first checkpoint")

@@ -248,7 +248,7 @@ def test_a_build_that_is_killed_again_and_again(large, tmp_path, kills, tokenize
     def saved():
         return [path.stat().st_mtime_ns for path in cache.glob("*.part/journal.json")]
 
-    command = [sys.executable, script, str(large), str(cache), tokenizer]
+    command = [sys.executable, script, str(large), str(cache), tokenizer, "0" if kills == 1 else "0.2"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:

@@ -1,28 +1,36 @@
 """Tokenises a corpus, saving at every batch, in a child for each line that it reads. To be killed.
 
-python tokenise_slowly.py CORPUS CACHE TOKENIZER
+python tokenise_slowly.py CORPUS CACHE TOKENIZER PAUSE
 
-A child says its number when it begins, and the fingerprint at its end. This process, which has imported everything for
-it, says when it has ended.
+A child says its number when it begins, and the fingerprint at its end; after every batch it pauses for so many seconds,
+so that there is time to kill it often. This process, which has imported everything for it, says when it has ended.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from sedd_train import coding, token_build, token_cache
 
+
+def paused() -> bool:
+    """Whether to stop: never. The build asks twice a batch."""
+    time.sleep(float(pause) / 2)
+    return False
+
+
 if __name__ == "__main__":
-    corpus, cache, tokenizer = sys.argv[1:]
+    corpus, cache, tokenizer, pause = sys.argv[1:]
     token_build.JOURNAL_EVERY, coding.BATCH, coding.ALONE = 0.0, 20_000, 2
     coding.cores = lambda: 2
     for _ in sys.stdin:
         child = os.fork()
         if child == 0:
             print(os.getpid(), flush=True)
-            print(token_cache.prepare(corpus, tokenizer, Path(cache)).fingerprint)
+            print(token_cache.prepare(corpus, tokenizer, Path(cache), stop=paused).fingerprint)
             sys.exit()
         os.waitpid(child, 0)
         print("ended", flush=True)
