@@ -102,12 +102,12 @@ def kill_one_while_saving(recipe: recipes.Recipe, output: Path, cache: Path, dra
     return met
 
 
-def kill_while_resuming(recipe: recipes.Recipe, output: Path, cache: Path, draw: random.Random, takes: float) -> bool:
-    """Whether no step had been taken since the start when the run was killed."""
+def kill_while_resuming(recipe: recipes.Recipe, output: Path, cache: Path, delay: float) -> bool:
+    """Whether no step had been taken since the start when the run was killed, so many seconds after it."""
     found = checkpoint.find(output / "checkpoints")
     assert found is not None
     child = begin(recipe, output, cache)
-    time.sleep(draw.uniform(0, takes))
+    time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     assert ended(child) == -signal.SIGKILL
     return checkpoint.find(output / "checkpoints") == found
@@ -144,7 +144,9 @@ def main() -> None:
         elif moment == "saving":
             met += kill_while_saving(recipe, run, cache, draw)
         else:
-            met += kill_while_resuming(recipe, run, cache, draw, takes)
+            delay = draw.uniform(0, takes)
+            early = kill_while_resuming(recipe, run, cache, delay)
+            met, takes = met + early, 1.05 * takes if early else delay  # a start takes longer, or not so long
     assert not (run / "export").exists()
     assert finished(recipe, run, cache, shards)
     print(json.dumps({"met": met, "tries": tries, "left": len(half_written(run))}))

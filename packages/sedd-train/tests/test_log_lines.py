@@ -72,6 +72,20 @@ def test_what_is_trained_on_what(said, step, tmp_path):
     }
 
 
+def test_how_ranks_share_is_said(said):
+    text: Any = SimpleNamespace(train=tokens(1600), valid=tokens(81), tokenizer=character_tokenizer(), parts=())
+    for stage, ranks, words in (
+        (0, 1, "on 1 x cpu, ZeRO 0, fp32"),
+        (2, 1, "on 1 x cpu, without ZeRO (one rank has nobody to share with), fp32"),
+        (2, 2, "on 2 x cpu, ZeRO 2, fp32"),
+    ):
+        batches: Any = SimpleNamespace(world_size=ranks, available=20)
+        recipe = recipes.override(RECIPE, {"zero_stage": stage})
+        shown: Any = Written()
+        progress.introduce(shown, recipe, batches, text, 1, None, torch.device("cpu"))
+        assert said.pop().endswith(words)
+
+
 def test_what_is_cut_off_to_be_watched_is_said(said):
     batches: Any = SimpleNamespace(world_size=1, available=20)
     for parts, told in (

@@ -162,7 +162,7 @@ def introduce(
         f"{parameters / 1e6:.1f} M parameters, {len(text.train) / 1e6:.1f} M training tokens in {batches.available} "
         f"blocks of {recipe.length}, {_held_out(text)}, vocabulary of {num_tokens(text.tokenizer)}\n"
         f"{recipe.steps} steps of {recipe.batch_size * recipe.length} tokens ({epochs:.2g} epochs) on "
-        f"{batches.world_size} x {device.type}, ZeRO {recipe.stage(batches.world_size)}, {recipe.precision}"
+        f"{batches.world_size} x {device.type}, {_sharing(recipe, batches.world_size)}, {recipe.precision}"
         + (f"; continuing at step {saved.step}" if saved else "")
     )
     if recipe.precision == "bf16" and flops.emulates_bf16():
@@ -170,6 +170,12 @@ def introduce(
             "this CPU has no instructions for bfloat16 and takes many times as long in it: --precision fp32 is faster "
             "here"
         )
+
+
+def _sharing(recipe: Recipe, world_size: int) -> str:
+    """The ZeRO stage, and why it is not the recipe's."""
+    stage = recipe.stage(world_size)
+    return f"ZeRO {stage}" if stage == recipe.zero_stage else "without ZeRO (one rank has nobody to share with)"
 
 
 def _held_out(text: Corpus) -> str:
