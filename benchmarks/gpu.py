@@ -619,9 +619,18 @@ def trainer_s_speed(run: Run, folder: Path, few: dict[str, Any]) -> None:
     given = [word for name, value in few.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     out = folder / "full"
     place = ["--cache", str(folder / "cache"), "--output", str(out), "--no-tensorboard"]
-    script(run, *full, *given, *place, "--steps", "24")
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    try:
+        script(run, *full, *given, *place, "--steps", "24")
+    finally:  # also where the time was up while it saved
+        told_of_speed(run, out / "log.jsonl")
+
+
+def told_of_speed(run: Run, log: Path) -> None:
+    """What a run's log says of its steps, but for the first eight."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     lines = [line for line in lines if line["kind"] == "train"][8:]
+    if not lines:
+        return
     speed = statistics.median(line["tokens_per_second"] for line in lines)
     run.row(f"train_owt.py, one rank, compiled, B = {run.batch}", speed, "tokens/s")
     by_hand = (row["value"] for row in run.rows if row["row"] == BY_HAND)
