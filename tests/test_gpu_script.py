@@ -47,10 +47,9 @@ def test_losses_of_all_graphs_and_draws_are_those_of_the_plain_ways(tmp_path):
 def test_every_part_runs(tmp_path):
     found = run(tmp_path / "gpu.json")
     assert not found["failed"]
-    told = [row["row"] for row in found["rows"]]
+    told = [row["row"] for row in found["rows"] if row["goal"]]
     for goal in GOALS:
         assert any(goal in row for row in told), goal
-    assert all(row["goal"] for row in found["rows"] if any(goal in row["row"] for goal in GOALS))
 
 
 def test_the_whole_script_takes_less_than_four_minutes():
