@@ -4,16 +4,19 @@ By hand means the same network and loss, torch's fused AdamW and clipping, and n
 ZeRO stage take their steps in turns, on one rank, the order changing from round to round; a ratio is the median over
 rounds. The engine's own work (flat copies of gradients and weights, buckets, norms) grows with the parameters, the
 network's with parameters and tokens: so the ratio falls with the batch. What each moves is counted beside its time:
-on a GPU the update is bound by that. (A run on one rank is at stage 0, whatever its recipe says.) The training script
-itself runs, too, and its log says which share of a step was spent waiting for data.
+on a GPU the update is bound by that. (A run on one rank is at stage 0, whatever its recipe says.)
 
-    python benchmarks/step.py                                    # 26 M parameters: about 6 minutes on two cores
+The training loop's whole step, with its data, moving average and log, is taken in turns with the same whole step by
+hand. The training script itself runs, too, and its log says which share of a step was spent waiting for data.
+
+    python benchmarks/step.py                                    # 26 M parameters: about 8 minutes on two cores
     python benchmarks/step.py --width 128 --depth 2 --rounds 3   # in seconds
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -23,12 +26,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from sedd_graphs import Absorbing, LogLinear
 from sedd_nets import SEDD
-from sedd_train import distributed
-from sedd_train.engine import Batch, Loss, start_engine, train_step
+from sedd_train import distributed, recipes, training
+from sedd_train.engine import Batch, Loss, launch_step, start_engine, train_step
 from sedd_train.objectives import ScoreEntropy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,7 +57,9 @@ def main() -> None:
         f"SEDD {given.depth} x {given.width}, {parameters / 1e6:.1f} M parameters, N = {STATES}, L = {given.length}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    steps = {"by hand": by_hand(given)} | {f"ZeRO {stage}": by_engine(given, stage) for stage in range(4)}
+    wall, processor = the_loop(given)
+    print(f"the loop's whole step over the same by hand: {wall:.3f} x, by processor time {processor:.3f} x")
+    steps = {"by hand": by_hand(a_loss(given))} | {f"ZeRO {stage}": by_engine(given, stage) for stage in range(4)}
     for size in given.batches:
         times = in_turns(steps, size, given)
         for name, found in times.items():
@@ -97,17 +104,25 @@ def draw(given: argparse.Namespace, size: int, seed: int) -> Batch:
     return x0, Absorbing(STATES - 1).sample(x0, LogLinear()(t)[0], generator=generator), t
 
 
-def by_hand(given: argparse.Namespace) -> Callable[[Batch], object]:
-    """A step without any engine."""
-    loss = Loss(network(given), ScoreEntropy(Absorbing(STATES - 1), LogLinear()))
-    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+def a_loss(given: argparse.Namespace) -> Loss:
+    """The module that is trained."""
+    return Loss(network(given), ScoreEntropy(Absorbing(STATES - 1), LogLinear()))
+
+
+def by_hand(loss: Loss, *, averaged: bool = False) -> Callable[[Batch], object]:
+    """A step without any engine; with the moving average of the weights, if asked."""
+    weights = list(loss.parameters())
+    averages = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=True)
 
     def step(batch: Batch) -> float:
         optimizer.zero_grad()
         mean, _ = loss(*batch)
         mean.backward()
-        nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
+        if averaged:
+            torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1e-4)
         return float(mean.detach())
 
     return step
@@ -115,7 +130,7 @@ def by_hand(given: argparse.Namespace) -> Callable[[Batch], object]:
 
 def by_engine(given: argparse.Namespace, stage: int) -> Callable[[Batch], object]:
     """The training script's step."""
-    loss = Loss(network(given), ScoreEntropy(Absorbing(STATES - 1), LogLinear()))
+    loss = a_loss(given)
     # The engine counts samples by its batch size, which changes nothing in a step of one micro-batch.
     engine = start_engine(loss, batch_size=1, micro_batches=1, stage=stage)
     return lambda batch: train_step(engine, [batch], 1e-4)
@@ -134,6 +149,43 @@ def in_turns(
             steps[name](batch)
             times[name].append(time.perf_counter() - start)
     return {name: found[1:] for name, found in times.items()}
+
+
+def the_loop(given: argparse.Namespace) -> tuple[float, float]:
+    """A whole step of `train` over the same by hand, which is taken before it: medians, by the clock and the processor.
+
+    Each is of the time from a step's launch to the next one's, over that of the step by hand before it.
+    """
+    values: dict[str, Any] = {"network": "sedd", "noise": "loglinear", "optimizer": "adamw", "zero_stage": 1}
+    values |= {"width": given.width, "depth": given.depth, "heads": given.width // 64, "length": given.length}
+    values |= {"steps": 3 * given.rounds + 4, "batch_size": given.batches[0], "log_every": 1}
+    values |= {"evaluate_blocks": 2, "evaluate_times": 2, "sample_steps": 2}
+    launch, step_by_hand = launch_step, list[Callable[[Batch], object]]()
+    ours, theirs, left = list[Any](), list[Any](), list[Any]()
+
+    def after_one_by_hand(engine: Any, micro_batches: list[Batch], *args: Any, **how: Any) -> Any:
+        if left:
+            ours.append(now() - left[-1])
+        else:
+            loss = Loss(copy.deepcopy(engine.module.net), engine.module.objective)
+            step_by_hand.append(by_hand(loss, averaged=True))
+        begun = now()
+        step_by_hand[0](micro_batches[0])
+        theirs.append(now() - begun)
+        left.append(now())
+        return launch(engine, micro_batches, *args, **how)
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(training, "launch_step", after_one_by_hand):
+        recipe = recipes.override(recipes.read_recipe("tiny"), values)
+        training.train(recipe, output=f"{folder}/run", cache=f"{folder}/cache", tensorboard=False)
+    ratios = np.array(ours)[3:] / np.array(theirs[: len(ours)])[3:]
+    wall, processor = np.median(ratios, 0)
+    return float(wall), float(processor)
+
+
+def now() -> Any:
+    """The clock's seconds and the processor's."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def waiting(given: argparse.Namespace) -> float:
