@@ -160,26 +160,23 @@ def the_loop(given: argparse.Namespace) -> tuple[float, float]:
     values |= {"width": given.width, "depth": given.depth, "heads": given.width // 64, "length": given.length}
     values |= {"steps": 3 * given.rounds + 4, "batch_size": given.batches[0], "log_every": 1}
     values |= {"evaluate_blocks": 2, "evaluate_times": 2, "sample_steps": 2}
-    launch, step_by_hand = launch_step, list[Callable[[Batch], object]]()
-    ours, theirs, left = list[Any](), list[Any](), list[Any]()
+    stamps, hand = list[Any](), None
 
     def after_one_by_hand(engine: Any, micro_batches: list[Batch], *args: Any, **how: Any) -> Any:
-        if left:
-            ours.append(now() - left[-1])
-        else:
-            loss = Loss(copy.deepcopy(engine.module.net), engine.module.objective)
-            step_by_hand.append(by_hand(loss, averaged=True))
+        nonlocal hand
+        if hand is None:
+            hand = by_hand(Loss(copy.deepcopy(engine.module.net), engine.module.objective), averaged=True)
         begun = now()
-        step_by_hand[0](micro_batches[0])
-        theirs.append(now() - begun)
-        left.append(now())
-        return launch(engine, micro_batches, *args, **how)
+        hand(micro_batches[0])
+        stamps.append((begun, now()))
+        return launch_step(engine, micro_batches, *args, **how)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(training, "launch_step", after_one_by_hand):
         recipe = recipes.override(recipes.read_recipe("tiny"), values)
         training.train(recipe, output=f"{folder}/run", cache=f"{folder}/cache", tensorboard=False)
-    ratios = np.array(ours)[3:] / np.array(theirs[: len(ours)])[3:]
-    wall, processor = np.median(ratios, 0)
+    begun, ended = np.array(stamps).swapaxes(0, 1)
+    ratios = (begun[1:] - ended[:-1]) / (ended - begun)[:-1]
+    wall, processor = np.median(ratios[3:], 0)
     return float(wall), float(processor)
 
 

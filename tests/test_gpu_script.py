@@ -50,6 +50,7 @@ def test_every_part_runs(tmp_path):
     told = [row["row"] for row in found["rows"] if row["goal"]]
     for goal in GOALS:
         assert any(goal in row for row in told), goal
+    assert all(row["row"] in told for row in found["rows"] if any(goal in row["row"] for goal in GOALS))
 
 
 def test_the_whole_script_takes_less_than_four_minutes():

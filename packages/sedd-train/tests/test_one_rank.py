@@ -18,7 +18,7 @@ from sedd_train.objectives import ScoreEntropy
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("process")]  # DeepSpeed warns
-Moved = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "step.py"))["Moved"]
+STEP = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "step.py"))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -29,28 +29,13 @@ def test_only_ranks_that_are_several_share_and_one_that_offloads(stage):
         assert dataclasses.replace(recipe, offload=True).stage(1) == stage
 
 
-def by_hand(loss: Loss, micro_batches: list[Any]) -> Any:
-    """A step as one writes it: gradient, clipping, fused AdamW and the moving average."""
-    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-3, fused=True)
-    averages = [parameter.detach().clone() for parameter in loss.parameters()]
-    for _ in range(2):  # the first makes the moments
-        with Moved() as moved:
-            optimizer.zero_grad()
-            for batch in micro_batches:
-                (loss(*batch)[0] / len(micro_batches)).backward()
-            nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
-            optimizer.step()
-            torch._foreach_lerp_(averages, [parameter.detach() for parameter in loss.parameters()], 1e-3)
-    return moved
-
-
 def steps_of_a_run(here, folder, monkeypatch, **values) -> list[tuple[Any, Any, Any]]:
     """What each step moves, the average that follows the one before included, with its batches and engine."""
     found: list[tuple[Any, Any, Any]] = []
     launch = engine.launch_step
 
     def counted(used, micro_batches, *args, **how):
-        with Moved() as moved:
+        with STEP["Moved"]() as moved:
             launched = launch(used, micro_batches, *args, **how)
         found.append((moved, micro_batches, used))
         return launched
@@ -63,18 +48,20 @@ def steps_of_a_run(here, folder, monkeypatch, **values) -> list[tuple[Any, Any, 
 
 
 def test_its_step_moves_what_the_step_by_hand_moves(here, tmp_path, monkeypatch):
-    moved, micro_batches, used = steps_of_a_run(here, tmp_path, monkeypatch)[2]
+    moved, (batch,), used = steps_of_a_run(here, tmp_path, monkeypatch)[2]
     assert used.zero_optimization_stage() == 0
-    loss = Loss(copy.deepcopy(used.module.net), used.module.objective)
-    hand = by_hand(loss, micro_batches)
+    by_hand = STEP["by_hand"](Loss(copy.deepcopy(used.module.net), used.module.objective), averaged=True)
+    by_hand(batch)  # which makes the moments
+    with STEP["Moved"]() as hand:
+        by_hand(batch)
     assert moved.bytes == pytest.approx(hand.bytes, rel=0.01)
     assert moved.operations <= hand.operations + 60
 
 
-def test_under_zero_it_would_move_more(here, tmp_path, monkeypatch):
+def test_under_zero_it_would_move_more(here, tmp_path, monkeypatch, request):
     """So that what the test before counts is there to be counted."""
     without, _, _ = steps_of_a_run(here, tmp_path / "without", monkeypatch)[2]
-    monkeypatch.setattr(recipes.Recipe, "stage", lambda self, world_size: self.zero_stage)
+    request.getfixturevalue("zero_on_one_rank")
     under_zero, _, used = steps_of_a_run(here, tmp_path / "under zero", monkeypatch)[2]
     assert used.zero_optimization_stage() == 1
     assert under_zero.bytes > 2 * without.bytes

@@ -230,7 +230,7 @@ class Recipe:
     def stage(self, world_size: int) -> int:
         """The ZeRO stage on so many ranks. One has nobody to share with: unless it offloads, it goes without ZeRO.
 
-        The numbers are the same, without the copies of weights and gradients that are there to be shared.
+        The numbers are the same to rounding, without the copies of weights and gradients that are there to be shared.
         """
         return self.zero_stage if world_size > 1 or self.offload else 0
 
