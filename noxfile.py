@@ -71,7 +71,7 @@ def types(session: nox.Session) -> None:
     strict = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["mypy"]["overrides"][0]["module"]
     if forgotten := {path.stem for path in Path("integration").glob("*.py")} - set(strict):
         session.error(f"pyproject.toml does not name these scripts to mypy as strict: {sorted(forgotten)}")
-    session.run("mypy", *(f"packages/{name}/src" for name in PACKAGES), "integration", "noxfile.py")
+    session.run("mypy", *(f"packages/{name}/src" for name in PACKAGES), "integration", "noxfile.py", "conftest.py")
     # The bodies of tests are checked like the rest, folder by folder: names recur.
     for folder in [*(f"packages/{name}/tests" for name in PACKAGES if name != "sedd-lm"), "tests"]:
         session.run("mypy", folder, env={"MYPYPATH": folder})

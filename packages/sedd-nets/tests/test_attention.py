@@ -12,9 +12,6 @@ IDS[:, 50:] = 1
 IDS[1, 120:] = -1
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
-# torch's compiler, which FlexAttention imports, imports a part of torch that torch deprecates.
-imports_compiler = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 
 def heads(dtype):
     """Queries, keys and values (2, 160, 2, 16) as views of one projection."""
@@ -70,7 +67,6 @@ def test_gradients_with_a_mask_are_finite_where_a_row_is_all_padding():
     torch.testing.assert_close(ours, one_by_one, atol=1e-12, rtol=0)
 
 
-@imports_compiler
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("packed", [False, True])
@@ -83,7 +79,6 @@ def test_flex_gives_the_same_numbers(dtype, packed):
     torch.testing.assert_close(out, sdpa(q, k, v, documents), atol=TOLERANCE[dtype], rtol=0)
 
 
-@imports_compiler
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
@@ -109,7 +104,6 @@ def test_gradients_of_flex_are_those_of_a_dense_mask(monkeypatch, dtype, toleran
 
 
 @pytest.mark.slow
-@imports_compiler
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_flex_gives_the_same_numbers(dtype, packed):

@@ -15,10 +15,8 @@ ScaledSEDD = partial(SEDD, scale_by_sigma=True)
 pytestmark = [
     # torch's compiler looks for gradients of whatever enters a graph, and torch warns it,
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    # it makes an object of each function of autograd, and torch warns it again,
+    # and it makes an object of each function of autograd, and torch warns it again.
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
-    # and it imports a part of torch that torch deprecates.
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
 
 SEEDS = torch.tensor([2**40, -1, 5])
