@@ -196,9 +196,17 @@ def letters(tmp_path_factory):
 
 
 VALUES: dict[str, Any] = {
-    **{"tokenizer": "characters:ab", "length": LENGTH, "packing": False, "label_column": "kind", "drop_labels": 0.2},
+    **{"tokenizer": "characters:ab", "length": LENGTH, "packing": False, "label_column": "kind", "drop_labels": 0.4},
     **{"width": 32, "depth": 2, "heads": 2, "cond_dim": 16, "dropout": 0.0, "batch_size": 24, "steps": 300},
-    **{"learning_rate": 8e-3, "warmup": 10, "decay_to": 0.05, "ema": 0.95, "log_every": 100, "evaluate_every": 10_000},
+    **{
+        "optimizer": "muon",
+        "learning_rate": 4e-3,
+        "warmup": 10,
+        "decay_to": 0.05,
+        "ema": 0.95,
+        "log_every": 100,
+        "evaluate_every": 10_000,
+    },
     **{"evaluate_blocks": 40, "evaluate_times": 8, "sample_steps": 4, "checkpoint_every": 200},
 }
 
@@ -236,8 +244,12 @@ def test_a_label_is_worth_its_information(learnt, capsys):
     assert capsys.readouterr().out.count("calm  ") == 1
 
 
+def letters_of(texts: list[str]) -> list[str]:
+    return [text.replace("<|endoftext|>", "") for text in texts]
+
+
 def share_of_a(texts: list[str]) -> float:
-    letters = "".join(text.replace("<|endoftext|>", "") for text in texts)
+    letters = "".join(letters_of(texts))
     return letters.count("a") / len(letters)
 
 
@@ -252,7 +264,8 @@ def test_samples_are_of_their_label_and_more_so_when_guided(learnt, capsys):
         assert abs(found[kind, 1.0] - SHARES[kind]) < 0.05, found
     assert found["calm", 3.0] > found["calm", 1.0] + 0.03
     assert found["wild", 3.0] < found["wild", 1.0] - 0.03
-    assert 0.4 < share_of_a(write(num=200, steps=16)) < 0.6  # of both
+    counts = np.array([text.count("a") for text in letters_of(write(num=200, steps=16))])
+    assert min((counts >= 6).mean(), (counts <= 2).mean()) > 0.2  # of both; .48 in the text, .14 of letters at random
     options = ["--checkpoint", str(output), "--label", "wild", "--guidance", "2", "--num", "3", "--steps", "8"]
     assert sample.main(options).shape == (3, LENGTH)
     for words, told in ((["--label", "tame"], "this model knows calm, wild"), (["--guidance", "2"], "give --label")):
