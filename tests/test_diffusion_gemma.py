@@ -18,7 +18,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 CANVAS, WORDS = 8, 32
-# Two tokens whose logits differ by 2e-5 are drawn as if they did not at a temperature of 1e-4: at this they do.
+# A draw on the way is between two tokens whose logits differ by less than 1e-4: this leaves nothing to chance there.
 COLD = {"t_min": 1e-7, "t_max": 2e-7}
 
 
