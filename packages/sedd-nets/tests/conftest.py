@@ -9,12 +9,6 @@ from sedd_nets import SEDD
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    """The same fresh weights in every run: networks initialise themselves from the global generator."""
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def golden():
     """Folder of one of the published formats, and what the published code computes from it."""

@@ -54,24 +54,40 @@ def test_block_diffusion_says_the_same_of_a_block_behind_those_in_the_cache(rand
     torch.testing.assert_close(got, net(noised, sigma)[select, 8:], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", [RADD, MDLM])
-def test_a_network_that_looks_both_ways_is_exact_about_what_has_not_changed_and_near_else(randomise_, family):
-    sizes = SIZES | ({} if family is RADD else {"cond_dim": 8})
-    net = family(11, **sizes).double().eval()
-    randomise_(net)
-    x, sigma = tokens(), torch.full((3,), 0.7, dtype=torch.float64)
-    cache = KeyValueCache()
+@pytest.fixture(params=[RADD, MDLM])
+def make_both_ways(request, randomise_):
+    """A network that looks both ways, with other weights at each call."""
+
+    def make():
+        net = request.param(11, **SIZES | ({} if request.param is RADD else {"cond_dim": 8})).double().eval()
+        randomise_(net)
+        return net
+
+    return make
+
+
+def test_a_network_that_looks_both_ways_is_exact_about_what_has_not_changed(make_both_ways):
+    net, x, sigma, cache = make_both_ways(), tokens(), torch.full((3,), 0.7, dtype=torch.float64), KeyValueCache()
     whole = net(x, sigma, cache=cache)
     torch.testing.assert_close(whole, net(x, sigma), rtol=0, atol=1e-12)
     cache.crop(-6)
     torch.testing.assert_close(net(x[:, 6:], sigma, cache=cache), whole[:, 6:], rtol=0, atol=1e-12)
-    cache.crop(-6)
+
+
+def test_a_network_that_looks_both_ways_is_near_where_something_has_changed(make_both_ways):
+    """Less than half as far off as without the change, in the median of nine networks: of a hundred, 93 are."""
+    x, sigma = tokens(), torch.full((3,), 0.7, dtype=torch.float64)
     other = x.clone()
     other[:, 9] = (other[:, 9] + 1) % 10
-    rows = [6, 7, 8, 10, 11]
-    off = (net(other[:, 6:], sigma, cache=cache) - net(other, sigma)[:, 6:])[:, [i - 6 for i in rows]].abs().max()
-    moved = (net(other, sigma) - whole)[:, rows].abs().max()
-    assert 1e-9 < off < moved / 2
+    rows, shares = [6, 7, 8, 10, 11], []
+    for _ in range(9):
+        net, cache = make_both_ways(), KeyValueCache()
+        whole, there = net(x, sigma, cache=cache), net(other, sigma)
+        cache.crop(-6)
+        off = (net(other[:, 6:], sigma, cache=cache) - there[:, 6:])[:, [i - 6 for i in rows]].abs().max()
+        assert off > 1e-9
+        shares.append(off / (there - whole)[:, rows].abs().max())
+    assert torch.stack(shares).median() < 0.5
 
 
 def test_what_a_cache_cannot_hold_is_refused():

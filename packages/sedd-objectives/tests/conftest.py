@@ -309,12 +309,6 @@ def _make_graphs(vocab_size):
     }
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    """The same fresh weights in every run: networks initialise themselves from the global generator."""
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def float64_rates():
     """Rates in float64: graphs give them in torch's default dtype."""

@@ -198,16 +198,9 @@ def letters(tmp_path_factory):
 VALUES: dict[str, Any] = {
     **{"tokenizer": "characters:ab", "length": LENGTH, "packing": False, "label_column": "kind", "drop_labels": 0.4},
     **{"width": 32, "depth": 2, "heads": 2, "cond_dim": 16, "dropout": 0.0, "batch_size": 24, "steps": 300},
-    **{
-        "optimizer": "muon",
-        "learning_rate": 4e-3,
-        "warmup": 10,
-        "decay_to": 0.05,
-        "ema": 0.95,
-        "log_every": 100,
-        "evaluate_every": 10_000,
-    },
-    **{"evaluate_blocks": 40, "evaluate_times": 8, "sample_steps": 4, "checkpoint_every": 200},
+    **{"optimizer": "muon", "learning_rate": 4e-3, "warmup": 10, "decay_to": 0.05, "ema": 0.95},
+    **{"log_every": 100, "evaluate_every": 10_000, "checkpoint_every": 200},
+    **{"evaluate_blocks": 40, "evaluate_times": 8, "sample_steps": 4},
 }
 
 
