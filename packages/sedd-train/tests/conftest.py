@@ -7,6 +7,7 @@ import os
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from sedd_train import Result, distributed, loggers, plotting, recipes
 
 INTEGRATION = Path(__file__).parents[3] / "integration"
 TRAIN = INTEGRATION / "train_owt.py"
+HELD = Path(__file__).with_name("held.py")  # the same, waiting at a step
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 LONGEST = [  # the files that take longest, which start processes and wait for them
@@ -78,11 +80,27 @@ def options_of(values: dict[str, Any]) -> list[str]:
 SMALL = ("--recipe", "tiny", *options_of(VALUES), "--no-tensorboard")
 
 
+def free_port() -> int:
+    """A port that nothing listens on, nor will before it is used: one of this worker's own thousand.
+
+    One that the system names, of those that it gives to any connection, may be gone when two ranks come to meet there.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+    first = 10_000 + 1000 * worker
+    for port in random.SystemRandom().sample(range(first, first + 1000), 1000):
+        with socket.socket() as listening, contextlib.suppress(OSError):
+            listening.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port is free from {first} to {first + 999}")
+
+
 class Run:
     """A training run in a process group of its own; leaving the `with` block ends what is left of it."""
 
-    def __init__(self, options: list[str], launcher: str, ranks: int, environment: dict[str, str]) -> None:
-        tools, port = Path(sys.executable).parent, str(distributed.free_port())
+    def __init__(
+        self, options: list[str], launcher: str, ranks: int, environment: dict[str, str], script: Path = TRAIN
+    ) -> None:
+        tools, port = Path(sys.executable).parent, str(free_port())
         launchers: dict[str, list[object]] = {
             "python": [sys.executable],
             "deepspeed": [tools / "deepspeed", "--num_gpus", str(ranks), "--master_port", port],
@@ -95,7 +113,7 @@ class Run:
             # Open MPI wants to be told to run as root, and more processes than there are cores.
             ours |= dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
             ours |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "MASTER_PORT": port}
-        program = ["--module", "sedd_train", "train"] if launcher == "module" else [str(TRAIN)]
+        program = ["--module", "sedd_train", "train"] if launcher == "module" else [str(script)]
         # This process may be a world of its own: whose place is not the place of the run's.
         outside = {name: value for name, value in os.environ.items() if name not in PLACE}
         self.process = subprocess.Popen(
@@ -182,13 +200,27 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start(text, cache):
-    """start(output, *options, launcher=, ranks=) begins a run of the small network on `text`."""
+def port():
+    """port(): where ranks can meet."""
+    return free_port
 
-    def _start(output, *options, launcher="python", ranks=1, environment=None, base=SMALL) -> Run:
+
+@pytest.fixture(scope="session")
+def start(text, cache):
+    """start(output, *options, launcher=, ranks=) begins a run of the small network on `text`.
+
+    held=(step, file) lets it wait there until the file is made: whatever is done to it before comes in time.
+    """
+
+    def _start(output, *options, launcher="python", ranks=1, environment=None, base=SMALL, held=None) -> Run:
         corpus = [] if "--corpus" in options or base is not SMALL else ["--corpus", str(text)]
         where = [*corpus, "--output", str(output), "--cache", str(cache)]
-        return Run([*base, *where, *map(str, options)], launcher, ranks, environment or {})
+        words = [*base, *where, *map(str, options)]
+        if held is None:
+            return Run(words, launcher, ranks, environment or {})
+        step, file = held
+        ours = {"HELD_AT": str(step), "HELD_UNTIL": str(file)}
+        return Run(words, launcher, ranks, (environment or {}) | ours, HELD)
 
     return _start
 

@@ -2,8 +2,9 @@
 
 FOLDER/undisturbed is the run that nothing happens to. FOLDER/run is killed so many times at a random point of the
 moment, "saving", "resuming" or "saving-shards", goes on each time from what it finds, and is let run to its end. Shards
-are saved by two ranks, one of which is killed; the other has to find out and to end. Prints how it went, as JSON. The
-runs are children of this process, which has imported everything: a start takes a second, not ten.
+are saved by two ranks, which meet at MASTER_PORT and one of which is killed; the other has to find out and to end.
+Prints how it went, as JSON. The runs are children of this process, which has imported everything: a start takes a
+second, not ten.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
-from sedd_train import checkpoint, distributed, recipes, sharding, train
+import held
+from sedd_train import checkpoint, recipes, sharding, train
 
 MOST = 5  # tries for each kill that is to meet its moment
+STEPS = 5  # that a run takes before it waits to be killed
 
 
-def begin(recipe: recipes.Recipe, output: Path, cache: Path, place: dict[str, str] | None = None) -> int:
+def begin(
+    recipe: recipes.Recipe, output: Path, cache: Path, place: dict[str, str] | None = None, *, to_its_end: bool = False
+) -> int:
     """A process that begins the run, or goes on with it; its number."""
     child = os.fork()
     if child:
@@ -32,6 +37,8 @@ def begin(recipe: recipes.Recipe, output: Path, cache: Path, place: dict[str, st
     code = 1
     try:
         os.environ |= place or {}
+        if not to_its_end:
+            held.hold(STEPS)
         train(recipe, output=output, cache=cache, resume="auto", tensorboard=False)
         code = 0
     except BaseException:
@@ -39,11 +46,11 @@ def begin(recipe: recipes.Recipe, output: Path, cache: Path, place: dict[str, st
     os._exit(code)
 
 
-def begin_two(recipe: recipes.Recipe, output: Path, cache: Path) -> list[int]:
+def begin_two(recipe: recipes.Recipe, output: Path, cache: Path, *, to_its_end: bool = False) -> list[int]:
     """The two ranks of a run."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     places = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [begin(recipe, output, cache, place) for place in places]
+    return [begin(recipe, output, cache, place, to_its_end=to_its_end) for place in places]
 
 
 def ended(child: int) -> int:
@@ -115,7 +122,8 @@ def kill_while_resuming(recipe: recipes.Recipe, output: Path, cache: Path, delay
 
 def finished(recipe: recipes.Recipe, output: Path, cache: Path, two: bool) -> bool:
     """Whether a run came to its end, undisturbed."""
-    children = begin_two(recipe, output, cache) if two else [begin(recipe, output, cache)]
+    one = begin_two if two else lambda *run, **how: [begin(*run, **how)]
+    children = one(recipe, output, cache, to_its_end=True)
     return [ended(child) for child in children] == [0] * len(children)
 
 

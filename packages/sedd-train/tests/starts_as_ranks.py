@@ -1,8 +1,8 @@
 """What ranks do with their text when a run starts, each in a process: python starts_as_ranks.py CORPUS CACHE RANKS.
 
-They are children of this one process, which has imported everything: so many that start by themselves would need half a
-gigabyte each. Read are the files that a rank asked the system for, and of files that it mapped the pages that it
-touched.
+They meet at MASTER_PORT. They are children of this one process, which has imported everything: so many that start by
+themselves would need half a gigabyte each. Read are the files that a rank asked the system for, and of files that it
+mapped the pages that it touched.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def rank_reads(corpus: str, cache: str) -> dict[str, Any]:
     return found | {"fingerprint": text.fingerprint, "private": private()}
 
 
-def be_rank(rank: int, ranks: int, port: int) -> None:
+def be_rank(rank: int, ranks: int) -> None:
     """Never returns."""
     code = 1
     try:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1"}
         found = rank_reads(*sys.argv[1:3])
         Path(sys.argv[2], f"rank-{rank}.json").write_text(json.dumps({"rank": rank} | found))
         distributed.finish()
@@ -90,13 +90,13 @@ def be_rank(rank: int, ranks: int, port: int) -> None:
 
 if __name__ == "__main__":
     assert deepspeed.__version__  # imported for its children
-    ranks, port = int(sys.argv[3]), distributed.free_port()
+    ranks = int(sys.argv[3])
     token_cache._checksum = noted(token_cache._checksum)
     tokens.counted = noted(tokens.counted)
     children = []
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            be_rank(rank, ranks, port)
+            be_rank(rank, ranks)
         children.append(child)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))

@@ -18,7 +18,7 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["saving", "resuming", "saving-shards"])
-def test_twenty_kills(moment, text, cache, values, losses, tmp_path):
+def test_twenty_kills(moment, text, cache, values, losses, port, tmp_path):
     """Of one process or, where two write shards under ZeRO 3, of one of them."""
     more = {"zero_stage": 3} if moment == "saving-shards" else {}
     recipe = recipes.override(
@@ -31,7 +31,7 @@ def test_twenty_kills(moment, text, cache, values, losses, tmp_path):
             *(str(tmp_path / "recipe.toml"), str(tmp_path), str(cache), moment, "20"),
         ],
         env={name: value for name, value in os.environ.items() if name not in PLACE}
-        | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(port())},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from datetime import timedelta
 from pathlib import Path
@@ -359,11 +358,6 @@ def test_errors_are_told_with_the_ranks_that_had_them(outside):
     assert distributed.agree("no text") == "no text"
     said[:] = ["no text", "no text", "no text", ""]
     assert distributed.agree("no text") == "rank 0, 1, 2: no text"
-
-
-def test_a_free_port_can_be_listened_on():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", distributed.free_port()))
 
 
 def test_a_process_of_its_own_ends_with_its_code(monkeypatch):

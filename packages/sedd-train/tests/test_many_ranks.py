@@ -81,9 +81,10 @@ def test_stopped_ranks_continue_digit_for_digit(number, before, stage, start, tr
     options = (*RESUMED, "--zero-stage", str(stage))
     train(tmp_path / "undisturbed", *options, seconds=LONG, **how(before))
     run, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
-    with start(run, *options, **how(before)) as process:
+    with start(run, *options, **how(before), held=(18, tmp_path / "go")) as process:
         process.wait_until(lambda: (run / "checkpoints" / "latest").exists() and log.read_text().count('"train"') >= 9)
         process.signal(number)
+        (tmp_path / "go").touch()
         process.output()
     assert not (run / "export").exists()
     train(run, "--resume", "--zero-stage", stage, seconds=LONG, **how(before))
@@ -113,7 +114,7 @@ def test_resumed_with_other_ranks(before, after, stage, folders, start, train, l
     if not (folders / "resumed").exists():
         train(folders / "resumed", *RESUMED, seconds=LONG)
     run, options = tmp_path / "run", (*RESUMED, "--zero-stage", str(stage))
-    with start(run, *options, **how(before)) as process:
+    with start(run, *options, **how(before), held=(18, tmp_path / "go")) as process:
         process.wait_until((run / "checkpoints" / "step-00000008").exists)
         process.signal(signal.SIGKILL)
         process.output()
@@ -131,7 +132,7 @@ def test_resumed_with_other_ranks(before, after, stage, folders, start, train, l
 
 def test_twenty_kills_at_random_moments(start, tmp_path):
     """SIGKILL to every process at once, at any moment of starting, training and saving; at the end the same weights."""
-    options = ("--steps", "60", "--checkpoint-every", "1", "--zero-stage", "2")
+    options = ("--steps", "64", "--checkpoint-every", "1", "--zero-stage", "2")
     again = ("--resume", "--zero-stage", "2")
     with start(tmp_path / "undisturbed", *options, **how(2)) as process:
         process.output(seconds=LONG)
@@ -140,7 +141,8 @@ def test_twenty_kills_at_random_moments(start, tmp_path):
     moments, while_saving, while_starting = random.Random(0), 0, 0
     for kill in range(20):
         before = set(run.glob("checkpoints/.step-*"))  # by the kill before
-        with start(run, *(again if list(run.glob("checkpoints/step-*")) else options), **how(2)) as process:
+        begun = again if list(run.glob("checkpoints/step-*")) else options
+        with start(run, *begun, **how(2), held=(3, tmp_path / "never")) as process:  # three steps a kill at most
             moment = moments.random()
             if moment < 0.15:  # starting, loading
                 delay = moments.uniform(1, 8)
@@ -164,7 +166,7 @@ def test_twenty_kills_at_random_moments(start, tmp_path):
         assert process.process.returncode == 0
     print(f"20 kills, {while_saving} of them while saving, {while_starting} before the first checkpoint")
     assert while_saving >= 5
-    for file in ("export/model.safetensors", "checkpoints/step-00000060/training.safetensors"):
+    for file in ("export/model.safetensors", "checkpoints/step-00000064/training.safetensors"):
         left, right = (safetensors.torch.load_file(folder / file) for folder in (tmp_path / "undisturbed", run))
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left), file

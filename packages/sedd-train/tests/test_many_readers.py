@@ -28,12 +28,12 @@ def corpus(tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [3, pytest.param(64, marks=pytest.mark.slow)])
-def test_a_rank_reads_what_it_needs(corpus, tmp_path, ranks):
+def test_a_rank_reads_what_it_needs(corpus, tmp_path, ranks, port):
     made = token_cache.prepare(str(corpus), "bytes", tmp_path)
     size = made.train.flat.nbytes
     assert size > 12_000_000
     outside = {name: value for name, value in os.environ.items() if name not in PLACE} | {"OMP_NUM_THREADS": "1"}
-    outside |= {"DS_ACCELERATOR": "cpu"}
+    outside |= {"DS_ACCELERATOR": "cpu", "MASTER_PORT": str(port())}
     command = [sys.executable, SCRIPT, str(corpus), str(tmp_path), str(ranks)]
     done = subprocess.run(command, env=outside, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from sedd_train import checkpoint, distributed, load, recipes, train
+from sedd_train import checkpoint, load, recipes, train
 from sedd_train.engine import launch_step
 
 pytestmark = pytest.mark.filterwarnings("default")  # DeepSpeed warns
@@ -32,7 +32,7 @@ SHARDS = [f"training-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, text, cache, world, values):
+def runs(tmp_path_factory, text, cache, world, values, port):
     """A folder of runs: `alone` and `other` by this process, the rest by two ranks under the deepspeed launcher."""
     folder = tmp_path_factory.mktemp("runs")
     more = {"corpus": str(text), "steps": STEPS, "dropout": 0.1, "eps": 1e-4, "checkpoint_every": 1000}
@@ -55,8 +55,7 @@ def runs(tmp_path_factory, text, cache, world, values):
     assert (found.step, found.stopped) == (4, True)
     program = Path(__file__).parent / "two_ranks.py"
     launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2"]
-    port = ["--master_port", str(distributed.free_port())]
-    command = [*launcher, *port, program, folder / "recipe.toml", folder, cache]
+    command = [*launcher, "--master_port", str(port()), program, folder / "recipe.toml", folder, cache]
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,

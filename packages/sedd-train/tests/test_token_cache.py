@@ -257,9 +257,11 @@ def test_a_build_that_is_killed_again_and_again(large, tmp_path, kills, tokenize
         going_on = 0
         for number in range(kills):
             before = saved()
-            print(file=process.stdin, flush=True)
+            print("kill", file=process.stdin, flush=True)
             child = int(process.stdout.readline())
+            deadline = time.monotonic() + 120
             while number % 2 == 0 and saved() == before:
+                assert time.monotonic() < deadline, "nothing was saved"
                 time.sleep(0.01)
             time.sleep(draw.uniform(0.0, 0.5))
             children = psutil.Process(child).children(recursive=True)

@@ -1,9 +1,9 @@
 """Starting: one process or many, under `deepspeed`, `torchrun` or plain `python`.
 
 A launcher tells each process its place by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (see `launchers`
-for those that have other names). Without one, `start` sets them for a world of one, with a free port. On a machine
-without an accelerator the processes talk over gloo, keep the memory that they free, and DeepSpeed is told not to
-compile its C++ operators at first use.
+for those that have other names). Without one, `start` sets them for a world of one, at port 0, which is whichever is
+free when it is listened at. On a machine without an accelerator the processes talk over gloo, keep the memory that they
+free, and DeepSpeed is told not to compile its C++ operators at first use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from sedd_train.launchers import adopt
 
-__all__ = ["place", "say", "tell", "agree", "by_leader", "patient", "start", "finish", "free_port", "keep_memory"]
+__all__ = ["place", "say", "tell", "agree", "by_leader", "patient", "start", "finish", "keep_memory"]
 
 TIMEOUT = timedelta(minutes=10)  # of what all ranks do together, in training
 
@@ -127,8 +127,8 @@ def start() -> torch.device:
     """
     alone = "RANK" not in os.environ
     if alone:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(free_port())
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         keep_memory()
@@ -198,13 +198,6 @@ def finish(code: int = 0) -> None:
         os._exit(code)
     dist.destroy_process_group()
     sys.exit(code)
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def keep_memory() -> None:
