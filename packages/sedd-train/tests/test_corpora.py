@@ -9,6 +9,7 @@ import random
 import sys
 import time
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -387,3 +388,21 @@ def test_a_cache_that_was_made_before_is_the_last_of_the_same_words(tmp_path):
     assert found is not None
     assert found.folder == made[0].folder
     assert token_cache._made_before(tmp_path, [*asked, "more"]) is None
+
+
+def test_what_others_of_the_same_cache_are_done_with_meanwhile(tmp_path, monkeypatch):
+    """It was listed, and is gone when it is looked at."""
+    corpus = token_cache.prepare(texts_of("AC"), "dna", tmp_path)
+    asked = json.loads((corpus.folder / "meta.json").read_text())["asked"]
+    listed = {"*.part/": tmp_path / "0123.part", "*/meta.json": corpus.folder / "meta.json"}
+    stat = Path.stat
+
+    def gone(path: Path, **how: Any) -> os.stat_result:
+        if path in listed.values():
+            raise FileNotFoundError(path)
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "glob", lambda _, pattern: [listed[pattern]])
+    monkeypatch.setattr(Path, "stat", gone)
+    token_build.remove_left_overs(tmp_path, "other")
+    assert token_cache._made_before(tmp_path, asked) is None

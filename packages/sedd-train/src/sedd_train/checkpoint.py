@@ -262,7 +262,7 @@ def _prune(run: Path, keep: int, keep_every: int = 0) -> None:
         if folder not in kept and not milestone:
             shutil.rmtree(folder, ignore_errors=folder.name.startswith("."))  # one that a dying rank writes to still
     for file in run.glob(".latest.*"):
-        file.unlink()
+        file.unlink(missing_ok=True)  # a dying rank removes its own
 
 
 def best(run: Path) -> Path | None:

@@ -165,9 +165,8 @@ def _made_before(cache: Path, asked: list[str]) -> Corpus | None:
     for path in cache.glob("*/meta.json"):
         with suppress(OSError, ValueError):
             if json.loads(path.read_text(encoding="utf-8")).get("asked") == asked:
-                found.append(path)
-    found.sort(key=lambda path: path.stat().st_mtime)
-    return _open(found[-1].parent) if found else None
+                found.append((path.stat().st_mtime, path))
+    return _open(max(found)[1].parent) if found else None
 
 
 def cached(corpus: str, tokenizer: Any, cache: Path, *, eos: str = "", **options: Any) -> Corpus | None:
