@@ -184,13 +184,14 @@ def test_two_ranks_of_mpirun_save_and_leave_and_go_on(number, whole_group, start
     options = ("--steps", "40", "--checkpoint-every", "10", "--zero-stage", "2")
     train(tmp_path / "undisturbed", *options, launcher="torchrun", ranks=2)
     run, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
-    with start(run, *options, launcher="mpirun", ranks=2) as process:
+    with start(run, *options, launcher="mpirun", ranks=2, held=(30, tmp_path / "go")) as process:
         process.wait_until(lambda: log.exists() and log.read_text().count('"train"') >= 15)
         children = family(process.process)
         if whole_group:
             process.signal(number)
         else:
             process.process.send_signal(number)
+        (tmp_path / "go").touch()
         process.process.wait(60)
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
