@@ -172,6 +172,8 @@ def test_processes_that_do_not_find_each_other_say_where_they_looked(error, star
         (RuntimeError("Connection closed by peer"), "lost another rank, whose own error"),
         (RuntimeError("[..] Connection reset"), "lost another rank, whose own error"),
         (RuntimeError("broken PEER"), "lost another rank, whose own error"),
+        (RuntimeError("writev [127.0.0.1]:5: Broken pipe"), "lost another rank, whose own error"),
+        (RuntimeError("due to a network error or a remote process exiting"), "lost another rank, whose own error"),
         (RuntimeError("out of memory"), "ends, and the run with it: out of memory. Checkpoints"),
         (ValueError("a connection is none"), "ends, and the run with it: a connection is none. Checkpoints"),
     ],
@@ -187,6 +189,18 @@ def test_the_last_words_of_a_rank(error, why, monkeypatch, capsys):
     assert why in said
     assert "Checkpoints written so far are whole: continue with --resume" in said
     assert said.startswith(type(error).__name__)  # the whole error, first
+    assert left == [1]
+
+
+def test_a_rank_leaves_where_nobody_reads_its_last_words(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr("sedd_train.distributed.traceback.print_exception", gone)
+    with pytest.raises(BrokenPipeError):  # but for the exit
+        distributed._fail(ValueError, ValueError("wrong"), None)
     assert left == [1]
 
 

@@ -87,6 +87,22 @@ def test_a_signal_is_heard_however_often_it_comes(number):
     assert (signal.getsignal(number), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.parametrize(
+    ("error", "listens"), [(RuntimeError("Connection closed by peer"), True), (RuntimeError("out of memory"), False)]
+)
+def test_a_rank_that_lost_another_is_not_ended_before_it_has_said_so(error, listens):
+    """A launcher asks those to leave that are left, which is at that moment."""
+    before = {number: signal.getsignal(number) for number in launchers.SIGNALS}
+    try:
+        with pytest.raises(RuntimeError), Preemption() as preemption:
+            raise error
+        assert all((signal.getsignal(number) == preemption._note) is listens for number in before)
+        assert all((signal.getsignal(number) == handler) is not listens for number, handler in before.items())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("variables", [{"RANK": "0"}, SLURM, OPEN_MPI], ids=["torchrun", "srun", "mpirun"])
 def test_a_launcher_that_is_gone_is_noticed(variables, outside):
     """Of srun and mpirun, too, whose place is adopted when the signals are already heard."""

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from sedd_train.launchers import adopt
+from sedd_train.launchers import adopt, lost
 
 __all__ = ["place", "say", "tell", "agree", "by_leader", "patient", "start", "finish", "keep_memory"]
 
@@ -161,17 +161,18 @@ def _fail(kind: type[BaseException], error: BaseException, trace: TracebackType 
     The interpreter's own clean-up would wait for the other ranks. They learn of it by a broken connection, or from the
     launcher, which ends them.
     """
-    traceback.print_exception(kind, error, trace)
-    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("connection", "peer"))
-    why = "lost another rank, whose own error, if it had time to say one, stands elsewhere" if lost else str(error)
-    print(
-        f"rank {dist.get_rank()} of {dist.get_world_size()} ends, and the run with it: {why}. "
-        "Checkpoints written so far are whole: continue with --resume",
-        file=sys.stderr,
-        flush=True,
-    )
-    sys.stdout.flush()
-    os._exit(1)
+    gone = "lost another rank, whose own error, if it had time to say one, stands elsewhere"
+    try:
+        traceback.print_exception(kind, error, trace)
+        print(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} ends, and the run with it: "
+            f"{gone if lost(error) else error}. Checkpoints written so far are whole: continue with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+    finally:  # also where nobody reads that
+        os._exit(1)
 
 
 def _import_deepspeed() -> Any:

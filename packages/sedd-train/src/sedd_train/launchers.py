@@ -18,7 +18,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-__all__ = ["adopt", "Preemption"]
+__all__ = ["adopt", "lost", "Preemption"]
 
 PLACES = {  # of each launcher: its variables for rank, world size, rank on this machine
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
@@ -69,12 +69,21 @@ def _other_launcher() -> str | None:
     return None
 
 
+def lost(error: BaseException | None) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    words = ("connection", "peer", "broken pipe", "remote process")  # of gloo, of NCCL
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
 class Preemption:
     """Inside `with`, `requested` becomes true when the run should save and leave.
 
     That is at SIGTERM or SIGUSR1, however often it comes and to however many of the processes; at SIGINT, of which the
     second ends the process at once; and when the launcher is gone. In another thread than the main one, which Python
     gives no signals, only the last is noticed.
+
+    Signals are heard on after an error that says that another process is gone: its launcher asks this one to leave at
+    that very moment, which is to say what has happened first.
     """
 
     def __init__(self) -> None:
@@ -87,7 +96,9 @@ class Preemption:
             self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if lost(error):
+            return
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
