@@ -209,15 +209,18 @@ def port():
 def start(text, cache):
     """start(output, *options, launcher=, ranks=) begins a run of the small network on `text`.
 
-    held=(step, file) lets it wait there until the file is made: whatever is done to it before comes in time.
+    held=(step, file) lets it wait there until the file is made: whatever is done to it before comes in time. `script`
+    takes the training script's place.
     """
 
-    def _start(output, *options, launcher="python", ranks=1, environment=None, base=SMALL, held=None) -> Run:
+    def _start(
+        output, *options, launcher="python", ranks=1, environment=None, base=SMALL, held=None, script=TRAIN
+    ) -> Run:
         corpus = [] if "--corpus" in options or base is not SMALL else ["--corpus", str(text)]
         where = [*corpus, "--output", str(output), "--cache", str(cache)]
         words = [*base, *where, *map(str, options)]
         if held is None:
-            return Run(words, launcher, ranks, environment or {})
+            return Run(words, launcher, ranks, environment or {}, script)
         step, file = held
         ours = {"HELD_AT": str(step), "HELD_UNTIL": str(file)}
         return Run(words, launcher, ranks, (environment or {}) | ours, HELD)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
 from sedd_train import checkpoint
+
+SCRIPT = Path(__file__).with_name("slow_words.py")
 
 
 def ranks(process) -> dict[int, psutil.Process]:
@@ -15,7 +18,7 @@ def ranks(process) -> dict[int, psutil.Process]:
     found: dict[int, psutil.Process] = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "train_owt.py" in " ".join(child.cmdline()) and "RANK" in child.environ():
+            if SCRIPT.name in " ".join(child.cmdline()) and "RANK" in child.environ():
                 found.setdefault(int(child.environ()["RANK"]), child)
     return found
 
@@ -25,7 +28,7 @@ def ranks(process) -> dict[int, psutil.Process]:
 def test_one_rank_is_killed(victim, launcher, stage, start, tmp_path):
     run = tmp_path / "run"
     options = ("--steps", "100000", "--checkpoint-every", "5", "--zero-stage", str(stage))
-    with start(run, *options, launcher=launcher, ranks=2) as process:
+    with start(run, *options, launcher=launcher, ranks=2, script=SCRIPT) as process:
         process.wait_until((run / "checkpoints" / "latest").exists)
         family = ranks(process.process)
         assert family.keys() == {0, 1}

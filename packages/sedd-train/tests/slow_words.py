@@ -1,0 +1,22 @@
+"""The training script, whose last words take a second to begin: meanwhile its launcher asks it to leave."""
+
+from __future__ import annotations
+
+import runpy
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+print_exception = traceback.print_exception
+
+
+def slowly(*error: Any) -> None:
+    """As on a busy machine, which has to read the lines of code that it shows."""
+    time.sleep(1)
+    print_exception(*error)
+
+
+mock.patch("sedd_train.distributed.traceback.print_exception", slowly).start()
+runpy.run_path(str(Path(__file__).parents[3] / "integration" / "train_owt.py"), run_name="__main__")
