@@ -155,8 +155,7 @@ class Run:
 def world():
     """world(patch) puts this process into a world of one, in which torch and DeepSpeed can be started only once.
 
-    Nobody launched it: who started the tests may leave, as a shell does, and no run in here is to stop for that. Nor
-    does a run in here draw its pictures, which take longer than it does, unless it is told world(patch, draws=True).
+    A run in here draws no pictures, which take longer than it does, unless it is told world(patch, draws=True).
     """
     before = dict(os.environ)
     torch.set_num_threads(1)  # as the runs that are processes of their own
@@ -168,7 +167,6 @@ def world():
     def enter(patch: pytest.MonkeyPatch, *, draws: bool = False) -> None:
         for name, value in inside.items():
             patch.setenv(name, value)
-        patch.setattr("sedd_train.launchers._launcher", list)
         if not draws:
             patch.setattr("sedd_train.report.plotting", UNDRAWN)
 

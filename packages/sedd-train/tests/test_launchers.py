@@ -88,10 +88,18 @@ def test_a_signal_is_heard_however_often_it_comes(number):
 
 
 @pytest.mark.parametrize(
-    ("error", "listens"), [(RuntimeError("Connection closed by peer"), True), (RuntimeError("out of memory"), False)]
+    ("error", "port", "listens"),
+    [
+        (RuntimeError("Connection closed by peer"), "29500", True),
+        (RuntimeError("Connection closed by peer"), "0", False),
+        (RuntimeError("out of memory"), "29500", False),
+    ],
+    ids=["lost", "alone", "another error"],
 )
-def test_a_rank_that_lost_another_is_not_ended_before_it_has_said_so(error, listens):
+def test_a_rank_that_lost_another_is_not_ended_before_it_has_said_so(error, port, listens, outside):
     """A launcher asks those to leave that are left, which is at that moment."""
+    outside.setenv("RANK", "0")
+    outside.setenv("MASTER_PORT", port)
     before = {number: signal.getsignal(number) for number in launchers.SIGNALS}
     try:
         with pytest.raises(RuntimeError), Preemption() as preemption:
@@ -113,11 +121,18 @@ def test_a_launcher_that_is_gone_is_noticed(variables, outside):
     with Preemption() as preemption:
         assert not asked(preemption)
         assert asked(preemption)
-    for name in variables:
-        outside.delenv(name)
-    outside.setattr(launchers, "_launcher", lambda: [1])
-    with Preemption() as preemption:  # started by nobody: whose shell may close
+
+
+@pytest.mark.parametrize("variables", [{}, {"RANK": "0", "MASTER_PORT": "0"}], ids=["at first", "again"])
+def test_a_shell_that_is_gone_stops_no_run(variables, outside):
+    """Nor the second run of a process, which is a world of its own since the first."""
+    for name, value in variables.items():
+        outside.setenv(name, value)
+    family = [[10, 9], [1]]
+    outside.setattr(launchers, "_launcher", lambda: family.pop(0))
+    with Preemption() as preemption:
         assert not asked(preemption)
+    assert len(family) == 2
 
 
 def family(process) -> list[psutil.Process]:

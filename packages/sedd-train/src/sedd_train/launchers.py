@@ -89,7 +89,7 @@ class Preemption:
     def __init__(self) -> None:
         self.heard = False
         self.before: dict[int, Any] = {}
-        self.launcher = _launcher() if "RANK" in os.environ or _other_launcher() else []
+        self.launcher = _launcher() if _launched() else []
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
@@ -97,7 +97,7 @@ class Preemption:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if lost(error):
+        if self.launcher and lost(error):
             return
         for number, handler in self.before.items():
             signal.signal(number, handler)
@@ -111,6 +111,12 @@ class Preemption:
         self.heard = True
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _launched() -> bool:
+    """Whether somebody started this process as one of a run's; at port 0 `distributed.start` made a world of it."""
+    given = "RANK" in os.environ and os.environ.get("MASTER_PORT") != "0"
+    return given or _other_launcher() is not None
 
 
 def _launcher() -> list[int]:
