@@ -85,7 +85,7 @@ def free_port() -> int:
 
     One that the system names, of those that it gives to any connection, may be gone when two ranks come to meet there.
     """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 20
     first = 10_000 + 1000 * worker
     for port in random.SystemRandom().sample(range(first, first + 1000), 1000):
         with socket.socket() as listening, contextlib.suppress(OSError):
@@ -217,11 +217,10 @@ def start(text, cache):
         corpus = [] if "--corpus" in options or base is not SMALL else ["--corpus", str(text)]
         where = [*corpus, "--output", str(output), "--cache", str(cache)]
         words = [*base, *where, *map(str, options)]
-        if held is None:
-            return Run(words, launcher, ranks, environment or {}, script)
-        step, file = held
-        ours = {"HELD_AT": str(step), "HELD_UNTIL": str(file)}
-        return Run(words, launcher, ranks, (environment or {}) | ours, HELD)
+        ours = environment or {}
+        if held is not None:
+            script, ours = HELD, ours | dict(zip(("HELD_AT", "HELD_UNTIL"), map(str, held), strict=True))
+        return Run(words, launcher, ranks, ours, script)
 
     return _start
 

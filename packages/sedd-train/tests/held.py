@@ -1,6 +1,6 @@
 """The training script, which waits at a step until a file is there: what a test does to it comes before its end.
 
-HELD_AT is the number of steps that it takes before, HELD_UNTIL the file; without one, that is until it is killed.
+HELD_AT is the number of steps that it takes before, HELD_UNTIL the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TRAIN = Path(__file__).parents[3] / "integration" / "train_owt.py"
 
 
 def hold(steps: int, until: Path | None = None) -> None:
-    """Runs of this process and of its children take so many steps, and wait."""
+    """Runs of this process and its children take so many steps and wait, for a file or, without one, to be killed."""
     taken = 0
 
     def counted(*args: Any, **given: Any) -> Any:
@@ -32,6 +32,5 @@ def hold(steps: int, until: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    until = os.environ.get("HELD_UNTIL")
-    hold(int(os.environ["HELD_AT"]), Path(until) if until else None)
+    hold(int(os.environ["HELD_AT"]), Path(os.environ["HELD_UNTIL"]))
     runpy.run_path(str(TRAIN), run_name="__main__")

@@ -122,8 +122,8 @@ def kill_while_resuming(recipe: recipes.Recipe, output: Path, cache: Path, delay
 
 def finished(recipe: recipes.Recipe, output: Path, cache: Path, two: bool) -> bool:
     """Whether a run came to its end, undisturbed."""
-    one = begin_two if two else lambda *run, **how: [begin(*run, **how)]
-    children = one(recipe, output, cache, to_its_end=True)
+    run = (recipe, output, cache)
+    children = begin_two(*run, to_its_end=True) if two else [begin(*run, to_its_end=True)]
     return [ended(child) for child in children] == [0] * len(children)
 
 

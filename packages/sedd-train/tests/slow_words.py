@@ -5,9 +5,10 @@ from __future__ import annotations
 import runpy
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from held import TRAIN
 
 print_exception = traceback.print_exception
 
@@ -19,4 +20,4 @@ def slowly(*error: Any) -> None:
 
 
 mock.patch("sedd_train.distributed.traceback.print_exception", slowly).start()
-runpy.run_path(str(Path(__file__).parents[3] / "integration" / "train_owt.py"), run_name="__main__")
+runpy.run_path(str(TRAIN), run_name="__main__")

@@ -46,12 +46,13 @@ def scratch(folder: Path) -> Path:
 def remove_left_overs(cache: Path, but: str) -> None:
     """Remove what builds left that were killed days ago and never gone on with."""
     for left in cache.glob("*.part/"):
+        if left.name == f"{but}.part":
+            continue
         with suppress(Timeout, OSError):  # one that is at work, or is done by now
             journal = left / JOURNAL if (left / JOURNAL).exists() else left
-            if left.name == f"{but}.part" or time.time() - journal.stat().st_mtime < FORGOTTEN:
-                continue
-            with storage.locked(cache / f"{left.stem}.lock", timeout=0):
-                shutil.rmtree(left)
+            if time.time() - journal.stat().st_mtime >= FORGOTTEN:
+                with storage.locked(cache / f"{left.stem}.lock", timeout=0):
+                    shutil.rmtree(left)
 
 
 def build(
